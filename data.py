@@ -1,0 +1,1208 @@
+"""Data: one record per expression, one reader per way of storing a data set, one loader for all models.
+
+    python data.py --dataset rrsisd --data-root DIR     checks a download before hours are spent on it
+
+Sections: records - synthetic scenes - readers - masks and images - dataset and sampler - check command.
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One expression and the object it refers to."""
+
+    id: str                      # unique within data set and split, safe as a file name
+    image: Path | int            # file, or the number of a synthetic scene
+    mask: object                 # file | {"size", "parts": RLEs and polygons, "resize"} | number of the scene's object
+    expression: str              # stripped, single spaces, case as written
+    split: str
+    image_id: str                # equal = the same image
+    instance: str                # equal = the same object of the same image
+    category: str | None
+    category_source: str | None  # "file" | "parsed" from the expression | None
+    size: tuple[int, int] | None = None  # (H, W) of the image, filled in when it is loaded
+
+
+def words(expression: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", expression.lower())
+
+
+def vocabulary(dataset: str, samples: list[Sample]) -> list[str]:
+    """Sorted distinct words; for synthetic, whose scenes are fresh in every epoch, all that the generator knows."""
+    return sorted(SYNTHETIC_WORDS if dataset == "synthetic" else {w for s in samples for w in words(s.expression)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthetic scenes: aerial pictures of a few objects, with sentences that each fit exactly one of them
+# ---------------------------------------------------------------------------------------------------------------------
+# A scene is a function of its number: what stands where and which sentences refer to it (`scene`, cheap) and its pixels
+# and masks (`render`). Lengths and positions are fractions of the image side, x to the right and y downwards.
+
+SCENES = {"train": 400, "val": 24, "test": 120}         # of training: per epoch, always new ones
+FIRST_SCENE = {"val": 0, "test": 1_000_000, "train": 2_000_000}         # training has no end, so it comes last
+SMALL_SCENES = 1 << 40                                  # scenes from this number on hold smaller objects
+REFERRED, EXPRESSIONS = 4, 3                            # objects of a scene that are referred to; sentences for each
+SIDE = 96                                               # pixels
+SEED = 20250711
+
+COLOURS = {"red": (205, 40, 40), "orange": (245, 135, 20), "yellow": (245, 220, 50), "green": (40, 205, 85),
+           "blue": (40, 80, 230), "white": (238, 238, 238)}
+GROUNDS = {"grass": (98, 116, 70), "soil": (136, 112, 84), "sand": (180, 162, 124), "concrete": (128, 127, 122),
+           "forest": (62, 82, 56), "asphalt": (88, 88, 92), "water": (56, 84, 100)}
+
+
+# Shapes are polygons in the object's own frame, u along its length and v along its width, both in [-1, 1], each with a
+# tone: 0 is the object's colour, towards 1 it is lighter, towards -1 darker. Later polygons cover earlier ones.
+
+def bar(u0, u1, v0, v1):
+    return [(u0, v0), (u1, v0), (u1, v1), (u0, v1)]
+
+
+def disc(radius, u=0.0, v=0.0):
+    turns = [2 * math.pi * k / 20 for k in range(20)]
+    return [(u + radius * math.cos(turn), v + radius * math.sin(turn)) for turn in turns]
+
+
+def blade(turn):
+    c, s = math.cos(turn), math.sin(turn)
+    outline = (0, -0.12), (0.3, -0.25), (0.97, -0.13), (0.97, 0.13), (0.2, 0.13)
+    return [(c * u - s * v, s * u + c * v) for u, v in outline]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A category: its names in sentences, how it is drawn, how large it is."""
+    names: tuple[str, ...]
+    shape: list                         # of (tone, polygon)
+    aspect: float                       # length / width; 1 for a round outline
+    fill: float                         # share of the box length x width that the shape covers
+    area: tuple[float, float]           # of the shape, smallest and largest, as a share of the image
+    site: tuple | None = None           # ground around it: (cover, half-axes along and across, in lengths)
+
+
+KINDS = {
+    "building": Kind(("building", "house"), [            # a hip roof
+        (0.25, [(-1, -1), (1, -1), (0.45, 0), (-0.45, 0)]), (-0.1, [(-1, -1), (-0.45, 0), (-1, 1)]),
+        (-0.2, [(1, -1), (0.45, 0), (1, 1)]), (-0.4, [(-1, 1), (1, 1), (0.45, 0), (-0.45, 0)])],
+        1.4, 1.03, (0.019, 0.055)),
+    "storage tank": Kind(("storage tank", "tank"), [
+        (-0.4, disc(1)), (0, disc(0.8)), (0.4, disc(0.42, -0.2, -0.2))],
+        1.0, 0.80, (0.018, 0.045)),
+    "ship": Kind(("ship", "boat"), [
+        (0, [(-1, -0.75), (0.35, -1), (0.75, -0.6), (1, 0), (0.75, 0.6), (0.35, 1), (-1, 0.75)]),
+        (-0.45, [(-0.85, -0.45), (0.3, -0.6), (0.7, 0), (0.3, 0.6), (-0.85, 0.45)]),
+        (0.7, bar(-0.75, -0.3, -0.45, 0.45)), (0.5, bar(0, 0.2, -0.3, 0.3))],
+        2.8, 0.82, (0.018, 0.040), ("water", 0.75, 0.42)),
+    "airplane": Kind(("airplane", "plane", "aircraft"), [
+        (0, [(0.35, 0), (-0.15, 1), (-0.45, 1), (-0.2, 0), (-0.45, -1), (-0.15, -1)]),
+        (0, [(-0.6, 0), (-0.85, 0.42), (-1, 0.42), (-0.9, 0), (-1, -0.42), (-0.85, -0.42)]),
+        (0.2, [(1, 0), (0.8, 0.12), (-0.9, 0.1), (-1, 0), (-0.9, -0.1), (0.8, -0.12)])],
+        1.0, 0.34, (0.016, 0.028), ("asphalt", 0.62, 0.6)),
+    "vehicle": Kind(("vehicle", "car"), [
+        (0, [(-1, -0.8), (-0.85, -1), (0.8, -1), (1, -0.7), (1, 0.7), (0.8, 1), (-0.85, 1), (-1, 0.8)]),
+        (-0.75, [(0.15, -0.75), (0.5, -0.85), (0.5, 0.85), (0.15, 0.75)]), (-0.75, bar(-0.8, -0.6, -0.75, 0.75)),
+        (0.25, bar(-0.55, 0.1, -0.7, 0.7))],
+        1.9, 1.00, (0.017, 0.034), ("asphalt", 0.8, 0.5)),
+    "tennis court": Kind(("tennis court", "court"), [
+        (0, bar(-1, 1, -1, 1)), (0.9, bar(-0.8, 0.8, -0.75, 0.75)), (0, bar(-0.72, 0.72, -0.6, 0.6)),
+        (0.9, bar(-0.42, -0.34, -0.6, 0.6)), (0.9, bar(0.34, 0.42, -0.6, 0.6)), (0.9, bar(-0.4, 0.4, -0.07, 0.07)),
+        (-0.6, bar(-0.05, 0.05, -0.95, 0.95))],
+        1.8, 1.03, (0.020, 0.048)),
+    "bridge": Kind(("bridge",), [
+        (0, bar(-1, 1, -1, 1)), (0.6, bar(-1, 1, -1, -0.7)), (0.6, bar(-1, 1, 0.7, 1)),
+        *((0.8, bar(u - 0.08, u + 0.08, -0.12, 0.12)) for u in (-0.8, -0.4, 0, 0.4, 0.8))],
+        4.0, 1.03, (0.018, 0.040), ("water", 0.38, 0.62)),
+    "windmill": Kind(("windmill", "wind turbine"), [
+        *((0, blade(2 * math.pi * k / 3)) for k in range(3)), (-0.5, disc(0.17))],
+        1.0, 0.24, (0.016, 0.023)),
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene; lengths in image sides, angle in radians from +x towards +y."""
+    category: str
+    colour: str
+    rgb: tuple[int, ...]
+    x: float
+    y: float
+    angle: float
+    length: float
+    width: float
+    area: float
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a sentence says: a category, perhaps a colour, perhaps one cue, perhaps what the cue refers to."""
+    category: str
+    colour: str | None = None
+    cue: str | None = None                               # a key of CUES
+    anchor: "Description | None" = None
+
+
+@dataclass(frozen=True)
+class Expression:
+    text: str
+    target: int                                          # number of the object
+    description: Description
+
+
+@dataclass(frozen=True)
+class Scene:
+    number: int
+    size: int                                            # pixels
+    things: tuple[Thing, ...]
+    referred: tuple[int, ...]                            # REFERRED numbers of objects, ascending
+    expressions: tuple[tuple[Expression, ...], ...]      # for each referred object, EXPRESSIONS different ones
+
+
+# The meaning of the cues. A cue gives each object of the named category and colour a score. A superlative means the
+# object of the highest score, which must lead by the margin. Every other cue means the objects of positive score: just
+# one may have it, and no score may lie within the margin of zero. So no sentence rests on a close call.
+
+@dataclass(frozen=True)
+class Cue:
+    group: str
+    score: Callable[[Thing, Thing | None], float]        # of the object, and of the anchor for a relation
+    wordings: tuple[str, ...]
+
+
+def beside(gap, aside):
+    """Score of `left of` and the like: objects of that side count, but one that lies more aside is a close call."""
+    return gap if gap <= 0 or gap > abs(aside) else 0.0
+
+
+MARGINS = {"place": 0.07, "extreme": 0.08, "size": math.log(1.5), "relation": 0.07, "nearest": 0.1}
+SUPERLATIVE = ("extreme", "size", "nearest")
+CUES = {
+    "left": Cue("place", lambda t, _: 0.5 - t.x, ("{} on the left", "{} on the left side", "{} in the left half")),
+    "right": Cue("place", lambda t, _: t.x - 0.5, ("{} on the right", "{} on the right side", "{} in the right half")),
+    "top": Cue("place", lambda t, _: 0.5 - t.y, ("{} at the top", "{} on the upper side", "{} in the upper half")),
+    "bottom": Cue("place", lambda t, _: t.y - 0.5,
+                  ("{} at the bottom", "{} on the lower side", "{} in the lower half")),
+    "upper left": Cue("place", lambda t, _: min(0.5 - t.x, 0.5 - t.y),
+                  ("{} in the upper left", "{} at the top left", "{} in the upper left quarter")),
+    "upper right": Cue("place", lambda t, _: min(t.x - 0.5, 0.5 - t.y),
+                  ("{} in the upper right", "{} at the top right", "{} in the upper right quarter")),
+    "lower left": Cue("place", lambda t, _: min(0.5 - t.x, t.y - 0.5),
+                  ("{} in the lower left", "{} at the bottom left", "{} in the lower left quarter")),
+    "lower right": Cue("place", lambda t, _: min(t.x - 0.5, t.y - 0.5),
+                  ("{} in the lower right", "{} at the bottom right", "{} in the lower right quarter")),
+    "middle": Cue("place", lambda t, _: 0.2 - max(abs(t.x - 0.5), abs(t.y - 0.5)),
+                  ("{} in the middle", "{} in the center", "{} near the center")),
+    "leftmost": Cue("extreme", lambda t, _: -t.x, ("leftmost {}", "{} on the far left", "{} farthest to the left")),
+    "rightmost": Cue("extreme", lambda t, _: t.x, ("rightmost {}", "{} on the far right", "{} farthest to the right")),
+    "topmost": Cue("extreme", lambda t, _: -t.y, ("topmost {}", "uppermost {}", "{} at the very top")),
+    "bottommost": Cue("extreme", lambda t, _: t.y, ("bottommost {}", "lowest {}", "{} at the very bottom")),
+    "largest": Cue("size", lambda t, _: math.log(t.area), ("largest {}", "biggest {}", "large {}")),
+    "smallest": Cue("size", lambda t, _: -math.log(t.area), ("smallest {}", "small {}")),
+    "left of": Cue("relation", lambda t, a: beside(a.x - t.x, a.y - t.y), ("{} left of {}", "{} to the left of {}")),
+    "right of": Cue("relation", lambda t, a: beside(t.x - a.x, a.y - t.y), ("{} right of {}", "{} to the right of {}")),
+    "above": Cue("relation", lambda t, a: beside(a.y - t.y, a.x - t.x), ("{} above {}",)),
+    "below": Cue("relation", lambda t, a: beside(t.y - a.y, a.x - t.x), ("{} below {}", "{} under {}")),
+    "nearest": Cue("nearest", lambda t, a: -math.hypot(t.x - a.x, t.y - a.y), ("{} nearest to {}", "{} closest to {}")),
+}
+COLOUR_WORDINGS = ("{colour} {name}", "{colour} {name}", "{name} that is {colour}")     # where the colour is all
+ARTICLES = ("the ", "the ", "the ", "the ", "a ", "an ", "")
+# How often a group is tried; few sentences by relation or place fit just one object, most by colour do.
+DRAWN = ("attribute",) * 7 + ("place",) * 5 + ("extreme",) * 4 + ("size",) * 2 + ("relation",) * 2 + ("nearest",)
+CUES_OF = {"attribute": [None], **{group: [name for name in CUES if CUES[name].group == group] for group in MARGINS}}
+
+SYNTHETIC_WORDS = sorted({word for text in (
+    *(name for kind in KINDS.values() for name in kind.names), *COLOURS,
+    *(wording.format("", "") for cue in CUES.values() for wording in cue.wordings),
+    *ARTICLES, "that is", "of the image", ".") for word in words(text)})
+
+
+def referent(description: Description, things) -> int | None:
+    """Number of the one object that fits; None where none or several do, or where it is a close call."""
+    anchor = description.anchor and referent(description.anchor, things)
+    if description.anchor and anchor is None:
+        return None
+    numbers = [number for number, thing in enumerate(things) if thing.category == description.category
+               and description.colour in (None, thing.colour) and number != anchor]
+    if not numbers or not description.cue:
+        return numbers[0] if len(numbers) == 1 else None
+    cue, anchor = CUES[description.cue], None if anchor is None else things[anchor]
+    ranked = sorted(((cue.score(things[number], anchor), number) for number in numbers), reverse=True)
+    margin = MARGINS[cue.group]
+    if cue.group in SUPERLATIVE:
+        clear = len(ranked) > 1 and ranked[0][0] - ranked[1][0] >= margin
+    else:
+        clear = ranked[0][0] >= margin and all(score <= -margin for score, _ in ranked[1:])
+    return ranked[0][1] if clear else None
+
+
+def pick(rng, options):
+    return options[int(rng.random() * len(options))]
+
+
+def phrase(rng, description: Description) -> str:
+    """The description in words, without article."""
+    name = pick(rng, KINDS[description.category].names)
+    colour, cue = description.colour, CUES.get(description.cue)
+    if cue is None:
+        return pick(rng, COLOUR_WORDINGS).format(colour=colour, name=name) if colour else name
+    name = f"{colour} {name}" if colour else name
+    anchor = "the " + phrase(rng, description.anchor) if description.anchor else ""
+    text = pick(rng, cue.wordings).format(name, anchor)
+    return text + " of the image" if cue.group == "place" and rng.random() < 0.2 else text
+
+
+def sentence(rng, description: Description) -> str:
+    text, article = phrase(rng, description), pick(rng, ARTICLES)
+    if article in ("a ", "an "):
+        superlative = description.cue and CUES[description.cue].group in SUPERLATIVE
+        article = "the " if superlative else "an " if text[0] in "aeiou" else "a "
+    text = article + text
+    return text[0].upper() + text[1:] + "." if rng.random() < 0.2 else text
+
+
+def express(rng, things, target: int) -> tuple[Expression, ...]:
+    """Up to EXPRESSIONS sentences of different meaning that each fit the target alone."""
+    thing, found = things[target], {}
+    for _ in range(40):
+        group, anchor = pick(rng, DRAWN), None
+        colour = thing.colour if rng.random() < (0.8 if group == "attribute" else 0.4) else None
+        if group in ("relation", "nearest"):
+            other = things[(target + 1 + int(rng.random() * (len(things) - 1))) % len(things)]
+            anchor = Description(other.category, other.colour if rng.random() < 0.7 else None)
+        meaning = Description(thing.category, colour, pick(rng, CUES_OF[group]), anchor)
+        if referent(meaning, things) == target and meaning not in found:
+            found[meaning] = Expression(sentence(rng, meaning), target, meaning)
+            if len(found) == EXPRESSIONS:
+                break
+    return tuple(found.values())
+
+
+def room(rng, length: float, width: float, taken: np.ndarray):
+    """(centre, angle, discs) of a free place for a box, or None; places are x + iy, discs rows of (centre, radius).
+
+    Discs in a row cover a box, one disc a round shape; all keep clear of the border and of the discs that are taken.
+    """
+    n = round(1.5 * length / width) if length > width else 1
+    radius = math.hypot(length / n, width) / 2 if n > 1 else 0.54 * length
+    centres, angles = rng.random(40) + 1j * rng.random(40), 2 * math.pi * rng.random(40)
+    row = ((np.arange(n) + 0.5) / n - 0.5) * length
+    discs = centres[:, None] + np.exp(1j * angles)[:, None] * row                                   # (tries, n)
+    inside = np.maximum(abs(discs.real - 0.5), abs(discs.imag - 0.5)).max(1) < 0.48 - radius
+    gaps = abs(discs[:, :, None] - taken[:, 0]) - radius - taken[:, 1].real                         # (tries, n, taken)
+    free = inside & (gaps > 0.02).all((1, 2))
+    first = int(free.argmax())
+    discs = np.stack([discs[first], np.full(n, radius)], 1)
+    return (complex(centres[first]), float(angles[first]), discs) if free[first] else None
+
+
+def draw_things(rng, small: bool) -> list[Thing] | None:
+    """4 to 6 objects that do not touch; None where they did not find room.
+
+    Categories come in groups and colours from a short palette, so that neither alone tells the objects apart.
+    """
+    categories = [str(name) for name in rng.permutation(list(KINDS)) for _ in range(pick(rng, (1, 2, 2, 3)))]
+    palette = [str(name) for name in rng.permutation(list(COLOURS))[:4]]
+    boxes, things, taken = [], [], np.zeros((0, 2), complex)
+    for category in categories[:pick(rng, (4, 5, 5, 6))]:
+        kind = KINDS[category]
+        low, high = (kind.area[0] / 7, kind.area[1] / 2) if small else kind.area
+        area = low * (high / low) ** rng.random()
+        aspect = kind.aspect * 1.2 ** (2 * rng.random() - 1) if kind.aspect > 1 else 1.0
+        boxes.append((math.sqrt(area / kind.fill * aspect), math.sqrt(area / kind.fill / aspect), area, category))
+    for length, width, area, category in sorted(boxes, reverse=True):
+        if (spot := room(rng, length, width, taken)) is None:
+            return None
+        centre, angle, discs = spot
+        taken = np.concatenate([taken, discs])
+        colour = pick(rng, palette)
+        rgb = tuple(int(min(max(level + 16 * (rng.random() - 0.5), 0), 255)) for level in COLOURS[colour])
+        things.append(Thing(category, colour, rgb, centre.real, centre.imag, angle, length, width, area))
+    return things
+
+
+@functools.lru_cache(maxsize=1024)                       # loader workers forked after the listing find it made
+def scene(number: int, *, size: int = SIDE) -> Scene:
+    """Scene by number: its objects and the sentences that refer to REFERRED of them. Nothing is drawn yet."""
+    rng = np.random.default_rng((SEED, number))
+    while True:
+        things = draw_things(rng, small=number >= SMALL_SCENES)
+        expressions = {}
+        for target in rng.permutation(len(things or ())):
+            if len(expressions) < REFERRED and len(found := express(rng, things, int(target))) == EXPRESSIONS:
+                expressions[int(target)] = found
+        if len(expressions) == REFERRED:
+            referred = tuple(sorted(expressions))
+            return Scene(number, size, tuple(things), referred, tuple(expressions[target] for target in referred))
+
+
+def shade(rgb, tone: float) -> tuple[int, ...]:
+    """Lighter for a positive tone, darker for a negative one; white cannot get lighter, so it gets darker."""
+    tone = -0.35 * tone if tone > 0 and min(rgb) > 200 else tone
+    return tuple(int(level + tone * ((255 - level) if tone > 0 else level)) for level in rgb)
+
+
+def smooth(rng, cells: int, size: int) -> np.ndarray:
+    """(size, size) soft random blobs around 0.5."""
+    grid = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
+    return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def render(scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Picture (H, W, 3) uint8 and for each object its mask (H, W) bool: the pixels whose centre it covers."""
+    size, fine = scene.size, 3                           # objects are drawn `fine` times as large, then averaged
+    canvas = Image.new("RGBA", (size * fine, size * fine))         # the fourth channel holds the object's number + 1
+    draw = ImageDraw.Draw(canvas)
+    for number, thing in enumerate(scene.things):
+        c, s = math.cos(thing.angle) * fine * size / 2, math.sin(thing.angle) * fine * size / 2
+        x, y = thing.x * fine * size, thing.y * fine * size
+        for tone, polygon in KINDS[thing.category].shape:
+            points = [(x + u * thing.length * c - v * thing.width * s, y + u * thing.length * s + v * thing.width * c)
+                      for u, v in polygon]
+            draw.polygon(points, fill=(*shade(thing.rgb, tone), number + 1))
+    labels = canvas.getchannel("A")
+    numbers = np.asarray(labels)[fine // 2::fine, fine // 2::fine]
+    cover = np.asarray(labels.point([0] + [255] * 255).reduce(fine), np.float32) / 255
+    paint = np.moveaxis(np.asarray(canvas.convert("RGB").reduce(fine)), -1, 0) / np.maximum(cover, 1 / fine**2)
+
+    rng = np.random.default_rng((SEED, scene.number, 1))           # the ground does not depend on the objects
+    grounds = {name: np.array(colour, np.float32)[:, None, None] for name, colour in GROUNDS.items()}
+    base, patch = (grounds[name] for name in rng.permutation(list(GROUNDS))[:2])
+    picture = base + (patch - base) * np.clip(8 * smooth(rng, 4, size) - 4.5, 0, 1)                 # (3, H, W)
+    wobble, grain = smooth(rng, 8, size), rng.normal(0, 5, (size, size)).astype(np.float32)
+    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
+    sites = {name: np.full((size, size), -1, np.float32) for name in ("asphalt", "water")}      # above 0 near an object
+    for thing in scene.things:
+        if site := KINDS[thing.category].site:
+            ground, along, across = site
+            c, s = math.cos(thing.angle) / thing.length, math.sin(thing.angle) / thing.length
+            dx, dy = centres - thing.x, (centres - thing.y)[:, None]
+            u, v = (dx * c + dy * s) / along, (dy * c - dx * s) / across
+            np.maximum(sites[ground], 1.4 - u * u - v * v, out=sites[ground])
+    for name, near in sites.items():
+        picture += (grounds[name] - picture) * np.clip(2 * near + 4 * wobble - 2, 0, 1)
+    picture *= 0.85 + 0.3 * smooth(rng, 16, size)
+    shadow = max(1, round(size / 60))                    # pixels, to the lower right; objects stay off the border
+    picture *= 1 - 0.5 * np.roll(cover, (shadow, shadow), (0, 1))
+    picture = np.clip(np.where(numbers > 0, paint, picture) + grain, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(np.moveaxis(picture, 0, -1)), [numbers == i + 1 for i in range(len(scene.things))]
+
+
+def synthetic_samples(split: str, epoch=0, scenes: int | None = None, small=False) -> list[Sample]:
+    """REFERRED x EXPRESSIONS samples for each scene; every training epoch has scenes of its own.
+
+    A sample's picture is `render(scene(sample.image, size=sample.size[0]))`, sample.mask the number of its object.
+    """
+    if split not in SCENES:
+        raise ValueError(f"synthetic has no split {split!r}; choose one of {', '.join(SCENES)}")
+    scenes = SCENES[split] if scenes is None else scenes
+    first = epoch * scenes if split == "train" else 0
+    samples = []
+    for place in range(first, first + scenes):
+        drawn, image_id = scene(FIRST_SCENE[split] + place + small * SMALL_SCENES), f"{split}-{place:05d}"
+        for target, expressions in zip(drawn.referred, drawn.expressions, strict=True):
+            instance, category = f"{image_id}-{target}", drawn.things[target].category
+            samples += [Sample(f"{instance}-{i}", drawn.number, target, expression.text, split, image_id, instance,
+                               category, "file", (drawn.size, drawn.size)) for i, expression in enumerate(expressions)]
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers: reader(benchmark, root) -> {split: samples}
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a data set is stored and what it is known to hold."""
+
+    name: str
+    reader: Callable
+    splits: tuple[str, ...]
+    folders: tuple[str, ...] = ()                  # usual names of its folder
+    names: str = ""                                # pattern of the names in its lists
+    refs: str = ""                                 # its pickle, where it is stored as REFER does
+    images: tuple[str, ...] = ()                   # where a REFER set may keep its images
+    classes: dict = field(default_factory=dict)    # class -> other names of it, to find it in an expression
+    published: dict = field(default_factory=dict)  # split -> {"refs" | "images" | "expressions": number}
+    reference: dict = field(default_factory=dict)  # refs of "seen" | "unseen" categories by CGFormer's code
+
+
+def find_category(expression: str, classes: dict[str, tuple[str, ...]]) -> str | None:
+    """The class that is named first: the head noun comes before its relations. At one place the longest name counts.
+
+    Names are whole words, singular or plural; hyphens count as spaces.
+    """
+    found = _class_pattern(tuple(classes.items())).search(re.sub(r"[-_]", " ", expression.lower()))
+    return found and next(name for name, others in classes.items() if found[1] in (name, *others))
+
+
+@functools.lru_cache
+def _class_pattern(classes):
+    names = sorted((name for entry in classes for name in (entry[0], *entry[1])), key=len, reverse=True)
+    return re.compile(rf"\b({'|'.join(map(re.escape, names))})(?:s|es)?\b")
+
+
+def _holds(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is {'a file' if folder.exists() else 'not there'}"
+    names = sorted(os.listdir(folder))
+    return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{', ...' * (len(names) > 12)}"
+
+
+def _first(folder: Path, names) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _find_folder(benchmark: Benchmark, root: Path, complete: Callable[[Path], object], wanted: str) -> Path:
+    """--data-root itself, or the data set's folder in one of the usual places below it."""
+    places = [root / parent / name for parent in ("", "refer/data", "data") for name in benchmark.folders]
+    foreign = {name for other in DATASETS.values() for name in other.folders if name not in benchmark.folders}
+    if root.resolve().name not in foreign:  # refcoco/ is complete in itself, but it is not refcoco+/
+        places.append(root)
+    if found := next((place for place in places if complete(place)), None):
+        return found
+    seen = dict.fromkeys([root, *(place for place in places if place.is_dir())])
+    raise FileNotFoundError(f"{benchmark.name}: no {wanted} in the data root {root} or its folder "
+                            f"{' | '.join(benchmark.folders)}; {'; '.join(map(_holds, seen))}. "
+                            f"Give --data-root the data set's folder or its parent")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; convert it: iconv -f latin1 -t utf-8") from None
+
+
+def _clean(expression, where: str) -> str:
+    expression = " ".join(str(expression or "").split())
+    if not expression:
+        raise ValueError(f"{where}: the expression is empty; write one or take the entry out")
+    return expression
+
+
+def read_lists(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
+    """RefSegRS, RISBench: a folder of images, one of masks with the same names, a text file per split.
+
+    Each line is `name expression`; RefSegRS writes the number of a .tif, RISBench the name with its extension.
+    """
+    def parts(place):
+        lists = {split: _first(place, [f"{folder}output_phrase_{split}{end}.txt" for end in ("", "3")
+                                       for folder in ("", "phrase_txts/")]) for split in benchmark.splits}
+        lists = {split: path for split, path in lists.items() if path}  # some downloads of RISBench have no val list
+        images, masks = _first(place, ("images", "img_rgb", "images2")), _first(place, ("masks", "mask", "masks2"))
+        return (images, masks, lists) if images and masks and lists else None
+
+    wanted = f"{{images|img_rgb}}/, {{masks|mask}}/ and output_phrase_{{{','.join(benchmark.splits)}}}.txt"
+    images, masks, lists = parts(_find_folder(benchmark, root, parts, wanted))
+    return {split: _read_list(benchmark.name, split, path, images, masks, path.stat().st_mtime_ns)
+            for split, path in lists.items()}
+
+
+@functools.lru_cache(maxsize=8)  # seconds for the large sets; the stamp makes a changed file be read anew
+def _read_list(dataset: str, split: str, path: Path, images: Path, masks: Path, stamp) -> list[Sample]:
+    benchmark, samples = DATASETS[dataset], []
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            name, *expression = line.split(None, 1)
+            expression = _clean("".join(expression), f"{path}:{number}")
+            if not re.fullmatch(benchmark.names, name):
+                raise ValueError(f"{path}:{number}: {name!r} is no name of {dataset}; is it another data set's list?")
+            name = name if "." in name else f"{name}.tif"
+            category = find_category(expression, benchmark.classes)
+            samples.append(Sample(Path(name).stem, images / name, masks / name, expression, split, image_id=name,
+                                  instance=name, category=category, category_source=category and "parsed"))
+    return samples
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """A pickle may name any function to be called while it is read. Here none is: plain containers need none."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; a genuine one holds plain lists and dicts")
+
+
+def _unpickle(path: Path):
+    for encoding in ("utf-8", "latin-1"):  # of the byte strings that Python 2 wrote
+        try:
+            return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding=encoding).load()
+        except UnicodeDecodeError:
+            continue
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise ValueError(f"{path}: refused or damaged ({error}); download the authors' file anew") from None
+
+
+def read_refer(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
+    """RRSIS-D, RefCOCO, RefCOCO+, RefCOCOg: refs(*).p and instances.json in one folder, images in another."""
+    names = benchmark.refs, "instances.json"
+    folder = _find_folder(benchmark, root, lambda place: all((place / name).is_file() for name in names),
+                          " with ".join(names))
+    stamps = tuple((folder / name).stat().st_mtime_ns for name in names)
+    splits = _read_refer(benchmark.name, folder, stamps)
+    return {split: splits[split] for split in benchmark.splits if split in splits}
+
+
+@functools.lru_cache(maxsize=4)  # as above
+def _read_refer(dataset: str, folder: Path, stamps) -> dict[str, list[Sample]]:
+    benchmark, rows = DATASETS[dataset], _unpickle(folder / DATASETS[dataset].refs)
+    where = folder / "instances.json"
+    try:
+        content = json.loads(_text(where))
+        annotations, images = ({entry["id"]: entry for entry in content[name]} for name in ("annotations", "images"))
+        categories = {entry["id"]: entry["name"] for entry in content.get("categories", [])}
+        image_folder = _image_folder(benchmark, folder, [image["file_name"] for image in content["images"][:3]])
+        splits = defaultdict(list)
+        for row in rows:
+            where = f"{folder / benchmark.refs}, ref {row['ref_id']}, with its annotation and image in instances.json"
+            annotation, image, split = annotations[row["ann_id"]], images[row["image_id"]], row["split"]
+            parts, size = annotation["segmentation"], (image["height"], image["width"])
+            parts = parts if isinstance(parts, list) else [parts]
+            if parts and isinstance(parts[0], dict):
+                size = tuple(parts[0]["size"])
+            # A few images of RRSIS-D are some rows or columns off the 800x800 that all its masks have.
+            mask = {"size": size, "parts": parts, "resize": dataset == "rrsisd"}
+            file, instance = image_folder / image["file_name"], f"{row['image_id']}/{row['ann_id']}"
+            # The annotations of RRSIS-D call it categories_id.
+            number = row.get("category_id", annotation.get("category_id", annotation.get("categories_id")))
+            category = categories.get(number)
+            for sentence in row["sentences"]:
+                text = sentence.get("raw") or sentence.get("sent") or " ".join(sentence.get("tokens", []))
+                name = file.stem if dataset == "rrsisd" else f"{row['ref_id']}_{sentence['sent_id']}"
+                splits[split].append(Sample(name, file, mask, _clean(text, where), split, str(row["image_id"]),
+                                            instance, category, category and "file"))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where}: not as REFER has it ({type(error).__name__}: {error}); download it anew") from None
+    return dict(splits)
+
+
+def _image_folder(benchmark: Benchmark, folder: Path, names: list[str]) -> Path:
+    """The first of the usual places that holds one of the named files."""
+    bases = folder.parent, folder, folder.parent.parent
+    places = [place for base in bases for sub in benchmark.images if (place := base / sub).is_dir()]
+    if not places:
+        raise FileNotFoundError(f"{benchmark.name}: no images; looked for {' | '.join(benchmark.images)} in "
+                                f"{', '.join(map(str, bases))}; {_holds(folder.parent)}; {_holds(folder)}")
+    return next((place for place in places if any((place / name).is_file() for name in names)), places[0])
+
+
+def read_union(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
+    """RefCOCO, RefCOCO+ and RefCOCOg together, trained without any image of any val or test split of theirs.
+
+    Both partitions of RefCOCOg hold the same objects: umd gives the training part, google only images to leave out.
+    """
+    sets = {name: read_refer(DATASETS[name], root) for name in (*UNION, "refcocog-google")}
+    held_out = {s.image_id for splits in sets.values() for split in splits if split != "train" for s in splits[split]}
+    train = [replace(sample, id=f"{name}_{sample.id}") for name in UNION
+             for sample in sets[name].get("train", []) if sample.image_id not in held_out]
+    return {"train": train, "val": [replace(s, id=f"refcoco_{s.id}") for s in sets["refcoco"].get("val", [])]}
+
+
+def read_custom(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
+    """The user's own: one .jsonl or .csv file of image, mask (paths from the file's folder), expression.
+
+    Optional are category and split; an entry without split is of train.
+    """
+    files = [root] if root.is_file() else sorted([*root.glob("*.jsonl"), *root.glob("*.csv")])
+    if len(files) != 1 or files[0].suffix not in (".jsonl", ".csv"):
+        raise FileNotFoundError(f"custom: --data-root takes a .jsonl or .csv file or a folder with one; {_holds(root)}")
+    path, splits = files[0], defaultdict(list)
+    lines = io.StringIO(_text(path), newline="")
+    for number, row in enumerate(csv.DictReader(lines) if path.suffix == ".csv" else lines, 1):
+        where = f"{path}, entry {number}"
+        if isinstance(row, str):
+            if not row.strip():
+                continue
+            row = _json_row(row, where)
+        if absent := [name for name in ("image", "mask", "expression") if name not in row]:
+            raise ValueError(f"{where}: no {', '.join(absent)}; image, mask, expression are needed, category and split "
+                             f"optional; found {', '.join(map(str, row))}")
+        image, mask, split, category = (str(row.get(key) or "").strip()
+                                        for key in ("image", "mask", "split", "category"))
+        if not (image and mask):
+            raise ValueError(f"{where}: {'mask' if image else 'image'} is empty; it takes a file name")
+        split, text = split or "train", _clean(row["expression"], where)
+        splits[split].append(Sample(Path(mask).stem, path.parent / image, path.parent / mask, text, split, image,
+                                    f"{image}/{mask}", category or None, "file" if category else None))
+    return dict(splits)
+
+
+def _json_row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}); each line is one object") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a {type(row).__name__}, not an object with image, mask, expression")
+    return row
+
+
+def read_synthetic(benchmark: Benchmark, root) -> dict[str, list[Sample]]:
+    return {split: synthetic_samples(split) for split in benchmark.splits}
+
+
+def _classes(text: str) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(others) for name, *others in (entry.split(" = ") for entry in text.split(", "))}
+
+
+def _lists(name, folders, names, classes, **published) -> Benchmark:
+    return Benchmark(name, read_lists, SPLITS, folders, names, classes=_classes(classes),
+                     published={split: {"expressions": number} for split, number in published.items()})
+
+
+def _coco(name, folder, refs, seen, unseen, **published) -> Benchmark:
+    images = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images/mscoco/train2014",
+              "mscoco/images/train2014", "coco/train2014", "images")
+    counts = ("refs", "images", "expressions")
+    return Benchmark(name, read_refer, tuple(published), (folder,), refs=refs, images=images,
+                     published={split: dict(zip(counts, row, strict=True)) for split, row in published.items()},
+                     reference={"all": {"train": published["train"][0]}, "seen": dict(zip(SPLITS, seen, strict=False)),
+                                "unseen": dict(zip(SPLITS[1:], unseen, strict=False))})
+
+
+SPLITS = ("train", "val", "test")
+UNION = ("refcoco", "refcoco+", "refcocog-umd")
+DATASETS = {benchmark.name: benchmark for benchmark in (
+    Benchmark("synthetic", read_synthetic, SPLITS),
+    _lists("refsegrs", ("RefSegRS", "refsegrs", "new_dataset2"), r"\d+(\.tiff?)?",
+           "road = paved road, vehicle, car, van, building = house, truck, trailer, bus, road marking, bikeway = bike "
+           "lane, sidewalk = pavement, tree, low vegetation = vegetation = grass, impervious surface",
+           train=2172, val=431, test=1817),
+    Benchmark("rrsisd", read_refer, SPLITS, ("rrsisd", "RRSIS-D/rrsisd", "RRSIS-D", "RRSISD", "rrssid"),
+              refs="refs(unc).p",
+              images=("images/rrsisd/JPEGImages", "JPEGImages", "images/JPEGImages", "images/rrsisd", "images"),
+              published={"train": {"expressions": 12181}, "val": {"expressions": 1740}, "test": {"expressions": 3481}}),
+    _lists("risbench", ("RISBench_dataset", "RISBench", "risbench"), r"\S+\.[A-Za-z]+",
+           "expressway service area = service area, expressway toll station = toll station, ground track field = track "
+           "field = running track, basketball court, container crane = crane, roundabout = traffic circle, windmill = "
+           "wind turbine, overpass = flyover, stadium, bridge, soccer ball field = soccer field = football field, "
+           "baseball diamond = baseball field, train station = railway station, golf field = golf course, airport, "
+           "harbor = harbour, dam, ship = boat = vessel, helipad, vehicle = car = truck = van = bus, chimney, airplane "
+           "= plane = aircraft = aeroplane, helicopter, tennis court, storage tank = tank, swimming pool = pool",
+           train=26300, val=10013, test=16159),
+    _coco("refcoco", "refcoco", "refs(unc).p", (35473, 3175, 3200), (445, 394), train=(42404, 16994, 120624),
+          val=(3811, 1500, 10834), testA=(1975, 750, 5657), testB=(1810, 750, 5095)),
+    _coco("refcoco+", "refcoco+", "refs(unc).p", (35375, 3171, 3189), (444, 394), train=(42278, 16992, 120191),
+          val=(3805, 1500, 10758), testA=(1975, 750, 5726), testB=(1798, 750, 4889)),
+    _coco("refcocog-umd", "refcocog", "refs(umd).p", (33093, 2000, 3935), (386, 759), train=(42226, 21899, 80512),
+          val=(2573, 1300, 4896), test=(5023, 2600, 9602)),
+    _coco("refcocog-google", "refcocog", "refs(google).p", (35105, 3923), (760,), train=(44822, 24698, 85474),
+          val=(5000, 4650, 9536)),
+    Benchmark("refcoco-union", read_union, ("train", "val")),
+    Benchmark("custom", read_custom, SPLITS),
+)}
+
+# OVR-CNN's division of COCO's one-word categories, which CGFormer and Prompt-RIS use; the 15 others are in no part.
+CATEGORIES = {"all": set(), "seen": set(words("""
+    person bicycle car motorcycle train truck boat bench bird horse sheep bear zebra giraffe backpack handbag suitcase
+    frisbee skis kite surfboard bottle fork spoon bowl banana apple sandwich orange broccoli carrot pizza donut chair
+    bed toilet tv laptop mouse remote microwave oven toaster refrigerator book clock vase toothbrush
+    """)), "unseen": set(words("""
+    airplane bus cat dog cow elephant umbrella tie snowboard skateboard cup knife cake couch keyboard sink scissors
+    """))}
+
+
+def _read_all(dataset: str, data_root) -> dict[str, list[Sample]]:
+    """Every split. Ids are made distinct: where one comes again, its count is put behind it."""
+    benchmark, splits = _benchmark(dataset), {}
+    for split, samples in benchmark.reader(benchmark, Path(data_root or "").expanduser()).items():
+        taken, splits[split] = set(), []
+        for sample in samples:
+            name = next(name for name in _numbered(sample.id) if name not in taken)
+            taken.add(name)
+            splits[split].append(sample if name == sample.id else replace(sample, id=name))
+    return splits
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}-{count}" for count in itertools.count(2))
+
+
+def _benchmark(dataset: str) -> Benchmark:
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; choose one of {', '.join(DATASETS)}")
+    return DATASETS[dataset]
+
+
+def _splits(dataset: str, data_root) -> list[str]:
+    fixed = dataset in ("synthetic", "refcoco-union")
+    return list(_benchmark(dataset).splits if fixed else _read_all(dataset, data_root))
+
+
+class NoSplit(ValueError):
+    """The data set is there, the split is not."""
+
+    def __init__(self, dataset: str, data_root, wanted: str, splits):
+        hint = "; its tests are those of refcoco, refcoco+ and refcocog-umd" * (dataset == "refcoco-union")
+        super().__init__(f"{dataset} has no split {wanted!r} in {data_root}; it has {', '.join(splits)}{hint}")
+
+
+def split_names(dataset: str, wanted: str, data_root) -> list[str]:
+    """The splits that `wanted` names with commas; test stands for testA and testB: "val,test" -> val, testA, testB."""
+    splits, names = _splits(dataset, data_root), {}
+    for name in wanted.replace(" ", "").split(","):
+        group = [split for split in splits if split == name or (name == "test" and split in ("testA", "testB"))]
+        if not group:
+            raise NoSplit(dataset, data_root, name, splits)
+        names |= dict.fromkeys(group)
+    return list(names)
+
+
+def has_split(dataset: str, data_root, split: str) -> bool:
+    """A download of RISBench without its val list is a normal one."""
+    try:
+        return bool(split_names(dataset, split, data_root))
+    except NoSplit:
+        return False
+
+
+def _select(dataset: str, samples: list[Sample], categories: str) -> list[Sample]:
+    if categories not in CATEGORIES:
+        raise ValueError(f"unknown categories {categories!r}; choose one of {', '.join(CATEGORIES)}")
+    if categories != "all" and not dataset.startswith("refcoco"):
+        raise ValueError(f"categories {categories!r} are a division of COCO's; {dataset} takes only 'all'")
+    return [sample for sample in samples if categories == "all" or sample.category in CATEGORIES[categories]]
+
+
+def read(dataset: str, data_root, split: str, *, categories: str = "all", limit: int = 0, epoch: int = 0,
+         **options) -> list[Sample]:
+    """The samples of a split. `epoch` and `options` go to `synthetic_samples` alone."""
+    if dataset == "synthetic":
+        if limit:
+            scenes = min(SCENES.get(split, 0), -(-limit // (REFERRED * EXPRESSIONS)))
+            options = {"scenes": scenes, **options}
+        samples = synthetic_samples(split, epoch, **options)
+    else:
+        splits = _read_all(dataset, data_root)
+        if split not in splits:
+            raise NoSplit(dataset, data_root, split, splits)
+        samples = splits[split]
+    samples = _select(dataset, samples, categories)
+    samples = samples[:limit] if limit else samples
+    if not samples:
+        raise ValueError(f"{dataset}: split {split} in {data_root} has no sample ({categories} categories)")
+    for path in _missing(samples):
+        raise FileNotFoundError(f"{path}, of {dataset} {split}, is missing; all such files are listed by: "
+                                f"python data.py --dataset {dataset} --data-root {data_root}")
+    return samples
+
+
+def _files(samples: list[Sample]) -> list[Path]:
+    return list(dict.fromkeys(path for s in samples for path in (s.image, s.mask) if isinstance(path, Path)))
+
+
+def _missing(samples: list[Sample]) -> Iterator[Path]:
+    """Image and mask files that are not there. One look at each folder: on a network disk one at each file is slow."""
+    folders = {}
+    for path in _files(samples):
+        if path.parent not in folders:
+            folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+        if path.name not in folders[path.parent] and not path.is_file():
+            yield path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks and images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> Image.Image:
+    """The decoded picture of a file, turned upright by its EXIF tag; whatever is wrong with the file is one line."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; half a picture is no picture
+    try:
+        with Image.open(path) as image:
+            if not (refusal := _refusal(path, *_bands(image))):
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        refusal = _refusal(path, *_unread_bands(path)) or (
+            f"{path}: not an image, or one cut short ({path.stat().st_size} bytes); PNG, JPEG and TIFF are read")
+    except Image.DecompressionBombError:
+        refusal = (f"{path}: above {2 * Image.MAX_IMAGE_PIXELS} pixels; cut it: gdal_translate -srcwin 0 0 4096 4096 "
+                   f"{path} part.tif")
+    except Exception as error:  # PIL's decoders raise nearly anything on a damaged file
+        refusal = f"{path}: truncated or damaged image ({error}); download or export it anew"
+    raise ValueError(refusal)
+
+
+def _bands(image: Image.Image) -> tuple[int, str]:
+    """(number of bands, type) as stored: PIL cuts 16-bit colour to its high bytes without a word."""
+    if image.format == "TIFF":
+        return _tag_bands(image.tag_v2)
+    bands = len(image.getbands())
+    if image.format == "PNG" and bands > 1 and "16" in str(image.tile[0][3]):
+        return bands, "uint16"
+    return 1 if image.mode == "LA" else bands, {"I": "uint16", "F": "float32"}.get(image.mode[0], "uint8")
+
+
+def _tag_bands(tags) -> tuple[int, str]:
+    kind = {1: "uint", 2: "int", 3: "float", 5: "cint", 6: "cfloat"}.get(tags.get(339, (1,))[0], "unknown ")
+    return tags.get(277, 1), kind + str(max(8, *tags.get(258, (1,))))
+
+
+def _unread_bands(path: Path) -> tuple[int, str]:
+    """The same for a TIFF that PIL does not open; any other file passes as one band of bytes."""
+    with open(path, "rb") as file:
+        header = file.read(16)
+        try:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(header if b"\x2b" in header[2:4] else header[:8])
+            file.seek(tags.next)
+            tags.load(file)
+            return tags[277], _tag_bands(tags)[1] + " in a form that PIL does not open"
+        except Exception:  # of a file that is no TIFF
+            return 1, "uint8"
+
+
+def _refusal(path: Path, bands: int, kind: str) -> str:
+    if (kind == "uint8" and bands in (1, 3, 4)) or (bands, kind) == (1, "uint16"):
+        return ""
+    options = "-b 1" if bands < 3 else "-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"
+    options += "" if "uint8" in kind else " -ot Byte -scale"
+    return (f"{path}: {bands} band{'s' * (bands > 1)} of {kind}; 8-bit images of 1, 3 or 4 bands and 16-bit gray are "
+            f"read. Convert it: gdal_translate {options} {path} converted.tif")
+
+
+def read_image(path) -> Image.Image:
+    """An image file as RGB, upright.
+
+    Gray is repeated. 16-bit gray is stretched from its 2nd to its 98th percentile, as GIS viewers show it. The fourth
+    band of a TIFF is left out: it is often infrared, whatever its tag says. Other transparency is laid over white.
+    """
+    image = _open(Path(path))
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float32)
+        low, high = np.percentile(values, (2, 98))
+        if low == high:
+            low, high = values.min(), max(values.max(), values.min() + 1)
+        image = Image.fromarray(((values - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8))
+    elif image.format == "TIFF" and image.mode in ("RGBA", "RGBX", "RGBa"):
+        image = Image.merge("RGB", image.split()[:3])
+    elif image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _mask_from_file(path: Path) -> np.ndarray:
+    """0 and 1 or 0 and 255, in one band or several: foreground above 50, or above 0 where no value exceeds 1."""
+    image = _open(path)
+    values = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "CMYK") else image)
+    if values.ndim == 3:
+        values = values[..., :1 if image.mode == "LA" else 3].max(-1)
+    brightest = values.max()
+    if 1 < brightest <= 50:
+        raise ValueError(f"{path}: the largest value is {brightest}; a mask holds 0 and 1 or 0 and 255")
+    return values > (50 if brightest > 1 else 0)
+
+
+def run_lengths(counts: list | str | bytes) -> np.ndarray:
+    """Runs of a COCO RLE, background first.
+
+    Compressed: signed numbers of 5 bits per character, from the fourth on the difference to the run two before.
+    """
+    if isinstance(counts, list):
+        return np.array(counts, np.int64)
+    codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    starts = np.flatnonzero(np.append(True, codes & 32 == 0)[:-1])
+    lengths = np.diff(np.append(starts, len(codes)))
+    values = (codes & 31) << 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat(values, starts)
+    runs -= np.where(codes[starts + lengths - 1] & 16, 1 << 5 * lengths, 0)
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return runs
+
+
+def _mask_from_parts(parts: list, size: tuple[int, int]) -> np.ndarray:
+    """Union of RLEs (column-major) and polygons; without any part an empty mask."""
+    mask, (height, width) = np.zeros(size, bool), size
+    for part in (part for part in parts if isinstance(part, dict) and len(part["counts"])):
+        runs = run_lengths(part["counts"])  # pycocotools would leave memory as it finds it where runs are too few
+        if (runs < 0).any() or runs.sum() != height * width:
+            raise ValueError(f"its runs make {runs.sum()} pixels, not {height}x{width}")
+        mask |= np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    # Two corners have no area, and pycocotools takes four numbers for a box.
+    if polygons := [part for part in parts if not isinstance(part, dict) and len(part) >= 6]:
+        try:
+            from pycocotools import mask as coco
+        except ImportError:
+            raise ModuleNotFoundError("masks stored as polygons need: pip install pycocotools") from None
+        mask |= coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
+    return mask
+
+
+class SizeError(ValueError):
+    """A mask of another size than its image."""
+
+
+def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool; `size` is that of the image, which the mask must have."""
+    size = tuple(size)
+    if isinstance(sample.mask, int):
+        return _drawn(sample)[1][sample.mask]
+    if isinstance(sample.mask, Path):
+        mask = _mask_from_file(sample.mask)
+    else:
+        try:
+            mask = _mask_from_parts(sample.mask["parts"], sample.mask["size"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{sample.image}, sample {sample.id}: damaged segmentation ({error}); download "
+                             "instances.json anew") from None
+        if sample.mask["resize"] and mask.shape != size:
+            mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+    if mask.shape != size:
+        raise SizeError(f"{sample.image}, sample {sample.id}: the image is {size[0]}x{size[1]} (height x width), its "
+                        f"mask {mask.shape[0]}x{mask.shape[1]}; export one of them at the other's size")
+    return mask
+
+
+def _drawn(sample: Sample) -> tuple[np.ndarray, list[np.ndarray]]:
+    return render(scene(sample.image, size=sample.size[0]))
+
+
+def load(samples: list[Sample]) -> tuple[Image.Image, list[np.ndarray]]:
+    """The image of some samples, read once, and the mask of each."""
+    if isinstance(samples[0].image, int):
+        pixels, masks = _drawn(samples[0])
+        return Image.fromarray(pixels), [masks[sample.mask] for sample in samples]
+    image = read_image(samples[0].image)
+    return image, [read_mask(sample, image.size[::-1]) for sample in samples]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataset and sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _by_image(samples: list[Sample], numbers) -> list[tuple[int, ...]]:
+    groups = defaultdict(list)
+    for number in numbers:
+        groups[samples[number].image_id].append(number)
+    return [tuple(group) for group in groups.values()]
+
+
+class ReferringDataset(torch.utils.data.Dataset):
+    """Indexed by a tuple of sample numbers of one image, which is loaded once for all of them."""
+
+    def __init__(self, samples: list[Sample], image_size: int, tokenizer, original: bool = False):
+        self.samples, self.image_size, self.tokenizer, self.original = samples, image_size, tokenizer, original
+        self.images = _by_image(samples, range(len(samples)))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, numbers: tuple[int, ...]) -> dict:
+        samples, square = [self.samples[number] for number in numbers], (self.image_size, self.image_size)
+        image, masks = load(samples)
+        pixels = np.array(image.resize(square, Image.Resampling.BILINEAR))
+        resized = [np.asarray(Image.fromarray(mask).resize(square, Image.Resampling.NEAREST)) for mask in masks]
+        tokens, text_mask = self.tokenizer([sample.expression for sample in samples])
+        item = {"image": torch.from_numpy(pixels).permute(2, 0, 1),                             # (3, S, S) uint8
+                "tokens": tokens, "text_mask": text_mask,                                       # (m, L)
+                "masks": torch.from_numpy(np.stack(resized)),                                   # (m, S, S) bool
+                "instance": torch.tensor([instance_number(sample) for sample in samples]),      # (m,) int64
+                "samples": [replace(sample, size=image.size[::-1]) for sample in samples]}
+        if self.original:
+            item["original_masks"] = [torch.from_numpy(mask.copy()) for mask in masks]          # m of (H, W) bool
+        return item
+
+
+def instance_number(sample: Sample) -> int:
+    """63 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(sample.instance.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def collate(items: list[dict]) -> dict:
+    """The batch of some items; an image that comes in two of them is in it once."""
+    rows = {}
+    for item in items:
+        rows.setdefault(item["samples"][0].image_id, (len(rows), item["image"]))
+    samples = [sample for item in items for sample in item["samples"]]
+    batch = {name: torch.cat([item[name] for item in items]) for name in ("tokens", "text_mask", "masks", "instance")}
+    batch |= {"images": torch.stack([image for _, image in rows.values()]),                     # (N, 3, S, S) uint8
+              "image_index": torch.tensor([rows[sample.image_id][0] for sample in samples]),    # (M,) int64
+              "samples": samples}
+    if "original_masks" in items[0]:
+        batch["original_masks"] = [mask for item in items for mask in item["original_masks"]]
+    return batch
+
+
+class TrainSampler:
+    """Which expressions make up each step of an epoch, divided over processes and micro-batches.
+
+    per_image = 0: each object once per epoch by one of its expressions; b > 0: each image once by up to b expressions,
+    of different objects as far as there are. Every draw depends on (seed, epoch, step) alone.
+    """
+
+    def __init__(self, samples: list[Sample], *, batch_size: int, micro_batch: int, per_image: int, seed: int,
+                 world: int = 1):
+        self.samples, self.micro_batch, self.per_image = samples, micro_batch, per_image
+        self.seed, self.world, self.order = seed, world, (None, [])
+        units = defaultdict(lambda: defaultdict(list))
+        for number, sample in enumerate(samples):
+            units[sample.image_id if per_image else sample.instance][sample.instance].append(number)
+        self.units = [list(instances.values()) for instances in units.values()]
+        size, total = max(batch_size // max(per_image, 1), 1), len(self.units)
+        if min(size, total) < world:
+            what = "images" if per_image else "objects"
+            raise ValueError(f"{total} training {what} in steps of {size} (batch size {batch_size}) are too few for "
+                             f"{world} processes; start at most {min(size, total)}, or enlarge the batch or the data")
+        self.steps = min(-(-total // size), total // world)  # nearly equal ones, so none below `world` units
+
+    def plan(self, epoch: int, step: int) -> list[list[list[tuple[int, ...]]]]:
+        """plan[rank][micro] = one tuple of sample numbers per image."""
+        if self.order[0] != epoch:
+            # To numpy the seeds (a, b) and (a, b, 0) are equal, so the order has a 0 of its own and steps count from 1.
+            order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.units))
+            self.order = epoch, np.array_split(order, self.steps)
+        rng = np.random.default_rng((self.seed, epoch, step + 1))
+        drawn = [number for unit in self.order[1][step] for number in self._draw(self.units[unit], rng)]
+        groups = _by_image(self.samples, drawn)
+        if len(groups) < self.world:  # never with per_image, where each unit is an image
+            groups = [(number,) for group in groups for number in group]
+        parts = [_by_image(self.samples, itertools.chain(*part)) for part in self._divide(groups)]
+        k = len(parts) // self.world
+        return [parts[rank * k:(rank + 1) * k] for rank in range(self.world)]
+
+    def _draw(self, instances: list[list[int]], rng) -> list[int]:
+        if not self.per_image:
+            return [instances[0][rng.integers(len(instances[0]))]]
+        turns = [(turn, rng.random(), int(number)) for numbers in instances
+                 for turn, number in enumerate(rng.permutation(numbers))]  # each object's first, then each one's second
+        return [number for *_, number in sorted(turns)[:self.per_image]]
+
+    def _divide(self, groups: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Contiguous, nearly equal parts, as few for each process as keep within micro_batch where images allow it."""
+        ends, most = np.cumsum([len(group) for group in groups]), len(groups) // self.world
+        for k in range(min(-(-ends[-1] // (self.world * self.micro_batch)), most), most + 1):
+            count, cuts = self.world * k, [0]
+            for part in range(1, count):
+                nearest = int(abs(ends - ends[-1] * part / count).argmin()) + 1
+                cuts.append(min(max(nearest, cuts[-1] + 1), len(groups) - count + part))
+            parts = [groups[a:b] for a, b in zip(cuts, [*cuts[1:], len(groups)], strict=True)]
+            if all(len(part) == 1 or sum(map(len, part)) <= self.micro_batch for part in parts):
+                break
+        return parts
+
+    def batches(self, epoch: int, rank: int, first_step: int = 0) -> Iterator[list[tuple[int, ...]]]:
+        """The micro-batches of one process in order: a DataLoader's batch_sampler."""
+        for step in range(first_step, self.steps):
+            yield from self.plan(epoch, step)[rank]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Check command
+# ---------------------------------------------------------------------------------------------------------------------
+
+STOPS = ("missing", "unreadable", "mismatch")  # what stops a training
+
+
+def check_image(samples: list[Sample]) -> list[tuple[str, str]]:
+    """(kind, line) for whatever is wrong with an image and its masks."""
+    if missing := [("missing", str(path)) for path in _files(samples) if not path.is_file()]:
+        return missing
+    try:
+        masks = load(samples)[1]
+    except (ValueError, OSError) as error:
+        return [("mismatch" if isinstance(error, SizeError) else "unreadable", str(error))]
+    findings = []
+    for sample, mask in {sample.instance: (sample, mask) for sample, mask in zip(samples, masks, strict=True)}.values():
+        if not mask.any():
+            findings.append(("empty", f"{sample.image}, sample {sample.id}: its mask has no foreground"))
+        if isinstance(sample.mask, dict) and tuple(sample.mask["size"]) != mask.shape:
+            findings.append(("resized", "{}, sample {}: its mask of {}x{} is resized to the image's {}x{}".format(
+                sample.image, sample.id, *sample.mask["size"], *mask.shape)))
+    return findings
+
+
+def _print_counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
+    """Numbers found beside the published ones; for seen and unseen categories those that CGFormer's code states."""
+    def refs(*parts):
+        return len({sample.id.rpartition("_")[0] for samples in parts for sample in samples})
+
+    union, benchmark = dataset == "refcoco-union", DATASETS["refcoco" if dataset == "refcoco-union" else dataset]
+    for name, samples in splits.items():
+        counts = {"refs": refs(samples), "images": len({sample.image_id for sample in samples})}
+        counts = (counts if benchmark.reference else {}) | {"expressions": len(samples)}
+        known = benchmark.published.get(name, {}) if categories == "all" and (name, union) != ("train", True) else {}
+        print(f"{name:6s}", ", ".join(_beside(number, what, known.get(what)) for what, number in counts.items()))
+    for part in UNION if union and "train" in splits else ():
+        kept = refs([sample for sample in splits["train"] if sample.id.startswith(f"{part}_")])
+        whole = DATASETS[part].reference[categories].get("train")
+        print(f"train  {kept} refs of {part}" + f", of {whole} with images that are held out elsewhere" * bool(whole))
+    for name, expected in benchmark.reference.get(categories, {}).items() if categories != "all" else ():
+        parts = [samples for split, samples in splits.items() if split.startswith(name)]
+        if parts and (name, union) != ("train", True):
+            print(f"{name:6s} {categories}: {_beside(refs(*parts), 'refs', expected)}")
+
+
+def _beside(found: int, what: str, expected: int | None) -> str:
+    verdict = "OK" if found == expected else f"differs by {found - (expected or 0):+d}"
+    return f"{found} {what}" + ("" if expected is None else f" (published {expected}: {verdict})")
+
+
+def check(dataset: str, data_root, split: str | None, categories: str) -> int:
+    """Prints the counts, every bad file and a summary; returns how many files would stop a training."""
+    splits = _read_all(dataset, data_root)
+    if absent := [name for name in DATASETS[dataset].splits if name not in splits and dataset != "custom"]:
+        print(f"not there: {', '.join(absent)}" + " (without val the last epoch is kept)" * ("val" in absent))
+    wanted = split_names(dataset, split, data_root) if split else splits
+    splits = {name: _select(dataset, splits[name], categories) for name in wanted}
+    _print_counts(dataset, splits, categories)
+    groups = [[s[number] for number in group] for s in splits.values() for group in _by_image(s, range(len(s)))]
+    found = Counter()
+    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
+        for findings in tqdm(pool.imap(check_image, groups), "images", len(groups), disable=None):
+            for kind, line in findings:
+                found[kind] += 1
+                tqdm.write(f"{kind:10s} {line}")
+    stops = sum(found[kind] for kind in STOPS)
+    summary = ", ".join(f"{found[kind]} {kind}" for kind in (*STOPS, "empty", "resized"))
+    print(f"{dataset}: {len(groups)} images, {summary}: "
+          + (f"{stops} problems would stop a training" if stops else "ready for training"))
+    return stops
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description="Check a download: counts beside the published ones, then every file.")
+    parser.add_argument("--dataset", required=True, choices=DATASETS, help="the data set")
+    parser.add_argument("--data-root", default="data", help="its folder, the parent or custom's file (default: data)")
+    parser.add_argument("--split", help="one split or several with commas (default: all)")
+    parser.add_argument("--categories", default="all", choices=CATEGORIES, help="of the RefCOCO sets (default: all)")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args([re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in arguments])
+    try:
+        stops = check(args.dataset, args.data_root, args.split, args.categories)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(1 if stops else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The models by name: settings, building, exports.
+
+    model = models.load("runs/crobim_u-synthetic")      # the best weights, ready to predict; model.tokenizer beside it
+
+A weights file leaves out only what came unchanged from a named source (a frozen pretrained backbone): its header
+keeps the source and a hash of each tensor, and loading checks them.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import sys
+import typing
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+PAPERS = {
+    "crobim_u": "CroBIMU",
+}
+
+
+# ---------------------------------------------------------------------------------------------- names and settings
+
+
+def paper(name):
+    """The module of one paper: Config, RECIPE, ABLATIONS, tokenizer and the model class live in it."""
+    if name not in PAPERS:
+        raise ValueError(f"--model {name}: no such model; there are {', '.join(PAPERS)}")
+    return importlib.import_module(f"models.{name}")
+
+
+def build(name, config):
+    """The model of paper `name` with random weights; `load_pretrained` is the caller's next step."""
+    return getattr(paper(name), PAPERS[name])(config)
+
+
+def maps(model):
+    """Names of the model's outputs, (M,1,h,w) in [0,1], that pictures show: MAPS of its file."""
+    return sys.modules[type(model).__module__].MAPS
+
+
+def override(config, recipe, settings):
+    """`field=value` strings applied to the Config or to the recipe, whichever has the field -> (config, recipe).
+
+    Raises ValueError for an unknown field or a value of another type than the field's.
+    """
+    kinds = typing.get_type_hints(type(config))
+    changes, recipe = {}, dict(recipe)
+    for setting in settings:
+        field, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: expected field=value")
+        if field in kinds:
+            changes[field] = _typed(field, text, kinds[field])
+        elif field in recipe:
+            kind = dict | None if field == "phases" else type(recipe[field])
+            recipe[field] = _typed(field, text, kind)
+        else:
+            raise ValueError(f"--set {setting}: neither the configuration nor the recipe has a field '{field}'; "
+                             f"there are {', '.join(sorted([*kinds, *recipe]))}")
+    return dataclasses.replace(config, **changes), recipe
+
+
+def _typed(field, text, kind):
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, type(int | None)) else (kind,)
+    for one in kinds:
+        base = typing.get_origin(one) or one
+        if base is type(None) and value is None:
+            return None
+        if base is tuple and isinstance(value, (list, tuple)):
+            return tuple(value)
+        if base is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if base is str and value is not None and not isinstance(value, (list, tuple, dict)):
+            return text.strip("'\"")
+        if base in (bool, int, dict) and type(value) is base:
+            return value
+    wanted = " or ".join(getattr(one, "__name__", str(one)) for one in kinds)
+    raise ValueError(f"--set {field}={text}: {field} takes {wanted}, got {type(value).__name__}")
+
+
+def config_from(name, values):
+    """The Config that config.json holds as plain JSON (lists become the tuples they were)."""
+    fields = {field.name for field in dataclasses.fields(paper(name).Config)}
+    if set(values) != fields:
+        raise ValueError(f"config.json is of another version of {name}: fields {sorted(set(values) ^ fields)} differ; "
+                         "train anew, or use the version of the code that wrote it")
+    return paper(name).Config(**{key: _tuples(value) for key, value in values.items()})
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+# --------------------------------------------------------------------------------------------------------- exports
+
+
+def _digest(tensor):
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def remember_sources(model, sources):
+    """Note which frozen tensors came from where; `sources` is what `load_pretrained` returned, {prefix: source}.
+
+    Call it once the parameters that learn are known: only what has requires_grad=False can stay out of an export.
+    """
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.unchanged = {
+        name: (source, _digest(tensor))
+        for name, tensor in model.state_dict().items()
+        for prefix, source in sources.items()
+        if name.startswith(prefix) and name not in learning
+    }
+
+
+def own_state(model):
+    """(tensors that an export must hold, {name: (source, sha256)} of those that it may leave out)."""
+    state = model.state_dict()
+    left_out = {name: mark for name, mark in getattr(model, "unchanged", {}).items() if _digest(state[name]) == mark[1]}
+    return {name: tensor for name, tensor in state.items() if name not in left_out}, left_out
+
+
+def load_own_state(model, tensors, left_out, origin):
+    """Load what `own_state` gave into `model`, whose left-out tensors must already be those of their source."""
+    state = model.state_dict()
+    expected = set(state) - set(left_out)
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise ValueError(f"{origin} is not of this model: {len(odd)} tensors differ by name, the first {odd[:3]}; "
+                         "the configuration and the weights must come from one run")
+    shapes = [name for name, tensor in tensors.items() if tensor.shape != state[name].shape]
+    if shapes:
+        name = shapes[0]
+        raise ValueError(f"{origin} does not fit this configuration: {name} is {tuple(tensors[name].shape)} there and "
+                         f"{tuple(state[name].shape)} here; leave the fields that change shapes as they were trained")
+    for name, (source, digest) in left_out.items():
+        if _digest(state[name]) != digest:
+            raise ValueError(f"{origin} was trained on another version of {source}: the tensor {name} differs; "
+                             "give the folder with the original files as --set pretrained=DIR")
+    model.load_state_dict({**{name: state[name] for name in left_out}, **tensors})
+
+
+def save(model, path):
+    """Write `model` as a safetensors export, beside and then into place."""
+    tensors, left_out = own_state(model)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    part = Path(f"{path}.part")
+    save_file(tensors, part, metadata={"format": "pt", "left_out": json.dumps(left_out)})
+    os.replace(part, path)
+
+
+def read_weights(path):
+    """(tensors, left_out) of an export. FileNotFoundError or ValueError with the file's name."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            left_out = json.loads((file.metadata() or {}).get("left_out", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, left_out  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); train or copy it again") from None
+
+
+def run_settings(run):
+    """config.json of a run folder, or of the folder that a weights file lies in -> (dict, folder)."""
+    run = Path(run)
+    folder = run if run.is_dir() else run.parent
+    if not run.exists():
+        raise FileNotFoundError(f"--checkpoint {run}: no such run folder or weights file")
+    try:
+        return json.loads((folder / "config.json").read_text()), folder
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--checkpoint {run}: no config.json in {folder}; give a folder that train.py wrote, "
+                                "or a weights file inside one") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not valid JSON ({error})") from None
+
+
+def read_tokenizer(name, config, folder):
+    """The tokenizer of a run: the pretrained one, or the word list that the run kept in tokenizer.json."""
+    if config.pretrained != "none":
+        return paper(name).tokenizer(config)
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: the run's vocabulary is missing; copy it beside config.json")
+    return paper(name).tokenizer(config, json.loads(path.read_text())["words"])
+
+
+def load(run, settings=(), device="cpu"):
+    """A trained model in eval mode, `model.tokenizer` and `model.run` (config.json) attached.
+
+    run: a run folder (best.safetensors, else last.safetensors) or a weights file in one. settings: `field=value`
+    strings that change no tensor's shape. Raises FileNotFoundError or ValueError naming the file or the field.
+    """
+    values, folder = run_settings(run)
+    name = values["model"]
+    config = config_from(name, values["config"])
+    config, recipe = override(config, values["recipe"], settings)
+    candidates = [Path(run)] if Path(run).is_file() else [folder / "best.safetensors", folder / "last.safetensors"]
+    path = next((file for file in candidates if file.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no best.safetensors or last.safetensors; has its first epoch ended?")
+    tensors, left_out = read_weights(path)
+    model = build(name, config)
+    if left_out:
+        model.load_pretrained()
+    load_own_state(model, tensors, left_out, path)
+    model.tokenizer = read_tokenizer(name, config, folder)
+    model.run = {**values, "recipe": recipe}
+    return model.eval().requires_grad_(False).to(device)

@@ -1,0 +1,707 @@
+"""CroBIM-U: where is the referred object likely to be got wrong, and what is done about it there.
+
+Paper
+    Sun, Dong, Jiang, Liu, Gu. CroBIM-U: Uncertainty-Driven Referring Remote Sensing Image Segmentation.
+    arXiv:2601.03490, 2026, https://arxiv.org/abs/2601.03490
+    A scorer (RUS) reads the coarsest visual tokens and the words and predicts a map U of where the mask will be wrong;
+    the model's own current errors supervise it. A gate (UGF) lets the words act on the visual tokens where U is high,
+    before decoding; a small head (UDLR) corrects the decoded logits where U is high. All three fit other two-tower
+    models: they are built from widths and called with plain tensors.
+Official
+    none released, nor is the code of its base, CroBIM (arXiv:2410.08613). No code was copied.
+Shapes
+    N images, M expressions, S image side, s stride (4, 8, 16, 32), h,w = S/s, C width 256, L tokens with padding
+    V, T        visual tokens (M,h*w,C) of a level, words (M,L,C)
+    m           the paper's padding mask, 1 = ignored; here text_mask (M,L), True = a real token, its inverse
+    U, U_p      uncertainty logits (M,1,S/32,S/32), at S x S where resized; their sigmoid
+    F           mask feature (M,C,S/4,S/4)
+    P_fg, P_ref logits before and after refinement (M,1,S,S);  M refinement mask (M,1,S,S);  y masks (M,1,S,S)
+Equations
+    (1)          MultiScaleEncoder.forward, one Phi is EncoderLayer
+    (2)          CroBIMU.forward, by resize
+    (3)          ReferringUncertaintyScorer.forward
+    (4) (5)      online_error
+    (6) (7) (8)  losses.py, uncertainty_loss, called by CroBIMU.criterion
+    (9) - (12)   UncertaintyGatedFusion.forward
+    (13) - (16)  UncertaintyDrivenLocalRefinement.forward
+    (17) (18)    CroBIMU.criterion
+    (19) (20)    metrics.py
+Departs
+    channels     256..2048 in III-B are not ConvNeXt-B's: the widths are read from the tower (128..1024)
+    (3)          padded words are masked out of the softmax; as printed they would take part
+    (8)          the weight is clamped at 100 (clamp=None: as printed); one wrong pixel would weigh as much as the image
+    (17)         not optional: refinement learns from nothing else, since L_seg and L_unc see P_fg
+    refine       "cheap" puts a 1x1 convolution C -> refine_hidden before F is resized for (15): 2.5 times fewer
+                 products; the default is "literal", as printed
+Silent
+    Base         the paper's Base is CroBIM, of which no more is used than III-B describes: two towers, a projection
+                 per level, a multi-scale encoder, mask logits
+    projections  1x1 convolution and group norm per level, linear and layer norm for the words
+    Phi          words first (attention, residual, norm), then deformable attention over all three levels and a
+                 feed-forward net: Mask2Former's pixel decoder, whose layer count and heads the paper quotes
+    P_fg         F = conv(V_4 + resized V_8); one query, the word at [CLS], attends to strides 32, 16, 8 in turn;
+                 P_fg = <F, MLP(query)> / sqrt(C) + b, resized from stride 4: Mask2Former's decoder with one query
+    start        Xavier for attention and feed-forward layers, as in Mask2Former; PyTorch's own lets the words in weakly
+    b            starts at logit(0.05), so that the first predictions are mostly background
+    resizing     bilinear, align_corners=False
+    (3)          MLP 2C-C-1 with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
+    (5)          z = e; with error_blur the 3x3 mean, and (8) still counts e
+    (6)-(8)      epsilon 1: the counts are integers
+    warm-up      L_unc is multiplied by zero for the first 5 % of the run: an empty prediction's errors are the mask
+    (9)          8 heads with their own output layer before Proj, dropout 0.1; no key biases, they cancel
+    (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g (detach_gate stops it)
+    (13)         tau 0.5: (8) puts U_p above 0.5 where errors are more frequent than on average; t 0.1; no blur
+    (15)         64 channels, F resized to S x S, the last layer zero; P_fg and U_p enter undetached
+    L_seg        takes logits: 0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice, as in the code that CroBIM thanks
+    (18)         lambda_unc 0.1, lambda_ref 1
+    text         20 tokens with [CLS] and [SEP], lower case, padded to 20
+    training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars, all of BERT learns
+    freeze       the paper freezes nothing; freeze=True keeps both towers as they were loaded
+    Table V      the rows are independent switches (V-B, V-C); "RUS only" is our control, L_unc as a mere second task
+Omits
+    CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
+"""
+
+import argparse
+import math
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizer, ConvNextConfig, ConvNextModel
+
+from losses import binary_cross_entropy, dice_loss, uncertainty_loss
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, as both ConvNeXt sources expect
+MAPS = ("uncertainty", "refine_mask", "coarse")
+
+
+@dataclass(frozen=True)
+class Config:
+    image_size: int = 480                           # IV-B1
+    text_length: int = 20                           # IV-B1
+    pretrained: str = "hub"                         # "hub", "none", or a folder with one entry per backbone
+    weights_dir: str = "weights"                    # where files lie that are on no hub
+    image_backbone: str = "pretrained_convnext_base.pth"        # IV-B1: SMLFR; or Meta's .pth, or a hub name
+    text_backbone: str = "google-bert/bert-base-uncased"        # IV-B1
+    freeze: bool = False                            # both towers; the paper trains all
+
+    convnext_depths: tuple[int, ...] = (3, 3, 27, 3)            # IV-B1: ConvNeXt-Base
+    convnext_widths: tuple[int, ...] = (128, 256, 512, 1024)
+    layer_scale: float = 1e-6                       # ConvNeXt's
+    drop_path: float = 0.3                          # our choice: LAVT's
+    vocab_size: int = 30522                         # IV-B1: BERT-base
+    bert_width: int = 768
+    bert_layers: int = 12
+    bert_heads: int = 12
+    bert_ffn: int = 3072
+    dropout: float = 0.1                            # BERT's; in Eq. (9) our choice
+
+    width: int = 256                                # III-B, C
+    norm_groups: int = 32                           # our choice: Mask2Former's
+    encoder_layers: int = 6                         # III-B
+    heads: int = 8                                  # III-B
+    ffn_width: int = 1024                           # our choice: Mask2Former's
+    points: int = 4                                 # our choice: Mask2Former's, per level
+    prior: float = 0.05                             # our choice: about the foreground's share of the pixels
+
+    rus: bool = True                                # Table V's switches; ugf and udlr need rus
+    ugf: bool = True
+    udlr: bool = True
+    detach_gate: bool = False                       # True: L_seg does not reach RUS through Eq. (11)
+    tau: float = 0.5                                # our choice, Eq. (13)
+    temperature: float = 0.1                        # our choice, t of Eq. (13)
+    blur: int = 0                                   # our choice, side of the mean in Eq. (13), odd; 0 = none
+    refine: str = "literal"                         # or "cheap", see Departs
+    refine_hidden: int = 64                         # our choice, Eq. (15)
+    refine_init: float = 0.0                        # Eq. (15): std of the last layer, "near-zero"
+
+    seg_weights: tuple[float, ...] = (0.9, 0.1)     # our choice: RMSIN's cross-entropy and Dice
+    class_weights: tuple[float, ...] = (0.9, 1.1)   # our choice: LAVT's background and foreground
+    lambda_unc: float = 0.1                         # our choice, Eq. (18)
+    lambda_ref: float = 1.0                         # our choice, Eq. (18)
+    unc_warmup: float = 0.05                        # our choice: share of the run before L_unc counts
+    lambda_s: float = 1.0                           # Eq. (7)
+    delta: float = 0.5                              # Eq. (7)
+    clamp: float | None = 100.0                     # our choice, Eq. (8); None = as printed
+    error_blur: bool = False                        # Eq. (5): z = Blur(e)
+    symmetric: bool = False                         # our choice: weight up the rarer side of Eq. (8), whichever it is
+
+    def __post_init__(self):
+        if (self.ugf or self.udlr) and not self.rus:
+            raise ValueError("ugf and udlr read the uncertainty of rus; set rus=True, or ugf=False and udlr=False")
+        if self.refine not in ("literal", "cheap") or self.blur and self.blur % 2 == 0:
+            raise ValueError(f"refine={self.refine}, blur={self.blur}: expected literal or cheap; 0 or an odd number")
+        if self.width % 4 or self.width % self.heads or self.width % self.norm_groups:
+            raise ValueError(f"width={self.width}: expected a multiple of 4, of heads={self.heads} "
+                             f"and of norm_groups={self.norm_groups}")
+
+    @classmethod
+    def tiny(cls):
+        return cls(image_size=96, pretrained="none", vocab_size=256,
+                   convnext_depths=(1, 1, 2, 1), convnext_widths=(24, 48, 72, 96), layer_scale=1.0, drop_path=0.0,
+                   bert_width=48, bert_layers=2, bert_heads=4, bert_ffn=96, dropout=0.0,
+                   width=48, norm_groups=8, encoder_layers=2, heads=4, ffn_width=96, refine="cheap", refine_hidden=4,
+                   points=2, seg_weights=(1.0, 1.0), class_weights=(1.0, 1.0))      # Dice finds small objects sooner
+
+
+RECIPE = {                                          # IV-B2 where not marked
+    "epochs": 40, "batch_size": 32, "lr": 5e-5, "weight_decay": 0.01,
+    "schedule": "poly", "power": 0.9, "warmup": 0.0,            # power, no warm-up: our choice, LAVT's
+    "micro_batch": 4, "clip": 0.0, "precision": "bf16",         # our choice; the paper's 32 are 4 on each of 8 cards
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None,
+}
+RECIPE_FOR = {}                                     # IV-B2: one recipe for all data sets
+RECIPE_TINY = {"epochs": 11, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5,
+               "clip": 1.0, "per_image": 4}
+ABLATIONS = {
+    "V": {row: {"rus": rus, "ugf": ugf, "udlr": udlr} for row, rus, ugf, udlr in (
+        ("Base", False, False, False), ("+UGF", True, True, False), ("+UDLR", True, False, True),
+        ("Full", True, True, True), ("RUS only", True, False, False))},
+}
+
+
+# --------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+class WordTokenizer:
+    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,L)."""
+
+    SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+    def __init__(self, words, length):
+        self.words, self.length = list(words), length
+        self.numbers = {word: number for number, word in enumerate((*self.SPECIAL, *self.words))}
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __call__(self, expressions):
+        tokens = torch.zeros(len(expressions), self.length, dtype=torch.long)
+        for row, expression in zip(tokens, expressions, strict=True):
+            words = re.findall(r"\w+|[^\w\s]", expression.lower())[:self.length - 2]
+            numbers = [self.numbers.get(word, 1) for word in words]
+            row[:len(words) + 2] = torch.tensor([2, *numbers, 3])
+        return tokens, tokens != 0
+
+
+class BertWords:
+    """BERT's own tokenizer, padded and cut to `length` with [CLS] and [SEP] kept: strings -> tokens, text_mask."""
+
+    def __init__(self, tokenizer, length):
+        self.tokenizer, self.length = tokenizer, length
+
+    def __len__(self):
+        return len(self.tokenizer)
+
+    def __call__(self, expressions):
+        batch = self.tokenizer(list(expressions), padding="max_length", truncation=True, max_length=self.length,
+                               return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def tokenizer(config, vocabulary=None):
+    """A callable, strings -> (tokens, text_mask); over the words of `vocabulary` exactly when pretrained="none"."""
+    if config.pretrained == "none":
+        if vocabulary is None:
+            raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
+        return WordTokenizer(vocabulary, config.text_length)
+    source = find_weights(config, config.text_backbone)
+    words = from_hub(bert_vocabulary, source)
+    if len(words) != config.vocab_size:
+        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
+    return BertWords(words, config.text_length)
+
+
+def bert_vocabulary(source):
+    words = BertTokenizer.from_pretrained(source)
+    if len(words) <= 5:                             # transformers' answer to a missing file is its five special words
+        raise OSError("neither vocab.txt nor tokenizer.json found")
+    return words
+
+
+def find_weights(config, name):
+    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
+    if config.pretrained == "hub" and not name.endswith(".pth"):
+        return name
+    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
+    if path.exists():
+        return str(path)
+    if name.endswith(".pth"):
+        raise FileNotFoundError(
+            f"{path}: no such file; SMLFR's is linked (Baidu) in the README of github.com/HIT-SIRS/SMLFR, "
+            "Meta's in that of github.com/facebookresearch/ConvNeXt: put one there under this name, "
+            "or set image_backbone=facebook/convnext-base-224-22k")
+    raise FileNotFoundError(f"{path}: no such folder; put huggingface.co/{name} there, or set pretrained=hub")
+
+
+def from_hub(load, source, **options):
+    """`load(source)` of transformers, with an answer that helps if it fails."""
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
+                             f"({str(error).strip().splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
+            f"or put its files in DIR/{source.split('/')[-1]} and set pretrained=DIR") from error
+
+
+META_TO_HUGGINGFACE = (
+    (r"^downsample_layers\.0\.0\.", "embeddings.patch_embeddings."),
+    (r"^downsample_layers\.0\.1\.", "embeddings.layernorm."),
+    (r"^downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."),
+    (r"^stages\.(\d)\.(\d+)\.", r"encoder.stages.\1.layers.\2."),
+    (r"\.norm\.", ".layernorm."),
+    (r"\.gamma$", ".layer_scale_parameter"),
+)
+SPARK = "sparse_encoder.sp_cnn."                    # SMLFR's full file holds its decoder and settings beside the tower
+
+
+def read_meta_convnext(path):
+    """A ConvNeXt file in Meta's naming, bare or as SMLFR wraps it -> tensors under HuggingFace's names."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
+    for wrapper in ("module", "state_dict", "model"):
+        if isinstance(file, dict) and isinstance(file.get(wrapper), dict):
+            file = file[wrapper]
+    if not isinstance(file, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
+    tensors = {re.sub(r"^((module|encoder|backbone)\.)+", "", name): value for name, value in file.items()}
+    if any(name.startswith(SPARK) for name in tensors):
+        tensors = {name.removeprefix(SPARK): value for name, value in tensors.items() if name.startswith(SPARK)}
+    tensors = {name: value for name, value in tensors.items() if not re.match(r"(head|norm\d?)\.", name)}
+    for pattern, replacement in META_TO_HUGGINGFACE:
+        tensors = {re.sub(pattern, replacement, name): value for name, value in tensors.items()}
+    return tensors
+
+
+def read_huggingface(kind, source, extra):
+    """Tensors of a published checkpoint in float32, as the file names them but for those that begin with `extra`."""
+    model, info = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+    tensors = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
+    tensors |= dict.fromkeys(info["unexpected_keys"])
+    return {name: value for name, value in tensors.items() if not name.startswith(extra)}
+
+
+def load_strictly(module, tensors, source, fields):
+    """All of `tensors` into `module` and nothing left over; `fields` are named if it does not fit."""
+    own = module.state_dict()
+    wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
+    wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    module.load_state_dict(tensors)
+    print(f"{source}: {len(tensors)} tensors loaded")
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def resize(maps, size):
+    """(B,C,h,w) -> (B,C,*size), bilinear; uncertainty is resized as logits, III-B."""
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def xavier(*layers):
+    """Start linear layers as transformers do."""
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head attention: queries (B,Q,C), keys and values (B,K,D) -> (B,Q,C); mask (B,K), True = may be read."""
+
+    def __init__(self, width, heads, context_width=None):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(context_width or width, width, bias=False)      # a key bias cancels in the softmax
+        self.to_v = nn.Linear(context_width or width, width)
+        self.to_out = nn.Linear(width, width)
+        xavier(self.to_q, self.to_k, self.to_v, self.to_out)
+
+    def forward(self, queries, keys, values, mask=None):
+        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
+                   for tokens in (self.to_q(queries), self.to_k(keys), self.to_v(values)))
+        mask = None if mask is None else mask[:, None, None]                  # (B,1,1,K)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,Q,C/heads)
+        return self.to_out(rearrange(mixed, "b a n d -> b n (a d)"))
+
+
+def feed_forward(width, hidden):
+    """(B,n,C) -> (B,n,C), each token by itself."""
+    layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+    xavier(layers[0], layers[2])
+    return layers
+
+
+def grid_centres(size, device):
+    """Centres (x, y) of the cells of an h x w grid over the unit square -> (h*w,2)."""
+    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+
+
+def sine_positions(centres, width):
+    """Points (n,2) of the unit square -> (n,width): sines and cosines of x and of y at width/4 frequencies."""
+    steps = torch.arange(width // 4, device=centres.device) / (width // 4)
+    angles = centres[:, :, None] * (2 * math.pi * 10000 ** -steps)            # (n,2,C/4)
+    return torch.cat((angles.sin(), angles.cos()), -1).flatten(1)
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Zhu et al. 2021): each head reads `points` places per level and weighs them."""
+
+    def __init__(self, width, heads, levels, points):
+        super().__init__()
+        self.heads, self.levels = heads, levels
+        self.value, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.offsets = nn.Linear(width, heads * levels * points * 2)
+        self.weights = nn.Linear(width, heads * levels * points)
+        xavier(self.value, self.to_out)
+        for parameter in (self.offsets.weight, self.weights.weight, self.weights.bias):
+            nn.init.zeros_(parameter)
+        # Each head starts out looking in a direction of its own, its points 1, 2, ... cells away.
+        angles = torch.arange(heads) * (2 * math.pi / heads)
+        ring = torch.stack((angles.cos(), angles.sin()), -1)                  # (heads,2)
+        steps = torch.arange(1, points + 1).view(1, 1, points, 1)
+        ring = (ring / ring.abs().amax(-1, keepdim=True)).view(heads, 1, 1, 2) * steps              # (heads,1,points,2)
+        self.offsets.bias.data.copy_(ring.expand(-1, levels, -1, -1).flatten())
+
+    def forward(self, queries, tokens, centres, sizes):
+        """queries, tokens (B,n,C), n = sum of h*w over sizes; centres (n,2) -> (B,n,C). Samples in float32."""
+        value = rearrange(self.value(tokens), "b n (a d) -> (b a) d n", a=self.heads)
+        offsets = rearrange(self.offsets(queries), "b n (a l p c) -> l (b a) n p c", a=self.heads, l=self.levels, c=2)
+        weights = rearrange(self.weights(queries), "b n (a p) -> (b a) 1 n p", a=self.heads).float().softmax(-1)
+        with torch.autocast(tokens.device.type, enabled=False):
+            levels = value.float().split([h * w for h, w in sizes], -1)
+            centres, sampled = 2 * centres[:, None] - 1, []                   # (n,1,2) in [-1,1]
+            for level, (h, w), offset in zip(levels, sizes, offsets.float(), strict=True):
+                x, y = offset.unbind(-1)                                      # in cells of the level
+                where = centres + torch.stack((x * (2 / w), y * (2 / h)), -1)                # (B*heads,n,points,2)
+                sampled.append(F.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False))
+            mixed = (torch.cat(sampled, -1) * weights).sum(-1)                # (B*heads,C/heads,n)
+        return self.to_out(rearrange(mixed, "(b a) d n -> b n (a d)", a=self.heads))
+
+
+class EncoderLayer(nn.Module):
+    """Phi of Eq. (1): the words act on the visual tokens, then the tokens of all levels mix."""
+
+    def __init__(self, width, heads, levels, points, ffn_width):
+        super().__init__()
+        self.read_words = Attention(width, heads)
+        self.mix = DeformableAttention(width, heads, levels, points)
+        self.ffn = feed_forward(width, ffn_width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, V, T, text_mask, positions, centres, sizes):
+        """V (M,n,C), the tokens of all levels; T (M,L,C); positions (n,C); centres (n,2) -> (M,n,C)."""
+        V = self.norms[0](V + self.read_words(V + positions, T, T, text_mask))
+        V = self.norms[1](V + self.mix(V + positions, V, centres, sizes))
+        return self.norms[2](V + self.ffn(V))
+
+
+class MultiScaleEncoder(nn.Module):
+    """III-B: transformer-based multi-scale interaction over strides 8, 16 and 32."""
+
+    def __init__(self, width, heads, layers, points, ffn_width, levels=3):
+        super().__init__()
+        self.level_embedding = nn.Parameter(torch.randn(levels, width))
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, levels, points, ffn_width) for _ in range(layers))
+
+    def forward(self, features, T, text_mask):
+        """features, a list of (M,C,h,w); T (M,L,C) -> the features, updated; positions, a list of (h*w,C)."""
+        sizes = [tuple(feature.shape[-2:]) for feature in features]
+        centres = [grid_centres(size, T.device) for size in sizes]
+        positions = [sine_positions(c, T.shape[-1]) + e for c, e in zip(centres, self.level_embedding, strict=True)]
+        V = torch.cat([rearrange(feature, "m c h w -> m (h w) c") for feature in features], 1)      # (M,n,C)
+        for Phi in self.layers:
+            V = Phi(V, T, text_mask, torch.cat(positions), torch.cat(centres), sizes)
+        levels = zip(V.split([h * w for h, w in sizes], 1), sizes, strict=True)
+        features = [rearrange(V_s, "m (h w) c -> m c h w", h=h) for V_s, (h, w) in levels]  # Eq. (1)
+        return features, positions
+
+
+class MaskDecoder(nn.Module):
+    """III-B: the mask feature F and the foreground logits at stride 4, an inner product at each place."""
+
+    def __init__(self, width, heads, groups, prior, levels=3):
+        super().__init__()
+        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width),
+                                    nn.ReLU())
+        self.read_image = nn.ModuleList(Attention(width, heads) for _ in range(levels))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(levels))
+        self.embed = feed_forward(width, width)
+        self.bias = nn.Parameter(torch.tensor(math.log(prior / (1 - prior))))
+
+    def forward(self, feature4, features, positions, T):
+        """feature4 (M,C,S/4,S/4); features, positions from the encoder; T (M,L,C) -> F (M,C,S/4,S/4), (M,1,S/4,S/4)."""
+        mask_feature = self.smooth(feature4 + resize(features[0], feature4.shape[-2:]))             # (M,C,S/4,S/4)
+        query = T[:, :1]                                                      # (M,1,C), the word at [CLS]
+        for i in range(len(features)):
+            V = rearrange(features[-1 - i], "m c h w -> m (h w) c")           # coarse to fine
+            query = self.norms[i](query + self.read_image[i](query, V + positions[-1 - i], V))
+        logits = torch.einsum("mqc,mchw->mqhw", self.embed(query), mask_feature).float()            # (M,1,S/4,S/4)
+        return mask_feature, logits / math.sqrt(query.shape[-1]) + self.bias
+
+
+# ----------------------------------------------------------------------------- the paper's three plug-and-play modules
+
+
+class ReferringUncertaintyScorer(nn.Module):
+    """III-C, RUS: where the mask is likely to be wrong, as logits.
+
+    Fits any two-tower model: features (B,C,h,w), its coarsest level; words (B,L,D); text_mask (B,L), True = a real
+    token -> uncertainty logits (B,1,h,w). losses.uncertainty_loss trains it on the model's own mask.
+    """
+
+    def __init__(self, width, text_width=None):
+        super().__init__()
+        self.W_v = nn.Linear(width, width, bias=False)
+        self.W_t = nn.Linear(text_width or width, width, bias=False)
+        self.gamma = nn.Parameter(torch.tensor(width ** -0.5))
+        self.mlp = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
+        nn.init.eye_(self.W_v.weight)
+        nn.init.eye_(self.W_t.weight)
+        nn.init.normal_(self.mlp[-1].weight, std=0.01)
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self, features, words, text_mask):
+        V = rearrange(features, "b c h w -> b (h w) c")                       # (B,h*w,C)
+        V_, T_ = self.W_v(V), self.W_t(words)                                 # (B,h*w,C), (B,L,C)
+        # T~ = A T' with A = Softmax(gamma V' T'^T) over the real words
+        T_aligned = F.scaled_dot_product_attention(self.gamma * V_, T_, T_, text_mask[:, None], scale=1.0)
+        u = self.mlp(torch.cat((V, T_aligned), -1))  # Eq. (3)
+        return rearrange(u, "b (h w) 1 -> b 1 h w", h=features.shape[-2])     # (B,1,h,w)
+
+
+def online_error(logits, masks):
+    """P_fg and y, (B,1,H,W) -> the present prediction and where it errs, bool (B,1,H,W), without gradient."""
+    prediction = logits.detach().sigmoid() > 0.5  # Eq. (4)
+    return prediction, prediction != masks  # Eq. (5)
+
+
+class UncertaintyGatedFusion(nn.Module):
+    """III-D, UGF: the words act on the visual tokens as strongly as they are needed there.
+
+    Fits any two-tower model, between encoder and decoder, one module for all levels: features (B,C,h,w); words (B,L,D);
+    text_mask (B,L), True = a real token; uncertainty logits (B,1,any,any) -> features (B,C,h,w).
+    """
+
+    def __init__(self, width, text_width=None, heads=8, dropout=0.1):
+        super().__init__()
+        self.attention = Attention(width, heads, text_width)
+        self.proj = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+        self.alpha = nn.Parameter(torch.tensor(1.0))
+        self.beta = nn.Parameter(torch.tensor(0.0))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features, words, text_mask, uncertainty):
+        h, w = features.shape[-2:]
+        V = rearrange(features, "b c h w -> b (h w) c")                       # (B,h*w,C)
+        Delta_V = self.proj(self.attention(V, words, words, text_mask))  # Eq. (9)
+        u = rearrange(resize(uncertainty, (h, w)), "b 1 h w -> b (h w) 1")  # Eq. (10)
+        g = torch.sigmoid(self.alpha * u + self.beta)  # Eq. (11)
+        V = self.norm(V + g * Delta_V)  # Eq. (12)
+        return rearrange(V, "b (h w) c -> b c h w", h=h)                      # (B,C,h,w)
+
+
+class UncertaintyDrivenLocalRefinement(nn.Module):
+    """III-E, UDLR: a residual on the coarse logits, let through where the uncertainty is high.
+
+    Fits any decoder: feature (B,C,h,w), its finest; logits P_fg (B,1,H,W); uncertainty logits (B,1,any,any)
+    -> refined logits (B,1,H,W) and the refinement mask (B,1,H,W) in [0,1].
+    """
+
+    def __init__(self, width, hidden=64, tau=0.5, temperature=0.1, blur=0, cheap=False, init_std=0.0):
+        super().__init__()
+        self.tau, self.temperature, self.blur = tau, temperature, blur
+        self.reduce = nn.Conv2d(width, hidden, 1) if cheap else nn.Identity()
+        self.head = nn.Sequential(nn.Conv2d((hidden if cheap else width) + 2, hidden, 3, padding=1), nn.ReLU(),
+                                  nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, 1, 1))
+        nn.init.normal_(self.head[-1].weight, std=init_std)
+        nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, feature, logits, uncertainty):
+        P_fg, size, t = logits, logits.shape[-2:], self.temperature
+        U_p = resize(uncertainty, size).sigmoid()                             # (B,1,H,W)
+        blurred = U_p if not self.blur else F.avg_pool2d(U_p, self.blur, 1, self.blur // 2, count_include_pad=False)
+        M = torch.sigmoid((blurred - self.tau) / t)  # Eq. (13)
+        M = M.detach()  # Eq. (14)
+        feature = resize(self.reduce(feature), size)                          # (B,C,H,W)
+        inputs = torch.cat((feature, P_fg.to(feature.dtype), U_p.to(feature.dtype)), 1)             # (B,C+2,H,W)
+        Delta = self.head(inputs.contiguous(memory_format=torch.channels_last))  # Eq. (15)
+        P_ref = P_fg + M * Delta  # Eq. (16)
+        return P_ref, M
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+class CroBIMU(nn.Module):
+    """Fig. 1: towers, uncertainty, gated fusion, multi-scale encoder, mask logits, refinement."""
+
+    MAPS = MAPS
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+        self.convnext = ConvNextModel(ConvNextConfig(
+            depths=list(c.convnext_depths), hidden_sizes=list(c.convnext_widths), drop_path_rate=c.drop_path,
+            layer_scale_init_value=c.layer_scale))
+        self.convnext.layernorm = nn.Identity()                               # it serves the classifier only
+        self.bert = BertModel(BertConfig(
+            vocab_size=c.vocab_size, hidden_size=c.bert_width, num_hidden_layers=c.bert_layers,
+            num_attention_heads=c.bert_heads, intermediate_size=c.bert_ffn, hidden_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.dropout), add_pooling_layer=False)
+        self.visual_projections = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, c.width, 1, bias=False), nn.GroupNorm(c.norm_groups, c.width))
+            for width in self.convnext.config.hidden_sizes)
+        self.text_projection = nn.Sequential(nn.Linear(c.bert_width, c.width), nn.LayerNorm(c.width))
+        if c.rus:
+            self.scorer = ReferringUncertaintyScorer(c.width)
+        if c.ugf:
+            self.fusion = UncertaintyGatedFusion(c.width, heads=c.heads, dropout=c.dropout)
+        self.encoder = MultiScaleEncoder(c.width, c.heads, c.encoder_layers, c.points, c.ffn_width)
+        self.decoder = MaskDecoder(c.width, c.heads, c.norm_groups, c.prior)
+        if c.udlr:
+            self.refinement = UncertaintyDrivenLocalRefinement(
+                c.width, c.refine_hidden, c.tau, c.temperature, c.blur, c.refine == "cheap", c.refine_init)
+        self.convnext.requires_grad_(not c.freeze)
+        self.bert.requires_grad_(not c.freeze)
+
+    def load_pretrained(self):
+        """Published weights into both towers, strictly -> {state-dict prefix: source}."""
+        c = self.config
+        if c.pretrained == "none":
+            return {}
+        source = find_weights(c, c.image_backbone)
+        tensors = (read_meta_convnext(source) if source.endswith(".pth") else
+                   read_huggingface(ConvNextModel, source, extra=("layernorm.", "classifier.")))
+        load_strictly(self.convnext, tensors, source, "convnext_depths, convnext_widths")
+        source = find_weights(c, c.text_backbone)
+        tensors = read_huggingface(BertModel, source, extra=("pooler.", "cls."))
+        load_strictly(self.bert, tensors, source, "bert_width, bert_layers, bert_ffn, vocab_size")
+        return {"convnext.": c.image_backbone, "bert.": c.text_backbone}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.config.freeze:
+            self.convnext.eval()
+            self.bert.eval()
+        return self
+
+    def encode_images(self, images):
+        """images (N,3,S,S) uint8 -> V_4, V_8, V_16, V_32 (N,C,S/s,S/s)."""
+        feature = (images / 255 - self.mean) / self.std                       # (N,3,S,S)
+        feature = feature.contiguous(memory_format=torch.channels_last)
+        features = []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
+            feature = self.convnext.embeddings(feature)
+            for stage in self.convnext.encoder.stages:
+                feature = stage(feature)                                      # (N,width of the stage,S/s,S/s)
+                features.append(feature)
+        return [project(feature) for project, feature in zip(self.visual_projections, features, strict=True)]
+
+    def encode_text(self, tokens, text_mask):
+        """tokens, text_mask (M,L) -> T (M,L,C)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
+            # A mask with an axis for queries is taken as it is; about a plain one transformers asks the device.
+            words = self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state
+        return self.text_projection(words)
+
+    def forward(self, images, tokens, text_mask, image_index=None):
+        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> dict of (M,1,S,S) float32.
+
+        logits: above 0 is the mask. coarse, uncertainty, refine_mask: maps in [0,1]. coarse_logits, uncertainty_logits:
+        for the criterion. What is switched off is absent.
+        """
+        c, size = self.config, tuple(images.shape[-2:])
+        features = self.encode_images(images)                                 # four of (N,C,S/s,S/s)
+        if image_index is not None:
+            features = [feature[image_index] for feature in features]         # four of (M,C,S/s,S/s)
+        feature4, *features = features
+        T = self.encode_text(tokens, text_mask)                               # (M,L,C)
+        if c.rus:
+            U = self.scorer(features[-1], T, text_mask).float()               # (M,1,S/32,S/32)
+        if c.ugf:
+            gate = U.detach() if c.detach_gate else U
+            features = [self.fusion(feature, T, text_mask, gate) for feature in features]
+        features, positions = self.encoder(features, T, text_mask)
+        mask_feature, logits = self.decoder(feature4, features, positions, T)  # (M,C,S/4,S/4), (M,1,S/4,S/4)
+        P_fg = resize(logits, size)                                           # (M,1,S,S)
+        outputs = {"logits": P_fg, "coarse_logits": P_fg, "coarse": P_fg.detach().sigmoid()}
+        if c.rus:
+            U = resize(U, size)  # Eq. (2)
+            outputs |= {"uncertainty_logits": U, "uncertainty": U.detach().sigmoid()}
+        if c.udlr:
+            outputs["logits"], outputs["refine_mask"] = self.refinement(mask_feature, P_fg, U)
+        return outputs
+
+    def segmentation_loss(self, logits, masks):
+        """L_seg of logits and masks (M,1,S,S), a mean over the expressions."""
+        c = self.config
+        terms = binary_cross_entropy(logits, masks, *c.class_weights), dice_loss(logits, masks)     # (M,) each
+        return sum(weight * term.mean() for weight, term in zip(c.seg_weights, terms, strict=True))
+
+    def criterion(self, outputs, batch, progress):
+        """outputs, batch["masks"] (M,S,S) bool, progress in [0,1] -> weighted scalars; their sum is the objective."""
+        c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
+        P_fg = outputs["coarse_logits"]
+        losses = {"seg": self.segmentation_loss(P_fg, masks)}
+        if c.rus:
+            prediction, _ = online_error(P_fg, masks)
+            L_unc = uncertainty_loss(
+                outputs["uncertainty_logits"], prediction, masks, sample_weight=c.lambda_s, threshold=c.delta,
+                clamp=c.clamp, blur=c.error_blur, symmetric=c.symmetric).mean()
+            losses["unc"] = c.lambda_unc * float(progress >= c.unc_warmup) * L_unc
+        if c.udlr:
+            L_ref = self.segmentation_loss(outputs["logits"], masks)  # Eq. (17)
+            losses["ref"] = c.lambda_ref * L_ref
+        return losses  # Eq. (18)
+
+    def param_groups(self, recipe):
+        """What learns: all but frozen towers; vectors and scalars (norms, biases, scales) without decay."""
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": [p for p in learning if (p.ndim > 1) == matrix], "lr": recipe["lr"], "weight_decay": decay}
+                for matrix, decay in ((True, recipe["weight_decay"]), (False, 0.0))]
+
+    @torch.no_grad()
+    def diagnose(self, outputs, masks):
+        """Is U_p what V-A says it is? masks (M,S,S) -> figures (M,), NaN where there is no error to find.
+
+        uncertainty_auroc: the chance that U_p is higher at a wrong pixel than at a right one. errors_refined: the share
+        of wrong pixels with M > 0.5; refined_area: the share of all pixels, what a blind M would score.
+        """
+        if not self.config.rus:
+            return {}
+        _, e = online_error(outputs["coarse_logits"], masks[:, None])
+        figures = {"uncertainty_auroc": auroc(outputs["uncertainty"], e)}
+        if self.config.udlr:
+            inside = outputs["refine_mask"] > 0.5
+            figures["errors_refined"] = (inside & e).sum((1, 2, 3)) / e.sum((1, 2, 3))
+            figures["refined_area"] = inside.float().mean((1, 2, 3))
+        return figures
+
+
+def auroc(scores, positive):
+    """scores, positive (M,1,H,W) -> (M,): area under the ROC curve, ties counting half; NaN where a class is absent."""
+    scores, positive = scores.flatten(1).contiguous(), positive.flatten(1)
+    ordered = scores.sort(1).values
+    rank = (torch.searchsorted(ordered, scores) + torch.searchsorted(ordered, scores, right=True) + 1).double() / 2
+    n1, n0 = positive.sum(1).double(), (~positive).sum(1)
+    return (((rank * positive).sum(1) - n1 * (n1 + 1) / 2) / (n1 * n0)).float()

@@ -1,0 +1,874 @@
+"""CroBIM-U: each equation by plain loops, then the contracts of a model file.
+
+Eqs. (6)-(8) are derived in test_losses.py and Eqs. (19)-(20) in test_metrics.py; here the calls are checked.
+"""
+
+import argparse
+import dataclasses
+import math
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import BertModel, BertTokenizer, ConvNextForImageClassification, ConvNextModel
+
+from losses import uncertainty_loss
+from models import crobim_u
+from models.crobim_u import (
+    ABLATIONS,
+    RECIPE,
+    RECIPE_TINY,
+    Config,
+    CroBIMU,
+    MultiScaleEncoder,
+    ReferringUncertaintyScorer,
+    UncertaintyDrivenLocalRefinement,
+    UncertaintyGatedFusion,
+    online_error,
+    tokenizer,
+)
+
+SMALL = replace(Config.tiny(), image_size=64, text_length=8, vocab_size=40, convnext_depths=(1, 1, 2, 1),
+                convnext_widths=(8, 12, 16, 24), bert_width=16, bert_layers=1, bert_heads=2, bert_ffn=24, width=16,
+                norm_groups=4, encoder_layers=2, heads=2, ffn_width=24, points=2, refine="literal", refine_hidden=6,
+                seg_weights=Config().seg_weights, class_weights=Config().class_weights)
+OPEN = replace(SMALL, refine_init=0.5)              # a zero last layer would hide the refinement head's other gradients
+
+
+def build(config=SMALL, seed=0):
+    torch.manual_seed(seed)
+    return CroBIMU(config).eval()
+
+
+def lively(config):
+    """A model without the small initial weights that make gradients small: BERT's, the scorer's last layer."""
+    model = build(config)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("bert.", "scorer.mlp.2.")) and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def batch(config=SMALL, images=2, image_index=(0, 1, 1), seed=0):
+    """Random images and expressions of unlike lengths; each mask is a rectangle."""
+    random = torch.Generator().manual_seed(seed)
+    M, S, L = len(image_index), config.image_size, config.text_length
+    tokens = torch.randint(4, config.vocab_size, (M, L), generator=random)
+    text_mask = torch.arange(L) < torch.arange(4, 4 + M)[:, None].clamp(max=L)
+    masks = torch.zeros(M, S, S, dtype=torch.bool)
+    for i in range(M):
+        masks[i, 4 + 6 * i:24 + 6 * i, 10:30 + 4 * i] = True
+    tokens[:, 0] = 2
+    return {"images": torch.randint(0, 256, (images, 3, S, S), generator=random, dtype=torch.uint8),
+            "tokens": tokens * text_mask, "text_mask": text_mask, "image_index": torch.tensor(image_index),
+            "masks": masks}
+
+
+def run(model, data):
+    return model(data["images"], data["tokens"], data["text_mask"], data["image_index"])
+
+
+def randomise(module, seed=0):
+    """Every parameter drawn anew, so that no zero, one or identity hides a missing term; in double precision."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module.double().eval()
+
+
+def array(tensor):
+    return tensor.detach().numpy()
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def linear(x, layer):
+    return x @ array(layer.weight).T + (0 if layer.bias is None else array(layer.bias))
+
+
+def layer_norm(x, norm):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + norm.eps)
+    return x * array(norm.weight) + array(norm.bias)
+
+
+def feed_forward(x, layers):
+    return linear(np.maximum(linear(x, layers[0]), 0), layers[2])
+
+
+def sample(grid, x, y):
+    """Bilinear value of grid (h,w,...) at x, y in cells, cell centres at half integers, zero outside."""
+    h, w = grid.shape[:2]
+    value = np.zeros(grid.shape[2:])
+    for i in range(h):
+        for j in range(w):
+            value = value + max(0, 1 - abs(y - i - 0.5)) * max(0, 1 - abs(x - j - 0.5)) * grid[i, j]
+    return value
+
+
+def bilinear(grid, H, W):
+    """Resize (h,w) to (H,W), align_corners=False: positions beyond the outer centres take the border's value."""
+    h, w = grid.shape
+    out = np.zeros((H, W))
+    for i in range(H):
+        for j in range(W):
+            y = min(max((i + 0.5) * h / H, 0.5), h - 0.5)
+            x = min(max((j + 0.5) * w / W, 0.5), w - 0.5)
+            out[i, j] = sample(grid, x, y)
+    return out
+
+
+def attention(queries, keys, values, layer, mask=None):
+    """Multi-head attention of one expression, query by query and head by head."""
+    q, k, v = linear(queries, layer.to_q), linear(keys, layer.to_k), linear(values, layer.to_v)
+    d = q.shape[1] // layer.heads
+    mixed = np.zeros_like(q)
+    for head in range(layer.heads):
+        part = slice(head * d, (head + 1) * d)
+        for n in range(len(q)):
+            scores = k[:, part] @ q[n, part] / math.sqrt(d)
+            mixed[n, part] = softmax(scores if mask is None else np.where(mask, scores, -np.inf)) @ v[:, part]
+    return linear(mixed, layer.to_out)
+
+
+# ----------------------------------------------------------------------------------------------------- equations 1 to 5
+
+
+def deformable(queries, tokens, layer, sizes, points):
+    """Multi-scale deformable attention of one expression by loops over tokens, heads, levels and points."""
+    value = linear(tokens, layer.value)
+    offsets, weights = linear(queries, layer.offsets), linear(queries, layer.weights)
+    d, L = value.shape[1] // layer.heads, len(sizes)
+    starts = np.cumsum([0, *[h * w for h, w in sizes]])
+    places = [((j + 0.5) / w, (i + 0.5) / h) for h, w in sizes for i in range(h) for j in range(w)]
+    mixed = np.zeros_like(value)
+    for n, (x, y) in enumerate(places):
+        for head in range(layer.heads):
+            part = slice(head * d, (head + 1) * d)
+            weight = softmax(weights[n].reshape(layer.heads, -1)[head]).reshape(L, points)
+            offset = offsets[n].reshape(layer.heads, L, points, 2)[head]
+            for level, (h, w) in enumerate(sizes):
+                grid = value[starts[level]:starts[level + 1], part].reshape(h, w, d)
+                for p in range(points):
+                    at = sample(grid, x * w + offset[level, p, 0], y * h + offset[level, p, 1])
+                    mixed[n, part] += weight[level, p] * at
+    return linear(mixed, layer.to_out)
+
+
+def test_eq01_words_then_token_mixing_on_each_level():
+    C, sizes, points = 8, [(4, 2), (2, 1), (1, 1)], 2
+    encoder = randomise(MultiScaleEncoder(C, heads=2, layers=2, points=points, ffn_width=12)).float()
+    features = [torch.randn(1, C, h, w) for h, w in sizes]
+    T, text_mask = torch.randn(1, 5, C), torch.tensor([[True, True, True, False, False]])
+    found, _ = encoder(features, T, text_mask)
+
+    V, positions = [], []
+    for level, (feature, (h, w)) in enumerate(zip(features, sizes, strict=True)):
+        for i in range(h):
+            for j in range(w):
+                V.append(array(feature)[0, :, i, j])
+                angles = [2 * math.pi * place * 10000 ** (-k / 2) for place in ((j + 0.5) / w, (i + 0.5) / h)
+                          for k in range(2)]
+                sine = [f(angle) for axis in (angles[:2], angles[2:]) for f in (math.sin, math.cos) for angle in axis]
+                positions.append(np.array(sine) + array(encoder.level_embedding)[level])
+    V, positions, words = np.stack(V), np.stack(positions), array(T)[0]
+    for layer in encoder.layers:
+        increment = attention(V + positions, words, words, layer.read_words, array(text_mask)[0])
+        V = layer_norm(V + increment, layer.norms[0])
+        V = layer_norm(V + deformable(V + positions, V, layer.mix, sizes, points), layer.norms[1])
+        V = layer_norm(V + feed_forward(V, layer.ffn), layer.norms[2])
+    start = 0
+    for feature, (h, w) in zip(found, sizes, strict=True):
+        expected = V[start:start + h * w].reshape(h, w, C).transpose(2, 0, 1)
+        np.testing.assert_allclose(array(feature)[0], expected, atol=1e-4)
+        start += h * w
+
+
+def test_eq01_sampling_starts_on_a_ring():
+    layer = MultiScaleEncoder(8, heads=4, layers=1, points=2, ffn_width=8).layers[0].mix
+    offsets = array(layer.offsets.bias).reshape(4, 3, 2, 2)
+    for head, (x, y) in enumerate([(1, 0), (0, 1), (-1, 0), (0, -1)]):
+        for level in range(3):
+            for p in range(2):
+                np.testing.assert_allclose(offsets[head, level, p], [x * (p + 1), y * (p + 1)], atol=1e-6)
+    assert layer.offsets.weight.abs().max() == layer.weights.weight.abs().max() == layer.weights.bias.abs().max() == 0
+
+
+def test_eq02_uncertainty_is_resized_as_logits():
+    model, kept = build(), []
+    model.scorer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    nn.init.normal_(model.scorer.mlp[-1].weight)
+    with torch.no_grad():
+        outputs = run(model, batch())
+    assert kept[0].shape == (3, 1, 2, 2)
+    for U, found in zip(kept[0], outputs["uncertainty_logits"], strict=True):
+        np.testing.assert_allclose(array(found)[0], bilinear(array(U)[0], 64, 64), atol=1e-5)
+    np.testing.assert_allclose(array(outputs["uncertainty"]), sigmoid(array(outputs["uncertainty_logits"])), atol=1e-6)
+
+
+def test_eq03_scorer():
+    C, D, h, w = 6, 10, 3, 2
+    scorer = randomise(ReferringUncertaintyScorer(C, text_width=D))
+    features, words = torch.randn(2, C, h, w, dtype=torch.double), torch.randn(2, 4, D, dtype=torch.double)
+    text_mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    U = array(scorer(features, words, text_mask))
+    W_v, W_t, gamma = array(scorer.W_v.weight).T, array(scorer.W_t.weight).T, scorer.gamma.item()
+    for b in range(2):
+        T_ = (array(words)[b] @ W_t)[array(text_mask)[b]]
+        for i in range(h):
+            for j in range(w):
+                V = array(features)[b, :, i, j]
+                A = softmax(np.array([gamma * (V @ W_v) @ t for t in T_]))
+                aligned = sum(a * t for a, t in zip(A, T_, strict=True))
+                hidden = linear(np.concatenate((V, aligned)), scorer.mlp[0])
+                gelu = np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in hidden])
+                np.testing.assert_allclose(U[b, 0, i, j], linear(gelu, scorer.mlp[2])[0], atol=1e-10)
+
+
+def test_eq03_initial_state():
+    scorer = ReferringUncertaintyScorer(16)
+    assert torch.equal(scorer.W_v.weight, torch.eye(16)) and torch.equal(scorer.W_t.weight, torch.eye(16))
+    assert scorer.gamma.item() == pytest.approx(0.25)
+    U = scorer(torch.randn(2, 16, 3, 3), torch.randn(2, 4, 16), torch.ones(2, 4, dtype=torch.bool))
+    assert U.abs().max() < 0.2
+
+
+def test_eq04_prediction_has_no_gradient_and_a_strict_threshold():
+    logits = torch.tensor([-1.0, 0.0, 1e-3, 4.0]).view(1, 1, 2, 2).requires_grad_()
+    prediction, _ = online_error(logits, torch.zeros(1, 1, 2, 2, dtype=torch.bool))
+    assert prediction.flatten().tolist() == [False, False, True, True]
+    assert prediction.dtype == torch.bool and not prediction.requires_grad
+
+
+def test_eq05_error_map():
+    logits = torch.tensor([-1.0, -1.0, 2.0, 2.0]).view(1, 1, 2, 2)
+    _, e = online_error(logits, torch.tensor([False, True, False, True]).view(1, 1, 2, 2))
+    assert e.flatten().tolist() == [False, True, True, False]
+
+
+def test_eq06_eq07_eq08_criterion_calls_the_uncertainty_loss(monkeypatch):
+    """Eqs. (6)-(8) get the coarse prediction, the resized logits and the settings."""
+    config = replace(OPEN, lambda_unc=0.3, lambda_s=2.0, delta=0.4, clamp=7.0, error_blur=True, symmetric=True)
+    model, data, calls = build(config), batch(), []
+
+    def record(*args, **settings):
+        calls.append((args, settings))
+        return uncertainty_loss(*args, **settings)
+
+    monkeypatch.setattr(crobim_u, "uncertainty_loss", record)
+    outputs = run(model, data)
+    outputs["coarse_logits"] = torch.randn(3, 1, 64, 64)
+    losses = model.criterion(outputs, data, progress=1.0)
+    (U, prediction, masks), settings = calls[0]
+    assert torch.equal(U, outputs["uncertainty_logits"]) and U.requires_grad
+    assert torch.equal(prediction, outputs["coarse_logits"] > 0)
+    assert torch.equal(masks, data["masks"][:, None])
+    assert settings == {"sample_weight": 2.0, "threshold": 0.4, "clamp": 7.0, "blur": True, "symmetric": True}
+    expected = uncertainty_loss(U, prediction, masks, **settings).mean()
+    torch.testing.assert_close(losses["unc"], 0.3 * expected)
+
+
+# ---------------------------------------------------------------------------------------------------- equations 9 to 12
+
+
+def gated(C=8, D=6, heads=2):
+    fusion = randomise(UncertaintyGatedFusion(C, text_width=D, heads=heads, dropout=0.5))
+    features, words = torch.randn(2, C, 4, 2, dtype=torch.double), torch.randn(2, 3, D, dtype=torch.double)
+    text_mask = torch.tensor([[True, True, False], [True, True, True]])
+    return fusion, features, words, text_mask, torch.randn(2, 1, 2, 1, dtype=torch.double)
+
+
+def increments(fusion, features, words, text_mask):
+    """V and Delta V of Eq. (9), (B,h*w,C) each."""
+    V = array(features).reshape(2, features.shape[1], -1).transpose(0, 2, 1)
+    T, m = array(words), array(text_mask)
+    return V, np.stack([linear(attention(V[b], T[b], T[b], fusion.attention, m[b]), fusion.proj[0]) for b in range(2)])
+
+
+def test_eq09_increment():
+    fusion, features, words, text_mask, U = gated()
+    kept = []
+    fusion.proj.register_forward_hook(lambda module, inputs, output: kept.append(array(output)))
+    fusion(features, words, text_mask, U)
+    np.testing.assert_allclose(kept[0], increments(fusion, features, words, text_mask)[1], atol=1e-10)
+    assert isinstance(fusion.proj[1], nn.Dropout) and fusion.proj[1].p == 0.5
+
+
+def test_eq10_uncertainty_meets_the_level():
+    fusion, features, words, text_mask, U = gated()
+    V, Delta = increments(fusion, features, words, text_mask)
+    u = np.stack([bilinear(array(U)[b, 0], 4, 2).reshape(-1, 1) for b in range(2)])
+    g = sigmoid(fusion.alpha.item() * u + fusion.beta.item())
+    found = array(fusion(features, words, text_mask, U)).reshape(2, 8, -1).transpose(0, 2, 1)
+    np.testing.assert_allclose(found, layer_norm(V + g * Delta, fusion.norm), atol=1e-10)
+
+
+@pytest.mark.parametrize("alpha, beta, u", [(1.0, 0.0, 0.7), (-2.0, 0.5, 0.3), (0.5, -1.0, -4.0)])
+def test_eq11_gate(alpha, beta, u):
+    fusion, features, words, text_mask, U = gated()
+    fusion.alpha.data.fill_(alpha)
+    fusion.beta.data.fill_(beta)
+    V, Delta = increments(fusion, features, words, text_mask)
+    found = array(fusion(features, words, text_mask, torch.full_like(U, u))).reshape(2, 8, -1).transpose(0, 2, 1)
+    g = 1 / (1 + math.exp(-(alpha * u + beta)))
+    np.testing.assert_allclose(found, layer_norm(V + g * Delta, fusion.norm), atol=1e-10)
+
+
+def test_eq11_starts_as_the_uncertainty_itself():
+    fusion = UncertaintyGatedFusion(16)
+    assert fusion.alpha.item() == 1 and fusion.beta.item() == 0
+
+
+def test_eq12_certain_places_keep_their_tokens():
+    fusion, features, words, text_mask, U = gated()
+    fusion.alpha.data.fill_(1.0)
+    V, Delta = increments(fusion, features, words, text_mask)
+    for u, expected in ((-80.0, V), (80.0, V + Delta)):
+        found = array(fusion(features, words, text_mask, torch.full_like(U, u))).reshape(2, 8, -1).transpose(0, 2, 1)
+        np.testing.assert_allclose(found, layer_norm(expected, fusion.norm), atol=1e-10)
+
+
+# --------------------------------------------------------------------------------------------------- equations 13 to 16
+
+
+def refined(**changes):
+    refinement = randomise(UncertaintyDrivenLocalRefinement(3, hidden=4, **changes))
+    torch.manual_seed(1)
+    tensors = torch.randn(2, 3, 3, 2), torch.randn(2, 1, 6, 4), torch.randn(2, 1, 2, 1)
+    return refinement, *[tensor.double().requires_grad_() for tensor in tensors]
+
+
+def convolve(x, layer):
+    """3x3 or 1x1 convolution of (C,H,W) by loops, zeros outside."""
+    weight, bias = array(layer.weight), array(layer.bias)
+    r = weight.shape[-1] // 2
+    padded = np.pad(x, ((0, 0), (r, r), (r, r)))
+    out = np.zeros((len(weight), *x.shape[1:]))
+    for i in range(x.shape[1]):
+        for j in range(x.shape[2]):
+            out[:, i, j] = (weight * padded[:, i:i + 2 * r + 1, j:j + 2 * r + 1]).sum((1, 2, 3)) + bias
+    return out
+
+
+@pytest.mark.parametrize("blur", [0, 3])
+def test_eq13_refinement_mask(blur):
+    refinement, feature, P_fg, U = refined(tau=0.4, temperature=0.2, blur=blur)
+    _, M = refinement(feature, P_fg, U)
+    for b in range(2):
+        U_p = sigmoid(bilinear(array(U)[b, 0], 6, 4))
+        if blur:
+            U_p = np.array([[U_p[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].mean() for j in range(4)] for i in range(6)])
+        np.testing.assert_allclose(array(M)[b, 0], sigmoid((U_p - 0.4) / 0.2), atol=1e-10)
+
+
+def test_eq14_no_gradient_through_the_mask():
+    refinement, feature, P_fg, U = refined()
+    P_ref, M = refinement(feature, P_fg, U)
+    assert not M.requires_grad
+    with torch.no_grad():
+        refinement.head[0].weight[:, -1] = 0        # the channel of U_p, U's only other way to the logits
+    P_ref, _ = refinement(feature, P_fg, U)
+    assert torch.autograd.grad(P_ref.sum(), U)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("cheap", [False, True])
+def test_eq15_residual(cheap):
+    refinement, feature, P_fg, U = refined(cheap=cheap)
+    kept = []
+    refinement.head.register_forward_hook(lambda module, inputs, output: kept.append(array(output)))
+    refinement(feature, P_fg, U)
+    for b in range(2):
+        F = np.stack([bilinear(channel, 6, 4) for channel in array(feature)[b]])
+        if cheap:
+            F = convolve(F, refinement.reduce)      # after the resize: the two commute
+        x = np.concatenate((F, array(P_fg)[b], sigmoid(bilinear(array(U)[b, 0], 6, 4))[None]))
+        for layer in (0, 2):
+            x = np.maximum(convolve(x, refinement.head[layer]), 0)
+        np.testing.assert_allclose(kept[0][b], convolve(x, refinement.head[4]), atol=1e-10)
+
+
+def test_eq16_refined_logits():
+    refinement, feature, P_fg, U = refined()
+    kept = []
+    refinement.head.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    P_ref, M = refinement(feature, P_fg, U)
+    for place in np.ndindex(2, 1, 6, 4):
+        assert P_ref[place].item() == pytest.approx(P_fg[place].item() + M[place].item() * kept[0][place].item())
+
+
+def test_eq16_is_the_identity_at_the_start():
+    outputs = run(build(), batch())
+    assert torch.equal(outputs["logits"], outputs["coarse_logits"])
+
+
+# --------------------------------------------------------------------------------------------------- equations 17 to 18
+
+
+def segmentation_loss(logits, masks):
+    """0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice on sigmoid(logits), expression by expression."""
+    values = []
+    for P, y in zip(array(logits)[:, 0].astype(float), array(masks), strict=True):
+        p, w = sigmoid(P), np.where(y, 1.1, 0.9)
+        bce = -(w * np.where(y, np.log(p), np.log(1 - p))).sum() / w.sum()
+        dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+        values.append(0.9 * bce + 0.1 * dice)
+    return np.mean(values)
+
+
+def test_eq17_refined_prediction_is_supervised():
+    model, data = build(replace(OPEN, lambda_ref=0.5)), batch()
+    outputs = run(model, data)
+    assert not torch.equal(outputs["logits"], outputs["coarse_logits"])
+    losses = model.criterion(outputs, data, progress=1.0)
+    assert losses["ref"].item() == pytest.approx(0.5 * segmentation_loss(outputs["logits"], data["masks"]), rel=1e-5)
+    assert losses["seg"].item() == pytest.approx(segmentation_loss(outputs["coarse_logits"], data["masks"]), rel=1e-5)
+
+
+def test_eq17_without_it_the_refinement_head_learns_nothing():
+    model, data = build(replace(OPEN, lambda_ref=0.0)), batch()
+    sum(model.criterion(run(model, data), data, progress=1.0).values()).backward()
+    assert all(parameter.grad.abs().max() == 0 for parameter in model.refinement.parameters())
+
+
+def test_eq18_objective_and_warm_up():
+    model, data = build(), batch()
+    outputs = run(model, data)
+    late, early = (model.criterion(outputs, data, progress) for progress in (0.05, 0.049))
+    assert set(late) == {"seg", "unc", "ref"} and all(loss.shape == () for loss in late.values())
+    prediction, _ = online_error(outputs["coarse_logits"], data["masks"][:, None])
+    L_unc = uncertainty_loss(outputs["uncertainty_logits"], prediction, data["masks"][:, None]).mean().item()
+    L_seg = segmentation_loss(outputs["coarse_logits"], data["masks"])
+    assert sum(late.values()).item() == pytest.approx(L_seg + 0.1 * L_unc + L_seg, rel=1e-5)
+    assert early["unc"].item() == 0 and early["unc"].requires_grad
+
+
+# -------------------------------------------------------------------------------------------------- what a batch means
+
+
+def test_documented_shapes():
+    model, data = build(), batch()
+    M, C, S, L = 3, 16, 64, 8
+    features = model.encode_images(data["images"])
+    assert [tuple(feature.shape) for feature in features] == [(2, C, S // s, S // s) for s in (4, 8, 16, 32)]
+    features = [feature[data["image_index"]] for feature in features]
+    T = model.encode_text(data["tokens"], data["text_mask"])
+    assert T.shape == (M, L, C)
+    U = model.scorer(features[-1], T, data["text_mask"])
+    assert U.shape == (M, 1, S // 32, S // 32)
+    assert model.fusion(features[1], T, data["text_mask"], U).shape == features[1].shape
+    levels, positions = model.encoder(features[1:], T, data["text_mask"])
+    assert [level.shape for level in levels] == [feature.shape for feature in features[1:]]
+    assert [tuple(position.shape) for position in positions] == [(S * S // s // s, C) for s in (8, 16, 32)]
+    F, P = model.decoder(features[0], levels, positions, T)
+    assert F.shape == (M, C, S // 4, S // 4) and P.shape == (M, 1, S // 4, S // 4)
+    outputs = run(model, data)
+    assert set(outputs) == {"logits", "coarse_logits", "coarse", "uncertainty_logits", "uncertainty", "refine_mask"}
+    for name, output in outputs.items():
+        assert output.shape == (M, 1, S, S) and output.dtype == torch.float32, name
+    for name in crobim_u.MAPS:
+        assert outputs[name].min() >= 0 and outputs[name].max() <= 1 and not outputs[name].requires_grad
+
+
+def test_padding_tokens_cannot_change_the_output():
+    model, data = build(OPEN), batch()
+    other = {**data, "tokens": torch.where(data["text_mask"], data["tokens"], 17)}
+    assert not torch.equal(other["tokens"], data["tokens"])
+    for name, output in run(model, data).items():
+        torch.testing.assert_close(run(model, other)[name], output, rtol=0, atol=1e-6)
+
+
+def test_words_do_change_the_output():
+    model, data = build(OPEN), batch()
+    other = {**data, "tokens": torch.where(data["text_mask"] & (data["tokens"] != 2), 17, data["tokens"])}
+    assert (run(model, other)["logits"] - run(model, data)["logits"]).abs().max() > 1e-4
+
+
+def test_batch_of_two_equals_two_of_one():
+    model, data = build(OPEN), batch(image_index=(0, 1))
+    together = run(model, data)
+    for i in range(2):
+        one = {name: value[i:i + 1] for name, value in data.items()}
+        for name, output in run(model, {**one, "image_index": None}).items():
+            torch.testing.assert_close(together[name][i:i + 1], output, rtol=1e-4, atol=1e-5)
+
+
+def test_expressions_of_one_image_equal_the_image_repeated():
+    model, data = build(OPEN), batch()
+    rows = []
+    model.convnext.embeddings.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    shared = run(model, data)
+    repeated = run(model, {**data, "images": data["images"][data["image_index"]], "image_index": None})
+    assert rows == [2, 3]                           # the image tower sees each image once
+    for name, output in repeated.items():
+        torch.testing.assert_close(shared[name], output, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_autocast_gives_float32_outputs():
+    model, data = build(OPEN), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = run(model, data)
+    for name, output in run(model, data).items():
+        assert outputs[name].dtype == torch.float32
+        assert (outputs[name] - output).abs().mean() < 0.05, name
+
+
+# ----------------------------------------------------------------------------------------------------------- learning
+
+
+def unreached(model, loss):
+    """Names of the parameters whose gradient from `loss` stays below 1e-6, but for BERT's key biases.
+
+    A key bias adds the same to all scores of a query, which the softmax takes away again.
+    """
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    return {name for name, parameter in model.named_parameters() if not name.endswith("key.bias")
+            and (parameter.grad is None or parameter.grad.abs().max() < 1e-6)}
+
+
+def test_gradients_reach_what_each_loss_should_teach():
+    model, data = lively(OPEN), batch()
+    losses = model.criterion(run(model, data), data, progress=1.0)
+    names = {name for name, _ in model.named_parameters()}
+    assert unreached(model, losses["seg"]) == {name for name in names if name.startswith("refinement.")}
+    assert unreached(model, losses["ref"]) == set()
+    taught = ("convnext.", "bert.", "visual_projections.3.", "text_projection.", "scorer.")
+    assert unreached(model, losses["unc"]) == {name for name in names if not name.startswith(taught)}
+
+
+def test_detached_gate_keeps_the_segmentation_loss_from_the_scorer():
+    model, data = lively(replace(SMALL, detach_gate=True, udlr=False)), batch()
+    losses = model.criterion(run(model, data), data, progress=1.0)
+    assert unreached(model, losses["seg"]) == {name for name, _ in model.named_parameters() if "scorer" in name}
+
+
+@pytest.mark.parametrize("row", ABLATIONS["V"])
+def test_every_row_of_table_v_steps_and_leaves_no_parameter_behind(row):
+    model, data = lively(replace(OPEN, **ABLATIONS["V"][row])).train(), batch()
+    optimizer = torch.optim.AdamW(model.param_groups({**RECIPE, **RECIPE_TINY}))
+    for progress in (0.0, 1.0):
+        losses = model.criterion(run(model, data), data, progress)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    assert unreached(model, sum(model.criterion(run(model, data), data, 1.0).values())) == set()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert ("uncertainty" in run(model, data)) == (row != "Base")
+    assert set(model.diagnose(run(model, data), data["masks"])) == (
+        set() if row == "Base" else {"uncertainty_auroc", "errors_refined", "refined_area"}
+        if row in ("Full", "+UDLR") else {"uncertainty_auroc"})
+
+
+def test_param_groups_leave_vectors_and_scalars_undecayed():
+    model = build()
+    groups = model.param_groups(RECIPE)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        plain = name.endswith(("bias", "layer_scale_parameter", "gamma", "alpha", "beta")) or "norm" in name.lower()
+        assert decay[id(parameter)] == (0.0 if plain or parameter.ndim < 2 else 0.01), name
+    assert {group["lr"] for group in groups} == {5e-5}
+
+
+def test_frozen_towers_get_no_gradient_and_stay_in_eval():
+    model, data = build(replace(OPEN, freeze=True, dropout=0.1, drop_path=0.3)).train(), batch()
+    learning = {id(p) for group in model.param_groups(RECIPE) for p in group["params"]}
+    assert not model.convnext.training and not model.bert.training and model.encoder.training
+    sum(model.criterion(run(model, data), data, 1.0).values()).backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("convnext.", "bert."))
+        assert (id(parameter) in learning) != frozen and (parameter.grad is None) == frozen, name
+
+
+def test_tiny_overfits_four_samples():
+    config = Config.tiny()
+    torch.manual_seed(0)
+    model, data = CroBIMU(config).train(), batch(config, image_index=(0, 0, 1, 1))
+    data["masks"] = torch.zeros(4, 96, 96, dtype=torch.bool)
+    for i, (y, x) in enumerate(((8, 8), (50, 40), (20, 60), (64, 10))):
+        data["masks"][i, y:y + 24, x:x + 20] = True
+    optimizer = torch.optim.AdamW(model.param_groups({**RECIPE, **RECIPE_TINY}), fused=True)
+    for step in range(40):
+        loss = sum(model.criterion(run(model, data), data, progress=step / 40).values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        prediction = run(model.eval(), data)["logits"][:, 0] > 0
+    iou = (prediction & data["masks"]).sum((1, 2)) / (prediction | data["masks"]).sum((1, 2))
+    assert iou.min() > 0.8, iou
+
+
+# ---------------------------------------------------------------------------------------------------------- diagnosis
+
+
+def test_diagnose_counts_pairs():
+    model, random = build(), torch.Generator().manual_seed(0)
+    masks = torch.rand(3, 5, 5, generator=random) > 0.5
+    logits = torch.randn(3, 1, 5, 5, generator=random)
+    logits[2] = torch.where(masks[2], 1.0, -1.0)    # no error: nothing to rank
+    U_p = torch.rand(3, 1, 5, 5, generator=random).mul(8).round() / 8          # with ties
+    M = torch.rand(3, 1, 5, 5, generator=random)
+    found = model.diagnose({"coarse_logits": logits, "uncertainty": U_p, "refine_mask": M}, masks)
+    for b in range(2):
+        e = (logits[b, 0] > 0) != masks[b]
+        pairs = [(p > q) + 0.5 * (p == q) for p in U_p[b, 0][e].tolist() for q in U_p[b, 0][~e].tolist()]
+        assert found["uncertainty_auroc"][b].item() == pytest.approx(np.mean(pairs), abs=1e-6)
+        assert found["errors_refined"][b].item() == pytest.approx((M[b, 0][e] > 0.5).float().mean().item())
+        assert found["refined_area"][b].item() == pytest.approx((M[b] > 0.5).float().mean().item())
+    assert found["uncertainty_auroc"][2].isnan() and found["errors_refined"][2].isnan()
+    assert all(figure.shape == (3,) for figure in found.values())
+
+
+# ------------------------------------------------------------------------------------------- settings and paper's size
+
+
+def test_config_is_frozen_and_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SMALL.width = 3
+    for changes, named in (({"rus": False}, "rus=True"), ({"refine": "fast"}, "refine=fast"), ({"blur": 4}, "blur=4"),
+                           ({"width": 18}, "width=18")):
+        with pytest.raises(ValueError, match=named):
+            replace(SMALL, **changes)
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert not fields & {*RECIPE, *RECIPE_TINY}
+    assert all(set(changes) <= fields for changes in ABLATIONS["V"].values())
+    assert list(ABLATIONS["V"]) == ["Base", "+UGF", "+UDLR", "Full", "RUS only"]
+
+
+def test_paper_size_counts():
+    with torch.device("meta"):
+        model = CroBIMU(Config())
+    parts = {"convnext": 87.56, "bert": 108.89, "visual_projections": 0.49, "text_projection": 0.20, "scorer": 0.26,
+             "fusion": 0.33, "encoder": 5.97, "decoder": 1.51, "refinement": 0.19}
+    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+    assert millions == pytest.approx(parts, abs=0.006)
+    assert sum(millions.values()) == pytest.approx(205.41, abs=0.01)
+    assert len(model.convnext.state_dict()) == 340
+    assert model.convnext.config.hidden_sizes == [128, 256, 512, 1024]
+
+
+def test_paper_size_forward():
+    config = Config()
+    model, data = build(config), batch(config, images=1, image_index=(0,))
+    with torch.inference_mode():
+        outputs = run(model, data)
+    assert outputs["logits"].shape == (1, 1, 480, 480)
+    assert all(output.isfinite().all() for output in outputs.values())
+
+
+# ---------------------------------------------------------------------------------------- tokenizers, published weights
+
+
+def test_word_tokenizer():
+    words = tokenizer(SMALL, ["car", "red", "the", ","])
+    tokens, text_mask = words(["The red, CAR", "a " * 9])
+    assert tokens.tolist() == [[2, 6, 5, 7, 4, 3, 0, 0], [2, 1, 1, 1, 1, 1, 1, 3]]
+    assert text_mask.tolist() == [[True] * 6 + [False] * 2, [True] * 8]
+    assert tokens.dtype == torch.int64 and len(words) == 8
+    again = tokenizer(SMALL, pickle.loads(pickle.dumps(words)).words)
+    assert torch.equal(again(["red car"])[0], words(["red car"])[0])
+    with pytest.raises(ValueError, match="vocabulary"):
+        tokenizer(SMALL)
+
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "red", "car", "##s", "on", "road"]
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as a user downloads it, from random small weights: config, folder, the ConvNeXt and the BERT in it."""
+    config = replace(SMALL, pretrained=str(tmp_path), image_backbone="facebook/convnext-base-224-22k",
+                     vocab_size=len(VOCABULARY))
+    other = build(config, seed=1)
+    convnext = ConvNextForImageClassification(other.convnext.config)
+    convnext.save_pretrained(tmp_path / "convnext-base-224-22k")
+    bert = BertModel(other.bert.config)
+    bert.save_pretrained(tmp_path / "bert-base-uncased")
+    BertTokenizer(vocab={word: i for i, word in enumerate(VOCABULARY)}).save_pretrained(tmp_path / "bert-base-uncased")
+    return config, tmp_path, convnext.convnext, bert
+
+
+def meta_names(depths):
+    """(Meta's name, HuggingFace's name) of every tensor of a ConvNeXt, from the two definitions."""
+    pairs = [("downsample_layers.0.0", "embeddings.patch_embeddings"),
+             ("downsample_layers.0.1", "embeddings.layernorm")]
+    for i in (1, 2, 3):
+        pairs += [(f"downsample_layers.{i}.{j}", f"encoder.stages.{i}.downsampling_layer.{j}") for j in (0, 1)]
+    for i, depth in enumerate(depths):
+        for j in range(depth):
+            pairs += [(f"stages.{i}.{j}.{part}", f"encoder.stages.{i}.layers.{j}.{part}")
+                      for part in ("dwconv", "pwconv1", "pwconv2")]
+            pairs.append((f"stages.{i}.{j}.norm", f"encoder.stages.{i}.layers.{j}.layernorm"))
+    named = [(f"{meta}.{kind}", f"{ours}.{kind}") for meta, ours in pairs for kind in ("weight", "bias")]
+    return named + [(f"stages.{i}.{j}.gamma", f"encoder.stages.{i}.layers.{j}.layer_scale_parameter")
+                    for i, depth in enumerate(depths) for j in range(depth)]
+
+
+def assert_loaded(model, convnext, bert):
+    for own, theirs in ((model.convnext, convnext), (model.bert, bert)):
+        theirs = theirs.state_dict()
+        for name, tensor in own.state_dict().items():
+            assert torch.equal(tensor, theirs[name]) and tensor.dtype == torch.float32, name
+
+
+def test_huggingface_folders_round_trip(published, capsys):
+    config, _, convnext, bert = published
+    model = build(config)
+    assert model.load_pretrained() == {"convnext.": config.image_backbone, "bert.": config.text_backbone}
+    assert_loaded(model, convnext, bert)
+    printed = capsys.readouterr().out
+    assert f"{len(model.convnext.state_dict())} tensors loaded" in printed
+    assert f"{len(model.bert.state_dict())} tensors loaded" in printed
+    tokens, text_mask = tokenizer(config)(["The red cars", "the " * 20])
+    assert tokens.tolist() == [[2, 5, 6, 7, 8, 3, 0, 0], [2, 5, 5, 5, 5, 5, 5, 3]]
+    assert text_mask.sum(1).tolist() == [6, 8] and text_mask.dtype == torch.bool
+    assert len(pickle.loads(pickle.dumps(tokenizer(config)))) == len(VOCABULARY)
+
+
+@pytest.mark.parametrize("kind", ["meta", "smlfr", "smlfr-full", "downstream"])
+def test_convnext_files_in_meta_naming(published, kind, capsys):
+    config, folder, convnext, bert = published
+    state = convnext.state_dict()
+    tensors = {meta: state[ours] for meta, ours in meta_names(config.convnext_depths)}
+    width = config.convnext_widths[-1]
+    norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    file = {
+        "meta": {"model": {**tensors, **norm, "head.weight": torch.zeros(10, width), "head.bias": torch.zeros(10)}},
+        "smlfr": {"arch": "convnext_base", "module": tensors, "is_pretrain": True},
+        "smlfr-full": {"args": argparse.Namespace(lr=1.0), "epoch": 3, "module": {
+            "config": {"mask": 0.6}, "mask_tokens.0": torch.zeros(3), "dense_decoder.norm.weight": torch.zeros(3),
+            **{f"sparse_encoder.sp_cnn.{name}": tensor for name, tensor in tensors.items()}}},
+        "downstream": {"state_dict": {f"backbone.{name}": tensor for name, tensor in {
+            **tensors, "norm3.weight": torch.ones(width), "norm3.bias": torch.zeros(width)}.items()}},
+    }[kind]
+    torch.save(file, folder / "pretrained_convnext_base.pth")
+    config = replace(config, image_backbone=Config().image_backbone)
+    model = build(config)
+    assert model.load_pretrained()["convnext."] == "pretrained_convnext_base.pth"
+    assert_loaded(model, convnext, bert)
+    assert f"pretrained_convnext_base.pth: {len(tensors)} tensors loaded" in capsys.readouterr().out
+
+
+def test_all_340_names_of_convnext_base_are_known(tmp_path):
+    names = meta_names((3, 3, 27, 3))
+    torch.save({"module": {meta: torch.zeros(1) for meta, _ in names}}, tmp_path / "file.pth")
+    found = crobim_u.read_meta_convnext(str(tmp_path / "file.pth"))
+    assert set(found) == {ours for _, ours in names} and len(found) == 340
+
+
+def test_wrong_weights_are_refused(published):
+    config, folder, convnext, _ = published
+    path = folder / "pretrained_convnext_base.pth"
+    meta = replace(config, image_backbone=path.name)
+    names = meta_names(config.convnext_depths)
+    state = {name: convnext.state_dict()[ours] for name, ours in names}
+    gone = dict(list(state.items())[1:])
+    reshaped = {**state, names[0][0]: torch.zeros(3, 3)}
+    for file in (gone, {**state, "extra.weight": torch.zeros(1)}, reshaped, [1, 2], {"module": {}}):
+        torch.save(file, path)
+        with pytest.raises(ValueError, match="pretrained_convnext_base.pth"):
+            build(meta).load_pretrained()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        build(meta).load_pretrained()
+    with pytest.raises(ValueError, match="convnext_widths"):
+        build(replace(config, convnext_widths=(8, 12, 16, 32))).load_pretrained()
+    with pytest.raises(ValueError, match="bert_width"):
+        build(replace(config, bert_width=32)).load_pretrained()
+    with pytest.raises(ValueError, match="vocab_size=40"):
+        tokenizer(replace(config, vocab_size=40))
+
+
+def test_missing_weights_are_named_with_their_public_place(published, tmp_path):
+    config, _, _, _ = published
+    with pytest.raises(FileNotFoundError, match="github.com/HIT-SIRS/SMLFR.*image_backbone=facebook/"):
+        build(replace(SMALL, pretrained="hub", weights_dir=str(tmp_path / "none"))).load_pretrained()
+    with pytest.raises(FileNotFoundError, match="large.*huggingface.co/google-bert/bert-large"):
+        tokenizer(replace(config, text_backbone="google-bert/bert-large"))
+    with pytest.raises(FileNotFoundError, match="no-such/model.*HF_ENDPOINT.*pretrained=DIR"):
+        build(replace(SMALL, pretrained="hub", image_backbone="no-such/model")).load_pretrained()
+    with pytest.raises(FileNotFoundError, match="no-such/model.*HF_ENDPOINT"):
+        tokenizer(replace(config, pretrained="hub", text_backbone="no-such/model"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        build(replace(config, image_backbone="empty")).load_pretrained()
+
+
+def test_random_weights_load_nothing():
+    assert build().load_pretrained() == {}
+
+
+def test_image_tower_equals_the_published_one():
+    """A guard against changes in transformers: our loop over its stages gives its own maps."""
+    model, data = build(), batch()
+    pixels = (data["images"] / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]).view(3, 1, 1)
+    tower = ConvNextModel(model.convnext.config).eval()
+    tower.load_state_dict(model.convnext.state_dict(), strict=False)
+    maps = tower(pixels, output_hidden_states=True).hidden_states[1:]
+    features = model.encode_images(data["images"])
+    for projection, feature, found in zip(model.visual_projections, maps, features, strict=True):
+        torch.testing.assert_close(projection(feature), found, rtol=1e-4, atol=1e-5)
+
+
+def test_text_tower_equals_the_published_one():
+    model, data = build(), batch()
+    words = model.bert(data["tokens"], attention_mask=data["text_mask"].long()).last_hidden_state
+    found = model.encode_text(data["tokens"], data["text_mask"])
+    real = data["text_mask"]
+    torch.testing.assert_close(model.text_projection(words)[real], found[real], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ plug and play
+
+
+class ToyTwoTower(nn.Module):
+    """Another model: a strided convolution, a word table, a mask from their product. It knows nothing of this file."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(3, 12, 8, stride=8), nn.ReLU())
+        self.text = nn.Embedding(20, 10)
+        self.mask = nn.Conv2d(12, 1, 1)
+
+
+def test_modules_plug_into_another_two_tower_model():
+    torch.manual_seed(0)
+    toy = ToyTwoTower()
+    scorer = ReferringUncertaintyScorer(12, text_width=10)
+    fusion = UncertaintyGatedFusion(12, text_width=10, heads=3, dropout=0.0)
+    refinement = UncertaintyDrivenLocalRefinement(12, hidden=8)
+    modules = nn.ModuleList((toy, scorer, fusion, refinement))
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3)
+    images, tokens = torch.rand(4, 3, 40, 24), torch.randint(20, (4, 5))
+    text_mask, masks = torch.ones(4, 5, dtype=torch.bool), images[:, :1] > 0.5
+    objectives = []
+    for _ in range(20):
+        features, words = toy.image(images), toy.text(tokens)
+        uncertainty = scorer(features, words, text_mask)
+        features = fusion(features, words, text_mask, uncertainty)
+        logits = nn.functional.interpolate(toy.mask(features), (40, 24), mode="bilinear")
+        refined_logits, refine_mask = refinement(features, logits, uncertainty)
+        resized = nn.functional.interpolate(uncertainty, (40, 24), mode="bilinear")
+        loss = nn.functional.binary_cross_entropy_with_logits(refined_logits, masks.float())
+        loss = loss + 0.1 * uncertainty_loss(resized, logits.detach() > 0, masks).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        objectives.append(loss.item())
+    assert uncertainty.shape == (4, 1, 5, 3) and refined_logits.shape == refine_mask.shape == (4, 1, 40, 24)
+    assert not [name for name, parameter in modules.named_parameters() if not parameter.grad.abs().max() > 0]
+    assert objectives[-1] < objectives[0]

@@ -1,0 +1,1000 @@
+"""Readers on the layouts people have, traps of the formats, the loader's batches, the sampler, the check command."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import layouts
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from pycocotools import mask as coco
+
+import data
+
+ROOT = Path(__file__).resolve().parent.parent
+ON_DISK = ("refsegrs", "risbench", "rrsisd", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "custom")
+
+
+def tokenizer(expressions):
+    """(M, 6) word lengths."""
+    rows = [[len(word) for word in data.words(text)][:6] for text in expressions]
+    tokens = torch.tensor([row + [0] * (6 - len(row)) for row in rows])
+    return tokens, tokens > 0
+
+
+def sample(image="a", instance="a0", number=0, **fields):
+    return data.Sample(**{"id": str(number), "image": 0, "mask": 0, "expression": "a ship", "split": "train",
+                          "image_id": image, "instance": instance, "category": None, "category_source": None, **fields})
+
+
+def picture(path, size=(8, 6), mode="RGB", value=None):
+    """A file of (W, H) noise, or of one value."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8) if value is None else np.full(
+        shape, value, np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def box(height=6, width=8):
+    mask = np.zeros((height, width), bool)
+    mask[1:3, 2:7] = True
+    return mask
+
+
+def lists(folder, lines, suffix="png", mask=None, split="train", size=(8, 6)):
+    """A RISBench or RefSegRS folder of given lines; pictures and masks of `size`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"output_phrase_{split}.txt").write_text(lines)
+    for name in {line.split()[0] for line in lines.splitlines() if line.strip()}:
+        name = name if "." in name else f"{name}.{suffix}"
+        picture(folder / "images" / name, size)
+        (folder / "masks").mkdir(exist_ok=True)
+        Image.fromarray(box(*size[::-1]) if mask is None else mask).save(folder / "masks" / name)
+    return folder
+
+
+def refer(root, segmentation, *, dataset="rrsisd", size=(8, 6), actual=None, annotation=None, ref=None, sentence=None,
+          protocol=2):
+    """A REFER set of one object; `size` as instances.json says it, `actual` that of the image file, both (W, H)."""
+    folder, refs = {"rrsisd": ("rrsisd", "refs(unc).p"), **layouts.REFER}[dataset]
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    sentence = {"sent_id": 5, "raw": "The ship", "sent": "the ship", "tokens": ["the", "ship"]} | (sentence or {})
+    refs_rows = [{"ref_id": 7, "ann_id": 3, "image_id": 9, "category_id": 13, "split": "train", "sent_ids": [5],
+                  "file_name": "x.jpg", "sentences": [sentence]} | (ref or {})]
+    (root / folder / refs).write_bytes(pickle.dumps(refs_rows, protocol=protocol))
+    (root / folder / "instances.json").write_text(json.dumps({
+        "images": [{"id": 9, "file_name": "00009.jpg", "width": size[0], "height": size[1]}],
+        "annotations": [{"id": 3, "image_id": 9, "categories_id": 13, "segmentation": segmentation,
+                         **(annotation or {})}],
+        "categories": [{"id": 13, "name": "ship"}]}))
+    place = "images/rrsisd/JPEGImages" if dataset == "rrsisd" else "images/mscoco/images/train2014"
+    picture(root / place / "00009.jpg", actual or size)
+    return root
+
+
+def only(dataset, root, split="train", **options):
+    [found] = data.read(dataset, root, split, **options)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+@pytest.mark.parametrize("dataset", ON_DISK)
+def test_each_layout_is_read_back(dataset, tmp_path):
+    written = layouts.write(dataset, tmp_path, scenes=1)
+    assert data.split_names(dataset, ",".join(written), tmp_path) == list(written)
+    for split, entries in written.items():
+        samples = data.read(dataset, tmp_path, split)
+        assert [s.expression for s in samples] == [" ".join(entry.expression.split()) for entry in entries]
+        assert len({s.id for s in samples}) == len(samples) and not any(set(s.id) & set("/\\ ") for s in samples)
+        assert {s.split for s in samples} == {split}
+        for found, entry in zip(samples, entries, strict=True):
+            image, [mask] = data.load([found])
+            assert image.mode == "RGB" and mask.dtype == bool and (mask == entry.mask).all()
+        several = dataset.startswith("refcoco") or dataset == "custom"  # the others have a copy of the image per sample
+        assert len({s.image_id for s in samples}) == (1 if several else len(samples))
+        assert len({s.instance for s in samples}) == len({(entry.scene, entry.object) for entry in entries})
+
+
+def test_category_comes_from_the_file_where_it_is(tmp_path):
+    entries = layouts.write("rrsisd", tmp_path, splits={"train": 2})["train"]
+    found = [(s.category, s.category_source) for s in data.read("rrsisd", tmp_path, "train")]
+    assert found == [(layouts.RRSISD[layouts.RRSISD_NUMBER[entry.category]], "file") for entry in entries]
+    entries = layouts.write("refcoco", tmp_path, splits={"train": 2})["train"]
+    found = [(s.category, s.category_source) for s in data.read("refcoco", tmp_path, "train")]
+    assert found == [(layouts.COCO[layouts.COCO_NUMBER[entry.category]], "file") for entry in entries]
+
+
+@pytest.mark.parametrize(("expression", "category"), [
+    ("building along the road", "building"), ("the white road marking on the road", "road marking"),
+    ("Paved road", "road"), ("vehicles driving on the paved road", "vehicle"), ("two buses", "bus"),
+    ("a carport", None), ("low-vegetation", "low vegetation"), ("the roadside", None)])
+def test_category_of_refsegrs_from_the_expression(expression, category):
+    assert data.find_category(expression, data.DATASETS["refsegrs"].classes) == category
+
+
+@pytest.mark.parametrize(("expression", "category"), [
+    ("The storage-tank beside the harbor.", "storage tank"), ("a grey plane left of the terminal", "airplane"),
+    ("the baseball field near the tennis court", "baseball diamond"), ("a small-vehicle", "vehicle"),
+    ("The aircraft near the storage tank", "airplane"), ("the expressway toll station", "expressway toll station"),
+    ("something in the middle", None)])
+def test_category_of_risbench_from_the_expression(expression, category):
+    assert data.find_category(expression, data.DATASETS["risbench"].classes) == category
+
+
+def test_parsed_category_is_marked(tmp_path):
+    lists(tmp_path / "RefSegRS", "12 van driving on the road\n13 something red\n", "tif")
+    found = data.read("refsegrs", tmp_path, "train")
+    assert [(s.category, s.category_source) for s in found] == [("van", "parsed"), (None, None)]
+    assert [s.image.name for s in found] == ["12.tif", "13.tif"] and found[0].mask.name == "12.tif"
+
+
+def test_lines_with_double_spaces_trailing_newlines_and_repeats(tmp_path):
+    text = ("\ufefftrain_0_0.png  The  plane is\tleft .\r\n\n  \n"
+            "train_0_0.png a second one\ntrain_0_2.png I'm the middle \n\n")
+    lists(tmp_path / "RISBench", text.lstrip("\ufeff"))
+    (tmp_path / "RISBench" / "output_phrase_train.txt").write_bytes(text.encode())
+    found = data.read("risbench", tmp_path, "train")
+    assert [s.expression for s in found] == ["The plane is left .", "a second one", "I'm the middle"]
+    assert [s.id for s in found] == ["train_0_0", "train_0_0-2", "train_0_2"]
+    assert found[0].instance == found[1].instance != found[2].instance
+    assert data.words(found[2].expression) == ["i", "'", "m", "the", "middle"]
+
+
+def test_ids_stay_distinct_whatever_they_are(tmp_path):
+    lists(tmp_path / "RISBench", "a.png x\na.png y\na-2.png z\na.png w\n")
+    assert [s.id for s in data.read("risbench", tmp_path, "train")] == ["a", "a-2", "a-2-2", "a-3"]
+
+
+def test_risbench_without_val_list_is_normal(tmp_path):
+    layouts.write("risbench", tmp_path, splits={"train": 1, "test": 1})
+    assert not data.has_split("risbench", tmp_path, "val") and data.has_split("risbench", tmp_path, "test")
+    with pytest.raises(ValueError, match=r"no split 'val'.*it has train, test"):
+        data.split_names("risbench", "val", tmp_path)
+    with pytest.raises(ValueError, match=r"no split 'val'"):
+        data.read("risbench", tmp_path, "val")
+    with pytest.raises(FileNotFoundError):  # no data at all is not a missing split
+        data.has_split("risbench", tmp_path / "elsewhere", "val")
+
+
+def test_split_names(tmp_path):
+    layouts.write("refcoco", tmp_path, scenes=1)
+    assert data.split_names("refcoco", "val, test", tmp_path) == ["val", "testA", "testB"]
+    assert data.split_names("refcoco", "testB,test", tmp_path) == ["testB", "testA"]
+    assert data.has_split("refcoco", tmp_path, "test")
+    with pytest.raises(ValueError, match="no split ''"):
+        data.split_names("refcoco", "val,", tmp_path)
+    with pytest.raises(ValueError, match="tests are those of refcoco, refcoco"):
+        data.split_names("refcoco-union", "test", tmp_path)
+    layouts.write("refcocog-google", tmp_path, scenes=1)
+    assert not data.has_split("refcocog-google", tmp_path, "test")
+    with pytest.raises(ValueError, match="unknown data set 'refcocoo'.*risbench"):
+        data.read("refcocoo", tmp_path, "val")
+
+
+@pytest.mark.parametrize("line", ["train_0_0.png", "train_0_0.png   "])
+def test_empty_expression_is_an_error(line, tmp_path):
+    lists(tmp_path / "RISBench", f"train_0_1.png a ship\n{line}\n")
+    with pytest.raises(ValueError, match=r"output_phrase_train.txt:2: the expression is empty"):
+        data.read("risbench", tmp_path, "train")
+
+
+def test_lists_of_another_data_set_are_refused(tmp_path):
+    folder = lists(tmp_path / "mine", "train_0_0.png a ship\n")
+    with pytest.raises(ValueError, match="'train_0_0.png' is no name of refsegrs"):
+        data.read("refsegrs", folder, "train")
+    (folder / "output_phrase_train.txt").write_bytes(b"a.png caf\xe9\n")
+    with pytest.raises(ValueError, match="byte 9 is not UTF-8"):
+        data.read("risbench", folder, "train")
+
+
+@pytest.mark.parametrize("dataset", ["refsegrs", "risbench", "rrsisd", "refcoco"])
+@pytest.mark.parametrize("place", ["{}", "{}/refer/data", "{}/data"])
+def test_data_root_may_be_the_parent_or_a_usual_place(dataset, place, tmp_path):
+    layouts.write(dataset, place.format(tmp_path), splits={"train": 1})
+    assert data.read(dataset, tmp_path, "train")
+    assert data.read(dataset, place.format(tmp_path), "train")
+
+
+def move(old, new):
+    new.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(old, new)
+
+
+@pytest.mark.parametrize(("dataset", "moves", "root"), [
+    ("refsegrs", {}, "RefSegRS"), ("refsegrs", {"RefSegRS": "anything"}, "anything"),
+    ("refsegrs", {"RefSegRS/output_phrase_val.txt": "RefSegRS/output_phrase_val3.txt"}, "."),
+    ("refsegrs", {"RefSegRS": "new_dataset2", "new_dataset2/images": "new_dataset2/images2",
+                  "new_dataset2/masks": "new_dataset2/masks2"}, "."),
+    ("risbench", {}, "RISBench_dataset"),
+    ("risbench", {"RISBench_dataset": "RISBench", "RISBench/img_rgb": "RISBench/images",
+                  "RISBench/mask": "RISBench/masks",
+                  "RISBench/output_phrase_train.txt": "RISBench/phrase_txts/output_phrase_train.txt",
+                  "RISBench/output_phrase_val.txt": "RISBench/phrase_txts/output_phrase_val.txt"}, "."),
+    ("rrsisd", {}, "rrsisd"), ("rrsisd", {"rrsisd": "RRSIS-D/rrsisd", "images": "RRSIS-D/images"}, "."),
+    ("rrsisd", {"rrsisd": "RRSIS-D/rrsisd", "images": "RRSIS-D/images"}, "RRSIS-D"),
+    ("rrsisd", {"rrsisd": "rrssid"}, "."), ("rrsisd", {"images": "rrsisd/images"}, "."),
+    ("rrsisd", {"images/rrsisd/JPEGImages": "rrsisd/JPEGImages"}, "rrsisd"),
+    ("rrsisd", {"images/rrsisd/JPEGImages": "rrsisd/JPEGImages", "rrsisd": "flat"}, "flat"),
+    ("refcoco", {}, "refcoco"), ("refcoco", {"images/mscoco/images/train2014": "train2014"}, "."),
+    ("refcoco", {"images/mscoco/images/train2014": "images/train2014"}, "refcoco"),
+    ("refcoco", {"refcoco": "refer/refcoco", "images/mscoco/images/train2014": "train2014"}, "refer")])
+def test_folder_variants(dataset, moves, root, tmp_path):
+    layouts.write(dataset, tmp_path, splits={"train": 1, "val": 1})
+    for old, new in moves.items():
+        move(tmp_path / old, tmp_path / new)
+    for split in ("train", "val"):
+        samples = data.read(dataset, tmp_path / root, split)
+        assert data.load(samples[:1])[1][0].any()
+
+
+def test_wrong_data_root_says_what_was_looked_for_and_found(tmp_path):
+    for dataset, looked_for in (("rrsisd", r"no refs\(unc\).p with instances.json"),
+                                ("refsegrs", r"output_phrase_\{train,val")):
+        with pytest.raises(FileNotFoundError, match=looked_for + r".*nowhere is not there.*--data-root"):
+            data.read(dataset, tmp_path / "nowhere", "train")
+        (tmp_path / "some").mkdir(exist_ok=True)
+        (tmp_path / "some" / "thing.zip").touch()
+        with pytest.raises(FileNotFoundError, match=looked_for + r".*some holds thing.zip") as error:
+            data.read(dataset, tmp_path / "some", "train")
+        assert "\n" not in str(error.value)
+    layouts.write("rrsisd", tmp_path, splits={"train": 1})
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match=r"no images; looked for images/rrsisd/JPEGImages .*instances.json"):
+        data.read("rrsisd", tmp_path, "train")
+
+
+def test_a_folder_of_another_set_is_not_taken_for_the_one_asked_for(tmp_path):
+    layouts.write("refcoco", tmp_path, splits={"train": 1})
+    with pytest.raises(FileNotFoundError, match=r"refcoco\+: no refs"):
+        data.read("refcoco+", tmp_path / "refcoco", "train")
+
+
+def test_missing_image_is_found_before_training(tmp_path):
+    layouts.write("rrsisd", tmp_path, splits={"train": 1, "val": 1})
+    first, last = (data.read("rrsisd", tmp_path, "train")[place].image for place in (0, -1))
+    last.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{last.name}, of rrsisd train, is missing.*data.py --dataset rrsisd"):
+        data.read("rrsisd", tmp_path, "train")
+    assert data.read("rrsisd", tmp_path, "val")
+    assert [s.image for s in data.read("rrsisd", tmp_path, "train", limit=1)] == [first]
+
+
+def test_limit_and_empty_selection(tmp_path):
+    layouts.write("refcoco", tmp_path, splits={"train": 1})
+    assert [s.id for s in data.read("refcoco", tmp_path, "train", limit=5)] == [
+        s.id for s in data.read("refcoco", tmp_path, "train")][:5]
+    refer(tmp_path / "other", [], dataset="refcoco")
+    with pytest.raises(ValueError, match="has no sample .seen categories"):
+        data.read("refcoco", tmp_path / "other", "train", categories="seen")
+
+
+def test_changed_files_are_read_anew(tmp_path):
+    assert only("rrsisd", refer(tmp_path, [])).expression == "The ship"
+    refer(tmp_path, [], sentence={"raw": "A boat"})
+    os.utime(tmp_path / "rrsisd" / "refs(unc).p", ns=(1, 1))
+    assert only("rrsisd", tmp_path).expression == "A boat"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pickles and REFER
+
+
+def test_expression_keeps_case_and_falls_back(tmp_path):
+    for number, (sentence, expression) in enumerate([
+            ({"raw": " The  SHIP\n"}, "The SHIP"), ({"raw": ""}, "the ship"), ({"raw": "", "sent": None}, "the ship")]):
+        assert only("rrsisd", refer(tmp_path / str(number), [], sentence=sentence)).expression == expression
+    with pytest.raises(ValueError, match="ref 7.*the expression is empty"):
+        data.read("rrsisd", refer(tmp_path / "e", [], sentence={"raw": " ", "sent": "", "tokens": []}), "train")
+
+
+@pytest.mark.parametrize(("ref", "annotation"), [
+    ({"category_id": 13}, {"categories_id": 99}), ({"category_id": None, "x": 1}, {}), ({}, {"category_id": 13})])
+def test_category_under_either_key(ref, annotation, tmp_path):
+    root = refer(tmp_path, [], annotation=annotation, ref=ref)
+    rows = pickle.loads((root / "rrsisd" / "refs(unc).p").read_bytes())
+    if rows[0]["category_id"] is None:  # only the misspelt key of the annotation is left
+        del rows[0]["category_id"]
+        (root / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(rows))
+    assert only("rrsisd", root).category == "ship"
+
+
+def test_file_name_of_the_ref_is_not_the_image(tmp_path):
+    found = only("refcoco", refer(tmp_path, [], dataset="refcoco"))  # its ref names x.jpg
+    assert found.image.name == "00009.jpg" and found.id == "7_5" and found.image_id == "9"
+
+
+def latin_pickle(text):
+    """[{...}] as Python 2 writes it: strings as bytes of an encoding of its own (opcode U = SHORT_BINSTRING)."""
+    def string(value):
+        return b"U" + bytes([len(value)]) + value
+
+    def pairs(entries):
+        return b"}(" + b"".join(string(key) + value for key, value in entries) + b"u"
+
+    sentence = pairs([(b"raw", string(text)), (b"sent_id", b"K\x05")])
+    return b"\x80\x02](" + pairs([
+        (b"ref_id", b"K\x07"), (b"ann_id", b"K\x03"), (b"image_id", b"K\x09"), (b"category_id", b"K\x0d"),
+        (b"split", string(b"train")), (b"sentences", b"](" + sentence + b"e")]) + b"e."
+
+
+@pytest.mark.parametrize("text", ["a ship at the café".encode("latin-1"), "a ship at the café".encode()])
+def test_pickles_of_python_2(text, tmp_path):
+    root = refer(tmp_path, [])
+    (root / "rrsisd" / "refs(unc).p").write_bytes(latin_pickle(text))
+    assert only("rrsisd", root).expression == "a ship at the café"
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_pickle_that_would_run_code_is_refused(protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = refer(tmp_path, [], ref={"split": Evil()}, protocol=protocol)
+    with pytest.raises(ValueError, match=r"refs\(unc\).p: refused or damaged .it asks for \w+.mkdir"):
+        data.read("rrsisd", root, "train")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_pickle_of_other_classes_or_cut_is_refused(tmp_path):
+    root = refer(tmp_path, [])
+    path = root / "rrsisd" / "refs(unc).p"
+    whole = path.read_bytes()
+    for content, reason in ((pickle.dumps(np.zeros(1)), "numpy"), (pickle.dumps(Path()), "pathlib"),
+                            (whole[:len(whole) // 2], "refused or damaged"), (b"", "refused or damaged")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"refs\(unc\).p: .*{reason}"):
+            data.read("rrsisd", root, "train")
+
+
+def test_damaged_refer_tables(tmp_path):
+    with pytest.raises(ValueError, match="ref 7, with its annotation.*KeyError: 'segmentation'"):
+        root = refer(tmp_path / "a", [])
+        path = root / "rrsisd" / "instances.json"
+        path.write_text(path.read_text().replace('"segmentation"', '"segmentations"'))
+        data.read("rrsisd", root, "train")
+    with pytest.raises(ValueError, match="instances.json: not as REFER has it .JSONDecodeError"):
+        root = refer(tmp_path / "b", [])
+        (root / "rrsisd" / "instances.json").write_text('{"images": [')
+        data.read("rrsisd", root, "train")
+    with pytest.raises(ValueError, match="KeyError: 77"):
+        data.read("rrsisd", refer(tmp_path / "c", [], ref={"ann_id": 77}), "train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def runs_by_hand(mask):
+    """Uncompressed column-major runs, background first, counted pixel by pixel."""
+    counts, value = [0], False
+    for x in range(mask.shape[1]):
+        for y in range(mask.shape[0]):
+            if mask[y, x] != value:
+                counts.append(0)
+                value = not value
+            counts[-1] += 1
+    return counts
+
+
+@pytest.mark.parametrize("form", ["list of one dict", "dict", "uncompressed dict"])
+def test_rle_is_column_major(form, tmp_path):
+    mask = box()
+    code = {"uncompressed dict": {"size": [6, 8], "counts": runs_by_hand(mask)}}.get(form, layouts.rle(mask))
+    root = refer(tmp_path, [code] if form == "list of one dict" else code)
+    found = data.load([only("rrsisd", root)])[1][0]
+    assert found.shape == (6, 8) and found.dtype == bool and (found == mask).all()
+
+
+def test_run_lengths_equal_pycocotools():
+    rng = np.random.default_rng(1)
+    for height, width, share in ((6, 8, 0.5), (37, 300, 0.001), (10, 900, 0.9), (5, 5, 1.0), (300, 20, 0.02)):
+        mask = rng.random((height, width)) < share
+        code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        for counts in (code["counts"], code["counts"].decode(), runs_by_hand(mask)):
+            assert (data._mask_from_parts([{"size": [height, width], "counts": counts}], (height, width)) == mask).all()
+
+
+@pytest.mark.parametrize("segmentation", [
+    [], {}, [{"size": [6, 8], "counts": ""}], [{"size": [6, 8], "counts": [48]}], layouts.rle(np.zeros((6, 8)))])
+def test_empty_segmentation_is_an_empty_mask(segmentation, tmp_path):
+    if segmentation == {}:
+        segmentation = {"size": [6, 8], "counts": []}
+    mask = data.load([only("rrsisd", refer(tmp_path, segmentation))])[1][0]
+    assert mask.shape == (6, 8) and not mask.any()
+
+
+@pytest.mark.parametrize("counts", [layouts.rle(box())["counts"][:-3], [3, 4], [50, -2], [40, 50]])
+def test_damaged_rle_is_an_error(counts, tmp_path):
+    found = only("rrsisd", refer(tmp_path, {"size": [6, 8], "counts": counts}))
+    with pytest.raises(ValueError, match="00009.jpg, sample 00009: damaged segmentation"):
+        data.load([found])
+
+
+def test_overlapping_polygon_parts_are_a_union(tmp_path):
+    parts = [[1, 1, 6, 1, 6, 4, 1, 4], [4, 2, 8, 2, 8, 6, 4, 6], [0, 0, 3, 3]]  # the last has two corners: nothing
+    mask = data.load([only("refcoco", refer(tmp_path, parts, dataset="refcoco"))])[1][0]
+    expected = np.zeros((6, 8), bool)
+    expected[1:4, 1:6] = expected[2:6, 4:8] = True
+    assert (mask == expected).all()
+
+
+def test_parts_of_both_kinds_are_a_union(tmp_path):
+    one, two = np.zeros((6, 8), bool), np.zeros((6, 8), bool)
+    one[0:3, 0:3] = two[2:5, 2:5] = True
+    root = refer(tmp_path, [layouts.rle(one), layouts.rle(two), [4, 4, 6, 4, 6, 6, 4, 6]])
+    mask = data.load([only("rrsisd", root)])[1][0]
+    both = one | two
+    both[4:6, 4:6] = True
+    assert (mask == both).all()
+
+
+def test_polygons_without_pycocotools(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    found = only("refcoco", refer(tmp_path, [[1, 1, 6, 1, 6, 4, 1, 4]], dataset="refcoco"))
+    with pytest.raises(ModuleNotFoundError, match="pip install pycocotools"):
+        data.load([found])
+    assert data.load([only("rrsisd", refer(tmp_path / "rle", [layouts.rle(box())]))])[1][0].any()
+
+
+@pytest.mark.parametrize("array", [
+    box().astype(np.uint8), box().astype(np.uint8) * 255, np.repeat(box().astype(np.uint8)[..., None], 3, 2),
+    np.repeat(box().astype(np.uint8)[..., None] * 255, 3, 2), box(),
+    np.stack([box() * 0, box() * 0, box() * 255], 2).astype(np.uint8),
+    box().astype(np.uint8) * 200 + 10, box().astype(np.uint16) * 65535,
+    np.concatenate([np.repeat(box()[..., None] * 255, 3, 2), np.full((6, 8, 1), 255)], 2).astype(np.uint8)],
+    ids=["0/1", "0/255", "3 bands 0/1", "3 bands 0/255", "1 bit", "blue", "10/210", "16 bit", "alpha"])
+def test_mask_files(array, tmp_path):
+    folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=array)
+    assert (data.load([only("risbench", folder)])[1][0] == box()).all()
+
+
+def test_mask_files_with_palette(tmp_path):
+    for palette in ([0, 0, 0, 128, 0, 0], [0, 0, 0, 1, 1, 1], [0, 0, 0, 255, 255, 255]):
+        image = Image.fromarray(box().astype(np.uint8)).convert("P")
+        image.putpalette(palette)
+        image.save(tmp_path / "mask.png")
+        assert (data._mask_from_file(tmp_path / "mask.png") == box()).all()
+
+
+def test_empty_mask_file_and_mask_of_class_numbers(tmp_path):
+    folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=np.zeros((6, 8), np.uint8))
+    assert not data.load([only("risbench", folder)])[1][0].any()
+    folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=box().astype(np.uint8) * 7)
+    with pytest.raises(ValueError, match="a.png: the largest value is 7; a mask holds 0 and 1 or 0 and 255"):
+        data.load([only("risbench", folder)])
+
+
+def test_rrsisd_alone_resizes_its_masks(tmp_path):
+    found = only("rrsisd", refer(tmp_path, [layouts.rle(box(8, 8))], size=(8, 8), actual=(8, 9)))
+    image, [mask] = data.load([found])
+    assert image.size == (8, 9) and mask.shape == (9, 8)
+    nearest = np.minimum(((np.arange(9) + 0.5) * 8 / 9).astype(int), 7)
+    assert (mask == box(8, 8)[nearest]).all()
+    assert data.check_image([found])[0][0] == "resized"
+    polygon = [[1, 1, 6, 1, 6, 4, 1, 4]]
+    with pytest.raises(ValueError, match=r"the image is 9x8 .height x width., its mask 8x8"):
+        data.load([only("refcoco", refer(tmp_path, polygon, dataset="refcoco", size=(8, 8), actual=(8, 9)))])
+    folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=np.zeros((6, 9), np.uint8))
+    with pytest.raises(ValueError, match=r"a.png, sample a: the image is 6x8 .height x width., its mask 6x9"):
+        data.load([only("risbench", folder)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def rgb(path):
+    image = data.read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_gray_is_repeated(suffix, tmp_path):
+    pixels = rgb(picture(tmp_path / f"a.{suffix}", mode="L", value=77))
+    assert pixels.shape == (6, 8, 3) and (pixels == 77).all()
+
+
+def test_one_bit_and_palette(tmp_path):
+    Image.fromarray(box()).save(tmp_path / "bit.png")
+    assert (rgb(tmp_path / "bit.png") == box()[..., None] * 255).all()
+    image = Image.fromarray(box().astype(np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.save(tmp_path / "palette.png")
+    assert (rgb(tmp_path / "palette.png") == np.where(box()[..., None], (200, 100, 50), (10, 20, 30))).all()
+    image.save(tmp_path / "clear.png", transparency=0)
+    assert (rgb(tmp_path / "clear.png") == np.where(box()[..., None], (200, 100, 50), (255, 255, 255))).all()
+
+
+def test_transparency_is_laid_over_white_but_the_fourth_band_of_a_tiff_is_left_out(tmp_path):
+    four = np.concatenate([np.full((6, 8, 3), (200, 100, 50)), box()[..., None] * 255], 2).astype(np.uint8)
+    Image.fromarray(four).save(tmp_path / "a.png")
+    assert (rgb(tmp_path / "a.png") == np.where(box()[..., None], (200, 100, 50), (255, 255, 255))).all()
+    Image.fromarray(four).save(tmp_path / "a.tif")
+    assert (rgb(tmp_path / "a.tif") == (200, 100, 50)).all()
+    Image.fromarray(four[..., 2:]).save(tmp_path / "gray.png")
+    assert (rgb(tmp_path / "gray.png") == np.where(box()[..., None], 50, 255)).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_gray_is_stretched(suffix, tmp_path):
+    ramp = np.arange(1000, dtype=np.uint16).reshape(25, 40) + 300  # a sensor's 11 bits: 8 high ones would be black
+    Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
+    gray = rgb(tmp_path / f"a.{suffix}")[..., 0].ravel().astype(int)
+    low, high = np.percentile(ramp, 2), np.percentile(ramp, 98)
+    assert (abs(gray - ((ramp.ravel() - low) / (high - low) * 255).clip(0, 255)) <= 0.51).all()
+    spike = np.zeros((25, 40), np.uint16)
+    spike[3, 4] = 40000
+    Image.fromarray(spike).save(tmp_path / f"b.{suffix}")
+    assert rgb(tmp_path / f"b.{suffix}").max() == 255 and rgb(tmp_path / f"b.{suffix}").sum() == 3 * 255
+    Image.fromarray(spike[:1]).save(tmp_path / f"c.{suffix}")
+    assert (rgb(tmp_path / f"c.{suffix}") == 0).all()
+
+
+def test_cmyk_and_exif_orientation(tmp_path):
+    Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+    assert abs(rgb(tmp_path / "a.jpg").astype(int) - (255, 0, 0)).max() < 8
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the picture is 6 wide, 8 high
+    Image.new("RGB", (8, 6)).save(tmp_path / "b.jpg", exif=exif)
+    assert data.read_image(tmp_path / "b.jpg").size == (6, 8)
+
+
+def tiff(path, bands, kind, photometric=1):
+    """An uncompressed TIFF of a size of 2 x 2, written by hand: PIL writes no such bands."""
+    array = np.ones((2, 2, bands), kind)
+    code = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
+    bits = struct.pack(f"<{bands}H", *[8 * array.itemsize] * bands)
+    tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, bands, None), (259, 3, 1, 1), (262, 3, 1, photometric),
+            (273, 4, 1, 0), (277, 3, 1, bands), (278, 3, 1, 2), (279, 4, 1, array.nbytes), (339, 3, bands, None)]
+    offset = 8 + 2 + 12 * len(tags) + 4
+    extra, body = b"", b""
+    for number, form, count, value in tags:
+        if value is None:
+            content = bits if number == 258 else struct.pack(f"<{bands}H", *[code] * bands)
+            field = content.ljust(4, b"\0") if len(content) <= 4 else struct.pack("<I", offset + len(extra))
+            extra += content if len(content) > 4 else b""
+        elif number == 273:
+            field = b"DATA"
+        else:
+            field = struct.pack("<I", value)
+        body += struct.pack("<HHI", number, form, count) + field
+    body = body.replace(b"DATA", struct.pack("<I", offset + len(extra)))
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + body + b"\0\0\0\0" + extra
+                     + array.tobytes())
+    return path
+
+
+@pytest.mark.parametrize(("bands", "kind", "photometric", "stated", "command"), [
+    (5, "u1", 2, "5 bands of uint8", "-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB {}"),
+    (3, "u1", 1, "3 bands of uint8 in a form that PIL does not open", "-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB {}"),
+    (8, "u2", 1, "8 bands of uint16", "-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB -ot Byte -scale {}"),
+    (3, "u2", 2, "3 bands of uint16", "-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB -ot Byte -scale {}"),
+    (2, "u1", 1, "2 bands of uint8", "-b 1 {}"), (1, "f4", 1, "1 band of float32", "-b 1 -ot Byte -scale {}"),
+    (1, "i2", 1, "1 band of int16", "-b 1 -ot Byte -scale {}"),
+    (1, "u4", 1, "1 band of uint32", "-b 1 -ot Byte -scale {}"),
+    (1, "f8", 1, "1 band of float64", "-b 1 -ot Byte -scale {}")])
+def test_other_bands_and_types_are_refused_with_the_remedy(bands, kind, photometric, stated, command, tmp_path):
+    path = tiff(tmp_path / "a.tif", bands, kind, photometric)
+    with pytest.raises(ValueError) as error:
+        data.read_image(path)
+    assert stated in str(error.value) and "\n" not in str(error.value)
+    assert "gdal_translate " + command.format(path) + " converted.tif" in str(error.value)
+
+
+@pytest.mark.parametrize(("bands", "kind", "photometric"), [(1, "u1", 1), (3, "u1", 2), (4, "u1", 2), (1, "u2", 1)])
+def test_the_same_writer_makes_files_that_are_read(bands, kind, photometric, tmp_path):
+    assert rgb(tiff(tmp_path / "a.tif", bands, kind, photometric)).shape == (2, 2, 3)
+
+
+def test_16_bit_colour_png_is_refused(tmp_path):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    rows = b"".join(b"\0" + bytes(range(12)) for _ in range(2))
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="3 bands of uint16.*gdal_translate"):
+        data.read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_truncated_image_is_an_error_even_where_pil_was_told_otherwise(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    path = picture(tmp_path / f"a.{suffix}", (64, 64))
+    whole = path.read_bytes()
+    for share in (0.9, 0.5):
+        path.write_bytes(whole[:int(len(whole) * share)])
+        with pytest.raises(ValueError, match=f"a.{suffix}: "):
+            data.read_image(path)
+
+
+def test_missing_image_and_what_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a.png: no such file"):
+        data.read_image(tmp_path / "a.png")
+    for content in (b"", b"<html>404</html>", b"II*\0junk"):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"a.png: not an image, or one cut short .{len(content)} bytes"):
+            data.read_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="damaged"):
+        data.read_image(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Custom, union, categories, synthetic
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_custom_file(form, tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    picture(tmp_path / "in" / "b.png", mode="L", value=255)
+    rows = [{"image": "in/a.png", "mask": "in/b.png", "expression": 'a  ship, "long"'},
+            {"image": "in/a.png", "mask": "in/b.png", "expression": "the café", "category": "ship", "split": "val"}]
+    path = tmp_path / f"mine.{form}"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if form == "csv":
+            writer = csv.DictWriter(file, ["image", "mask", "expression", "category", "split"])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write("\n".join(map(json.dumps, rows)) + "\n\n")
+    for root in (path, tmp_path):
+        found, other = only("custom", root), only("custom", root, "val")
+        assert (found.expression, found.category, found.category_source) == ('a ship, "long"', None, None)
+        assert (other.expression, other.category, other.category_source) == ("the café", "ship", "file")
+        assert found.image == tmp_path / "in" / "a.png" and found.id == "b" and found.image_id == other.image_id
+    assert not data.has_split("custom", path, "test")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.csv", "image,text\nx.png,ship\n", "entry 1: no mask, expression; .* found image, text"),
+    ("a.jsonl", '{"image": "x", "mask": "y", "expression": "z"}\n{"image": \n', "entry 2: not JSON"),
+    ("a.jsonl", "[1]\n", "entry 1: a list, not an object"),
+    ("a.csv", "image,mask,expression\nx.png,y.png, \n", "entry 1: the expression is empty"),
+    ("a.csv", "image,mask,expression\nx.png,,ship\n", "entry 1: mask is empty"),
+    ("a.csv", "image,mask,expression\nx.png,y.png,ship\n", "x.png, of custom train, is missing")])
+def test_custom_file_errors(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.read("custom", tmp_path, "train")
+
+
+def test_custom_takes_one_file(tmp_path):
+    for names in ((), ("a.csv", "b.jsonl")):
+        for name in names:
+            (tmp_path / name).touch()
+        with pytest.raises(FileNotFoundError, match="a .jsonl or .csv file or a folder with one"):
+            data.read("custom", tmp_path, "train")
+
+
+def test_union_has_no_image_of_any_val_or_test_split(tmp_path):
+    layouts.write("refcoco-union", tmp_path)
+    train, val = (data.read("refcoco-union", tmp_path, split) for split in ("train", "val"))
+    held_out = {str(scene) for splits in layouts.UNION.values() for split, scenes in splits.items() if split != "train"
+                for scene in scenes}
+    assert {s.image_id for s in train} == {"0", "2", "8"} and not {s.image_id for s in train} & held_out
+    assert {s.image_id for s in val} == {"3"} and data.split_names("refcoco-union", "val", tmp_path) == ["val"]
+    assert len({s.id for s in train}) == len(train)
+    # One object of one image under one name in all sets, and none of RefCOCOg's sentences twice.
+    instances = [{s.instance for s in train if s.id.startswith(name)} for name in ("refcoco_", "refcoco+_")]
+    assert instances[0] & instances[1]
+    assert max(Counter((s.instance, s.expression) for s in train if "refcocog" in s.id).values()) == 1
+    (tmp_path / "refcocog" / "refs(google).p").unlink()
+    with pytest.raises(FileNotFoundError, match=r"refs\(google\).p"):
+        data.read("refcoco-union", tmp_path, "train")
+
+
+def test_seen_and_unseen_categories(tmp_path):
+    seen, unseen = data.CATEGORIES["seen"], data.CATEGORIES["unseen"]
+    assert len(seen) == 48 and len(unseen) == 17 and not seen & unseen
+    layouts.write("refcoco", tmp_path, splits={"train": 6})
+    everything = data.read("refcoco", tmp_path, "train")
+    parts = {name: data.read("refcoco", tmp_path, "train", categories=name) for name in ("seen", "unseen")}
+    assert {s.category for s in parts["seen"]} <= {"car", "boat", "bench", "kite", "bottle"}
+    assert {s.category for s in parts["unseen"]} == {"airplane", "bus"}
+    assert {s.category for s in everything} - {s.category for part in parts.values() for s in part} == {"traffic light"}
+    assert parts["seen"] == [s for s in everything if s.category in seen]
+    with pytest.raises(ValueError, match="rrsisd takes only 'all'"):
+        data.read("rrsisd", refer(tmp_path, []), "train", categories="seen")
+    with pytest.raises(ValueError, match="unknown categories 'half'"):
+        data.read("refcoco", tmp_path, "train", categories="half")
+
+
+def test_synthetic_reads_like_a_data_set():
+    train, again = (data.read("synthetic", None, "train", scenes=3, epoch=epoch) for epoch in (0, 1))
+    assert len(train) == len(again) and not {s.image for s in train} & {s.image for s in again}
+    assert data.split_names("synthetic", "val,test", "nowhere") == ["val", "test"]
+    assert data.has_split("synthetic", None, "test") and not data.has_split("synthetic", None, "testA")
+    assert set(data.vocabulary("synthetic", train)) >= {word for s in train for word in data.words(s.expression)}
+    assert data.vocabulary("custom", train[:1]) == sorted(set(data.words(train[0].expression)))
+    image, [mask] = data.load(train[:1])
+    assert image.size == mask.shape[::-1] and mask.any() and (data.read_mask(train[0], mask.shape) == mask).all()
+    with pytest.raises(ValueError, match="no split 'testA'"):
+        data.read("synthetic", None, "testA")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataset and collate
+
+
+def test_batch_is_as_documented(tmp_path):
+    layouts.write("refcoco", tmp_path, splits={"train": 2})
+    samples = data.read("refcoco", tmp_path, "train")
+    dataset = data.ReferringDataset(samples, 32, tokenizer, original=True)
+    assert [number for group in dataset.images for number in group] == list(range(24)) and len(dataset.images) == 2
+    first, second = dataset.images
+    batch = data.collate([dataset[second[:2]], dataset[first[:3]], dataset[second[2:3]]])
+    assert batch["images"].shape == (2, 3, 32, 32) and batch["images"].dtype == torch.uint8
+    assert batch["images"].is_contiguous()
+    assert batch["tokens"].shape == (6, 6) and batch["tokens"].dtype == torch.int64
+    assert batch["text_mask"].shape == (6, 6) and batch["text_mask"].dtype == torch.bool
+    assert batch["masks"].shape == (6, 32, 32) and batch["masks"].dtype == torch.bool
+    assert batch["image_index"].tolist() == [0, 0, 1, 1, 1, 0] and batch["image_index"].dtype == torch.int64
+    assert batch["instance"].shape == (6,) and batch["instance"].dtype == torch.int64 and (batch["instance"] >= 0).all()
+    numbers = [*second[:2], *first[:3], second[2]]
+    assert [s.id for s in batch["samples"]] == [samples[number].id for number in numbers]
+    assert {s.size for s in batch["samples"]} == {(96, 96)}
+    assert [mask.shape for mask in batch["original_masks"]] == [(96, 96)] * 6
+    for row, number in enumerate(numbers):
+        image, [mask] = data.load([samples[number]])
+        pixels = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
+        assert (batch["images"][batch["image_index"][row]].permute(1, 2, 0).numpy() == pixels).all()
+        assert (batch["original_masks"][row].numpy() == mask).all()
+        assert (batch["masks"][row].numpy() == mask[1::3, 1::3]).all()  # 96 -> 32: the centre of each 3 x 3
+        assert batch["tokens"][row].tolist() == tokenizer([samples[number].expression])[0][0].tolist()
+    assert "original_masks" not in data.ReferringDataset(samples, 32, tokenizer)[first]
+
+
+def test_instance_numbers_are_stable_and_tell_objects_apart():
+    assert data.instance_number(sample(instance="9/3")) == data.instance_number(sample(image="b", instance="9/3"))
+    numbers = {data.instance_number(sample(instance=f"9/{number}")) for number in range(1000)}
+    assert len(numbers) == 1000 and max(numbers) < 2 ** 63
+    assert data.instance_number(sample(instance="9/3")) == 6096036606605523258  # in every process, unlike hash()
+
+
+def test_an_image_is_opened_once_for_its_expressions(tmp_path, monkeypatch):
+    layouts.write("refcoco", tmp_path, splits={"train": 1})
+    dataset, opened = data.ReferringDataset(data.read("refcoco", tmp_path, "train"), 16, tokenizer), []
+    read = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path: (opened.append(path), read(path))[1])
+    assert len(dataset[dataset.images[0]]["samples"]) == 12 and len(opened) == 1
+
+
+def test_loader_workers_give_the_same_batches(tmp_path):
+    samples = data.read("synthetic", None, "train", scenes=3)
+    dataset = data.ReferringDataset(samples, 24, tokenizer)
+    sampler = data.TrainSampler(samples, batch_size=8, micro_batch=8, per_image=4, seed=0)
+    batches = [[batch["masks"].sum().item(), batch["images"].sum().item(), [s.id for s in batch["samples"]]]
+               for workers in (0, 1) for batch in torch.utils.data.DataLoader(
+                   dataset, batch_sampler=sampler.batches(0, 0), num_workers=workers, collate_fn=data.collate)]
+    assert len(batches) == 4 and batches[:2] == batches[2:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampler
+
+
+def many(counts, expressions=2):
+    """Samples of images with so many objects each, every object with `expressions` expressions."""
+    rows = [(f"i{image}", f"i{image}/{instance}") for image, count in enumerate(counts) for instance in range(count)
+            for _ in range(expressions)]
+    return [sample(image, instance, number) for number, (image, instance) in enumerate(rows)]
+
+
+def steps_of(sampler, epoch=0):
+    return [sampler.plan(epoch, step) for step in range(sampler.steps)]
+
+
+def flat(plan):
+    return [number for rank in plan for part in rank for group in part for number in group]
+
+
+COUNTS = [np.random.default_rng(3).integers(1, 6, 41), [1] * 37, [1, 30, 2, 2, 1, 9, 4], [1] * 3 + [7]]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=["mixed", "single", "lopsided", "few"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("per_image", [0, 1, 4])
+@pytest.mark.parametrize("micro_batch", [1, 3, 16])
+def test_each_unit_once_and_equal_slices(counts, world, per_image, micro_batch):
+    samples = many(counts)
+    sampler = data.TrainSampler(samples, batch_size=12, micro_batch=micro_batch, per_image=per_image, seed=5,
+                                world=world)
+    plans = steps_of(sampler)
+    chosen = [number for plan in plans for number in flat(plan)]
+    assert len(set(chosen)) == len(chosen)
+    units = Counter(samples[number].image_id if per_image else samples[number].instance for number in chosen)
+    if per_image:
+        expressions = Counter(s.image_id for s in samples)
+        assert units == {image: min(number, per_image) for image, number in expressions.items()}
+    else:
+        assert units == dict.fromkeys({s.instance for s in samples}, 1)
+    total = len(units)
+    size = 12 // max(per_image, 1)
+    whole = -(-total // size)
+    assert sampler.steps == (whole if total // whole >= world else total // world)
+    for plan in plans:
+        taken = len({samples[number].image_id if per_image else samples[number].instance for number in flat(plan)})
+        assert total // sampler.steps <= taken <= -(-total // sampler.steps)  # no tiny last step
+        assert len(plan) == world and len({len(rank) for rank in plan}) == 1
+        parts = [part for rank in plan for part in rank]
+        assert all(part and all(part) for part in parts)
+        for part in parts:
+            assert all(len({samples[number].image_id for number in group}) == 1 for group in part)
+            assert len({samples[group[0]].image_id for group in part}) == len(part)
+        images = {samples[number].image_id for number in flat(plan)}
+        pieces = Counter(samples[group[0]].image_id for part in parts for group in part)
+        if len(images) >= world:  # no image is in two parts, and none exceeds micro_batch but for a single image
+            assert max(pieces.values()) == 1
+            sizes = [sum(map(len, part)) for part in parts]
+            assert all(size <= micro_batch or len(part) == 1 or len(parts) > len(images) - world
+                       for size, part in zip(sizes, parts, strict=True))
+        else:
+            assert per_image == 0
+
+
+def test_the_step_is_the_same_however_it_is_divided():
+    samples = many(COUNTS[0])
+    for per_image in (0, 4):
+        plans = [[sorted(flat(plan)) for plan in steps_of(data.TrainSampler(
+            samples, batch_size=16, micro_batch=micro, per_image=per_image, seed=1, world=world), 3)]
+            for world, micro in ((1, 16), (1, 2), (2, 8), (3, 1))]
+        assert plans[0] == plans[1] == plans[2] == plans[3]
+        one, two = (data.TrainSampler(samples, batch_size=16, micro_batch=8, per_image=per_image, seed=1, world=world)
+                    for world in (1, 2))
+        for step in range(one.steps):  # the slices of two processes, in order, are the accumulated parts of one
+            assert [part for rank in two.plan(0, step) for part in rank] == one.plan(0, step)[0]
+
+
+def test_draws_depend_on_seed_epoch_and_step_alone():
+    samples = many(COUNTS[0], expressions=3)
+    settings = {"batch_size": 10, "micro_batch": 5, "per_image": 0}
+    sampler = data.TrainSampler(samples, seed=1, **settings)
+    torch.manual_seed(1)
+    first = steps_of(sampler, 2)
+    np.random.default_rng(0).random()
+    torch.manual_seed(2)
+    other = data.TrainSampler(samples, seed=1, **settings)
+    assert other.plan(2, other.steps - 1) == first[-1] and steps_of(other, 2) == first == steps_of(sampler, 2)
+    assert steps_of(sampler, 3) != first != steps_of(data.TrainSampler(samples, seed=2, **settings), 2)
+    drawn = {number for epoch in range(12) for plan in steps_of(sampler, epoch) for number in flat(plan)}
+    assert len(drawn) > 0.95 * len(samples)  # every expression has its turn
+    whole = list(sampler.batches(2, 0))
+    assert list(sampler.batches(2, 0, first_step=2)) == whole[sum(len(plan[0]) for plan in first[:2]):]
+
+
+def test_order_and_each_step_have_random_numbers_of_their_own():
+    """Numpy pads short seeds with zeros: the order's seed must not be that of the first step's draws."""
+    assert np.random.default_rng((1, 2)).random() == np.random.default_rng((1, 2, 0)).random()
+    sampler = data.TrainSampler(many([1] * 64, expressions=64), batch_size=32, micro_batch=32, per_image=0, seed=1)
+    first, second = ([number % 64 for number in flat(plan)] for plan in steps_of(sampler))
+    rng = np.random.default_rng((1, 0, 0))
+    assert first != second and len(set(first)) > 16 and first != [rng.integers(64) for _ in range(32)]
+
+
+def test_expressions_of_an_image_are_of_different_objects_first():
+    samples = many([1, 2, 3, 6], expressions=5)
+    sampler = data.TrainSampler(samples, batch_size=16, micro_batch=16, per_image=4, seed=0)
+    for epoch in range(5):
+        for plan in steps_of(sampler, epoch):
+            for group in (group for rank in plan for part in rank for group in part):
+                image = samples[group[0]].image_id
+                objects = len({samples[number].instance for number in group})
+                assert (objects, len(group)) == ({"i0": 1, "i1": 2, "i2": 3, "i3": 4}[image], 4)
+
+
+def test_parts_keep_within_the_micro_batch_where_images_allow_it():
+    sampler = data.TrainSampler(many([4] * 8, 1), batch_size=32, micro_batch=6, per_image=4, seed=0)
+    assert [[len(group) for group in part] for part in sampler.plan(0, 0)[0]] == [[4]] * 8
+    sampler = data.TrainSampler(many([4] * 8, 1), batch_size=32, micro_batch=8, per_image=4, seed=0, world=2)
+    assert [[[len(group) for group in part] for part in rank] for rank in sampler.plan(0, 0)] == [[[4, 4]] * 2] * 2
+
+
+def test_one_image_is_divided_only_where_processes_would_go_without():
+    sampler = data.TrainSampler(many([6], 1), batch_size=6, micro_batch=6, per_image=0, seed=0, world=3)
+    assert [[len(group) for group in part] for rank in sampler.plan(0, 0) for part in rank] == [[2]] * 3
+
+
+def test_fewer_units_than_processes():
+    with pytest.raises(ValueError, match=r"2 training objects in steps of 8 .* for 3 processes; start at most 2"):
+        data.TrainSampler(many([2]), batch_size=8, micro_batch=8, per_image=0, seed=0, world=3)
+    with pytest.raises(ValueError, match=r"9 training images in steps of 1 .batch size 4. .* start at most 1"):
+        data.TrainSampler(many([2] * 9), batch_size=4, micro_batch=8, per_image=4, seed=0, world=2)
+
+
+def test_a_batch_of_as_many_objects_as_processes_has_no_short_step():
+    sampler = data.TrainSampler(many([1] * 11), batch_size=4, micro_batch=4, per_image=0, seed=0, world=4)
+    assert sorted(len(flat(plan)) for plan in steps_of(sampler)) == [5, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Check command
+
+
+def check(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        data.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
+
+
+def test_check_finds_every_kind_of_fault(capsys, tmp_path):
+    layouts.write("risbench", tmp_path, splits={"train": 2, "test": 1})
+    images, masks = tmp_path / "RISBench_dataset" / "img_rgb", tmp_path / "RISBench_dataset" / "mask"
+    names = sorted(path.name for path in images.glob("train*"))
+    (images / names[0]).unlink()
+    (images / names[1]).write_bytes((images / names[1]).read_bytes()[:200])
+    (masks / names[2]).unlink()
+    Image.new("L", (96, 96)).save(masks / names[3])
+    Image.new("L", (96, 95), 255).save(masks / names[4])
+    (images / names[5]).write_bytes(b"")
+    code, out, _ = check(capsys, "--dataset", "risbench", "--data_root", tmp_path)
+    lines = out.splitlines()
+    assert code == 1 and sum("RISBench_dataset" in line for line in lines) == 6
+    for kind, name in zip(("missing", "unreadable", "missing", "empty", "mismatch", "unreadable"), names, strict=False):
+        assert [line for line in lines if line.startswith(kind) and name in line]
+    assert "not there: val" in out and "8 expressions (published 26300: differs by -26292)" in out
+    assert "12 images, 2 missing, 2 unreadable, 1 mismatch, 1 empty, 0 resized: 5 problems would stop" in lines[-1]
+    code, out, _ = check(capsys, "--dataset", "risbench", "--data-root", tmp_path, "--split=test")
+    assert code == 0 and out.splitlines()[-1].endswith("ready for training") and "train " not in out
+
+
+def test_check_counts_resized_masks_of_rrsisd(capsys, tmp_path):
+    refer(tmp_path, [layouts.rle(box(8, 8))], size=(8, 8), actual=(8, 9))
+    code, out, _ = check(capsys, "--dataset", "rrsisd", "--data-root", tmp_path)
+    assert code == 0 and "0 empty, 1 resized: ready" in out and "mask of 8x8 is resized to the image's 9x8" in out
+
+
+def test_check_says_ok_where_counts_are_the_published_ones(capsys, tmp_path, monkeypatch):
+    layouts.write("refcoco", tmp_path, splits={"val": 1})
+    monkeypatch.setitem(data.DATASETS["refcoco"].published, "val", {"refs": 4, "images": 1, "expressions": 13})
+    _, out, _ = check(capsys, "--dataset", "refcoco", "--data-root", tmp_path)
+    assert "4 refs (published 4: OK), 1 images (published 1: OK), 12 expressions (published 13: differs by -1)" in out
+
+
+def test_check_prints_reference_counts_of_categories(capsys, tmp_path):
+    layouts.write("refcoco-union", tmp_path)
+    _, out, _ = check(capsys, "--dataset", "refcoco", "--data-root", tmp_path, "--categories", "seen")
+    refs = {split: {s.instance for s in data.read("refcoco", tmp_path, split, categories="seen")}
+            for split in ("train", "testA", "testB")}
+    assert f"train  seen: {len(refs['train'])} refs (published 35473: differs" in out
+    assert f"test   seen: {len(refs['testA'] | refs['testB'])} refs (published 3200: differs" in out
+    _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--categories", "unseen")
+    assert "published 445" in out and "35473" not in out
+    _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--categories", "seen")
+    assert "published 3175" in out and "refs of refcocog-umd, of 33093" in out
+    _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path)
+    assert "8 refs of refcoco, of 42404" in out and "published 3811" in out
+
+
+def test_command_line(tmp_path):
+    layouts.write("rrsisd", tmp_path, splits={"train": 1, "val": 1, "test": 1})
+    done = subprocess.run([sys.executable, "data.py", "--dataset", "rrsisd", "--data-root", tmp_path], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "rrsisd: 12 images" in done.stdout, done.stderr
+    assert "4 expressions (published 1740: differs by -1736)" in done.stdout
+
+
+def test_check_of_a_wrong_folder_is_one_line(capsys, tmp_path):
+    code, out, _ = check(capsys, "--dataset", "rrsisd", "--data-root", tmp_path / "nowhere")
+    assert code.startswith("error: rrsisd: no refs(unc).p") and "\n" not in code and out == ""

@@ -1,0 +1,417 @@
+"""train.py: settings, schedules, resume bit for bit, stops, several processes, wrong input. On the toy paper."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import toy
+
+import evaluate
+import metrics
+import models
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+ONE = evaluate.Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def known():
+    toy.register()
+
+
+def options(output, *words):
+    return train.arguments(["--model", "toy", "--device", "cpu", "--workers", "0", "--limit", "60",
+                            "--output", str(output), *words])
+
+
+def run_to_end(output, *words):
+    train.train(options(output, *words), ONE)
+
+
+def state_of(output):
+    return torch.load(output / "resume.pt", weights_only=True)
+
+
+def assert_same(a, b, path=""):
+    """Equal to the bit, through dicts and lists; wall-clock seconds aside."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key not in ("seconds", "log_length"):
+                assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for k, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{k}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def log_of(output):
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+# -------------------------------------------------------------------------------------------------- settings, schedule
+
+
+def test_precedence_is_recipe_then_preset_then_ablation_then_command_line(tmp_path):
+    def settled(*words):
+        return train.settle(train.arguments(["--model", "toy", "--output", str(tmp_path), *words]))
+
+    assert settled("--dataset", "rrsisd")[1]["lr"] == 2e-2                                  # RECIPE_FOR
+    assert settled("--dataset", "rrsisd", "--preset", "tiny")[1]["per_image"] == 2          # RECIPE_TINY instead
+    assert settled("--dataset", "rrsisd", "--preset", "tiny")[1]["lr"] == 1e-2
+    assert settled()[1]["per_image"] == 2                                                   # synthetic means tiny
+    config, recipe = settled("--dataset", "rrsisd", "--ablation", "1/slow")
+    assert recipe["lr"] == 1e-4
+    assert settled("--ablation", "1/slow", "--lr", "3e-4")[1]["lr"] == 3e-4
+    assert settled("--ablation", "1/wide")[0].width == 12
+    assert settled("--ablation", "1/wide", "--set", "width=5", "clip=0.5") == (
+        toy.Config(width=5), {**toy.RECIPE, **toy.RECIPE_TINY, "clip": 0.5})
+
+
+def test_underscores_are_taken_for_hyphens(tmp_path):
+    assert train.arguments(["--batch_size", "4", "--weight_decay=0.1"]).batch_size == 4
+
+
+def test_factor_of_each_schedule():
+    poly = {"epochs": 4, "schedule": "poly", "power": 0.9}
+    assert train.factor(poly, 0, 40) == 1
+    assert train.factor(poly, 30, 40) == pytest.approx(0.25 ** 0.9)
+    cosine = {"epochs": 4, "schedule": "cosine", "warmup": 1}
+    assert train.factor(cosine, 0, 40) == pytest.approx(0.1)
+    assert train.factor(cosine, 9, 40) == 1
+    assert train.factor(cosine, 25, 40) == pytest.approx(0.5)
+    assert train.factor(cosine, 39, 40) == pytest.approx(0.5 * (1 + math.cos(math.pi * 29 / 30)))
+    step = {"epochs": 4, "schedule": "step", "drop_epochs": 1, "drop_factor": 0.1}
+    assert [train.factor(step, k, 40) for k in (29, 30)] == [1.0, 0.1]
+    assert train.factor({"epochs": 4, "schedule": "constant"}, 39, 40) == 1
+    with pytest.raises(ValueError, match="there are poly, cosine"):
+        train.factor({"epochs": 4, "schedule": "linear"}, 0, 40)
+
+
+def test_phases_begin_with_an_epoch():
+    assert train.phase_starts({"epochs": 50, "phases": {"first": 0.4, "both": 0.6}}) == [(0, "first"), (20, "both")]
+    assert train.phase_starts({"epochs": 5, "phases": None}) == []
+
+
+# ------------------------------------------------------------------------------------------------------ run and resume
+
+
+def test_a_run_leaves_its_folder_and_its_numbers_can_be_recomputed(tmp_path, capsys):
+    run_to_end(tmp_path / "run")
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert there == {"config.json", "resume.pt", "best.safetensors", "last.safetensors", "tokenizer.json", "log.jsonl",
+                     "test", "test-shuffled"}
+    for split in ("test", "test-shuffled"):
+        folder = tmp_path / "run" / split
+        assert {path.name for path in folder.iterdir()} == {"metrics.json", "per_sample.jsonl", "sheet.png"}
+        written = json.loads((folder / "metrics.json").read_text())
+        again = metrics.summarize(metrics.read_records(folder / "per_sample.jsonl"))
+        assert {key: written[key] for key in again} == json.loads(json.dumps(again))
+        assert written["split"] == split and written["samples"] == 60
+    assert len(log_of(tmp_path / "run")) == 2
+    printed = capsys.readouterr().out
+    assert "oIoU (cIoU)" in printed and "control, every image with another image's sentences" in printed
+    assert models.load(tmp_path / "run").tokenizer(["the ship"])[0].shape == (1, 12)
+
+
+class StopAt(train.StopRequest):
+    """Asks to stop once `steps` steps have asked."""
+
+    steps = 3
+
+    def __init__(self):
+        self.count = 0
+
+    @property
+    def asked(self):
+        self.count += 1
+        return self.count if self.count >= self.steps else None
+
+
+@pytest.mark.parametrize("steps", [2, 4], ids=["in mid-epoch", "at the end of an epoch"])
+@pytest.mark.parametrize("settings", [
+    ("dropout=0.3", "batch_norm=True"), ("phases={'first': 0.5, 'both': 0.5}",)], ids=["plain", "phases"])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, steps, settings):
+    words = ("--epochs", "4", "--set", "batch_size=4", "micro_batch=2", *settings)
+    run_to_end(tmp_path / "whole", *words)
+    for round_, at in enumerate((steps, steps + 1)):               # stopped twice, in either phase
+        monkeypatch.setattr(StopAt, "steps", at)
+        monkeypatch.setattr(train, "StopRequest", StopAt)
+        with pytest.raises(train.Stopped):
+            run_to_end(tmp_path / "parts", *words, *(["--resume"] if round_ else []))
+    monkeypatch.undo()
+    torch.manual_seed(12345)                                        # whatever state the process is in
+    run_to_end(tmp_path / "parts", *words, "--resume")
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    for file in ("best.safetensors", "last.safetensors"):
+        whole, parts = (models.read_weights(tmp_path / name / file) for name in ("whole", "parts"))
+        assert_same(whole, parts, file)
+    files = [tmp_path / name / "test/per_sample.jsonl" for name in ("whole", "parts")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+def test_log_written_after_the_commit_point_is_cut(tmp_path, monkeypatch):
+    run_to_end(tmp_path / "run")
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write('{"epoch": 3, "half a li')
+    run_to_end(tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_worse_epoch_never_overwrites_the_best(tmp_path, monkeypatch, resumed):
+    scores = iter([30.0, 20.0, 10.0])
+    real = metrics.summarize
+
+    def summarize(*args, **options):
+        validating = options.get("bootstrap") == 0
+        return {**real(*args, **options), **({"mIoU": next(scores)} if validating else {})}
+
+    monkeypatch.setattr(metrics, "summarize", summarize)
+    words = ("--epochs", "3")
+    if resumed:
+        monkeypatch.setattr(StopAt, "steps", 2)
+        monkeypatch.setattr(train, "StopRequest", StopAt)
+        while True:
+            try:
+                run_to_end(tmp_path / "run", *words, *(["--resume"] if (tmp_path / "run").exists() else []))
+                break
+            except train.Stopped:
+                continue
+    else:
+        run_to_end(tmp_path / "run", *words)
+    assert [line["best"] for line in log_of(tmp_path / "run")] == [True, False, False]
+    best, last = (models.read_weights(tmp_path / "run" / f"{name}.safetensors")[0] for name in ("best", "last"))
+    assert not torch.equal(best["words.weight"], last["words.weight"])
+    assert state_of(tmp_path / "run")["best"] == 30.0
+
+
+def test_phase_change_keeps_what_goes_on_learning_and_starts_the_best_anew(tmp_path, monkeypatch):
+    kept = []
+    real = train.start_phase
+
+    def watched(run, epoch):
+        old = run.optimizer
+        state = dict(old.state) if old else {}
+        real(run, epoch)
+        if old is not None and run.optimizer is not old:
+            weight = run.model.words.weight
+            kept.append((run.optimizer.state[weight] is state[weight], run.model.second.weight in run.optimizer.state,
+                         run.position["best"]))
+
+    monkeypatch.setattr(train, "start_phase", watched)
+    run_to_end(tmp_path / "run", "--set", "phases={'first': 0.5, 'both': 0.5}")
+    assert kept == [(True, False, None)]
+
+
+# --------------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_an_infinite_loss_names_step_and_samples_and_keeps_the_last_good_state(tmp_path):
+    words = ("--set", "batch_size=4", "batch_norm=True", "per_image=0")
+    with pytest.raises(ValueError, match=r"not finite at step 2 of epoch 2; samples train-\S+") as caught:
+        run_to_end(tmp_path / "bad", *words, "explode_at=0.55")
+    assert str(tmp_path / "bad" / "resume.pt") in str(caught.value)
+    state = state_of(tmp_path / "bad")
+    assert (state["epoch"], state["step"]) == (1, 1)
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values() if tensor.is_floating_point())
+    config = json.loads((tmp_path / "bad" / "config.json").read_text())
+    config["config"]["explode_at"] = 2.0
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+    run_to_end(tmp_path / "bad", *words, "--resume")
+    run_to_end(tmp_path / "good", *words)
+    assert_same(state_of(tmp_path / "good"), state_of(tmp_path / "bad"))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    class Refuses:
+        def __reduce__(self):
+            raise OSError("disk full")
+
+    train.save_torch({"epoch": 1}, tmp_path / "resume.pt")
+    with pytest.raises(OSError, match="disk full"):
+        train.save_torch({"epoch": 2, "bad": Refuses()}, tmp_path / "resume.pt")
+    assert train.load_resume(tmp_path / "resume.pt") == {"epoch": 1}
+
+
+def test_a_second_run_in_one_folder_is_asked_about(tmp_path):
+    run_to_end(tmp_path / "run")
+    before = (tmp_path / "run" / "resume.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already: --resume goes on with it, --overwrite"):
+        run_to_end(tmp_path / "run")
+    assert (tmp_path / "run" / "resume.pt").read_bytes() == before
+    run_to_end(tmp_path / "run", "--overwrite", "--epochs", "1")
+    assert len(log_of(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--set", "width=9"], "begun with width=8, now width=9"), (["--lr", "0.5"], "begun with lr=0.01, now lr=0.5"),
+    (["--seed", "1"], "begun with seed 0, now 1"), (["--limit", "12"], "begun with limit 60, now 12")])
+def test_resume_with_other_settings_is_refused(tmp_path, words, message):
+    run_to_end(tmp_path / "run", "--epochs", "1")
+    with pytest.raises(ValueError, match=message):
+        run_to_end(tmp_path / "run", "--epochs", "1", "--resume", *words)
+
+
+def test_resume_of_nothing_and_of_a_torn_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="start the run without --resume"):
+        run_to_end(tmp_path / "run", "--resume")
+    run_to_end(tmp_path / "run")
+    path = tmp_path / "run" / "resume.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="resume.pt is truncated"):
+        run_to_end(tmp_path / "run", "--resume")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--ablation", "2/none"], "no such row; there are 1/wide"),
+    (["--set", "schedule=linear"], "there are poly"),
+    (["--set", "witdh=3"], "has a field 'witdh'"), (["--dataset", "rrsisd", "--data-root", "nowhere"], "nowhere"),
+    (["--dataset", "refsegrs", "--data-root", "/dev"], "/dev")])
+def test_wrong_input_is_named(tmp_path, words, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        run_to_end(tmp_path / "run", *words)
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_wrong_input_ends_in_one_line_and_a_nonzero_exit(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--dataset", "risbench", "--data-root", tmp_path / "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- real processes
+
+
+def start(output, *words, processes=1, **environment):
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29631"]
+    return subprocess.Popen(
+        [sys.executable, *(launch if processes > 1 else []), ROOT / "tests/toy.py", "--model", "toy", "--device", "cpu",
+         "--limit", "60", "--workers", "1", "--output", output, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(tmp_path):
+    words = ("--epochs", "60", "--set", "batch_size=4", "dropout=0.3")
+    process = start(tmp_path / "run", *words)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "go on with --resume" in errors
+    stopped = state_of(tmp_path / "run")["epoch"]
+    assert 0 < stopped < 60
+    process = start(tmp_path / "run", *words, "--resume")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    torch.set_num_threads(1)
+    run_to_end(tmp_path / "whole", *words)
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "run"))
+
+
+def gradients(rank, world, folder, words, explode):
+    """The gradient of the first step as `world` processes see it; with `explode` the last one's loss is infinite."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    toy.register()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29633"}
+    torch.set_num_threads(1)
+    processes = evaluate.start_processes("cpu")
+    run = train.begin(options(folder / f"run{world}", *words), processes)
+    train.build(run)
+    if explode:
+        real, scale = run.model.criterion, float("inf") if rank == world - 1 else 1.0
+        run.model.criterion = lambda *given: {name: value * scale for name, value in real(*given).items()}
+        if processes.first:
+            train.new_folder(run)
+    dataset = train.data.ReferringDataset(run.samples, run.config.image_size, run.tokenizer)
+    batches = (train.data.collate([dataset[numbers] for numbers in micro]) for micro in run.sampler.batches(0, rank))
+    if explode:
+        message = ""
+        try:
+            train.train_step(run, 0, 0, batches, train.StopRequest())
+        except ValueError as error:
+            message = str(error)
+        (folder / f"message{rank}").write_text(message)
+        mine = [run.samples[k].id for micro in run.sampler.plan(0, 0)[rank] for numbers in micro for k in numbers]
+        (folder / f"samples{rank}").write_text(", ".join(mine))
+    else:
+        sums, _, _ = train.accumulate(run, batches, run.sampler.plan(0, 0), 0.0)
+        (_, totals) = train.agree(processes, [0.0], sums)
+        if processes.first:
+            grads = {name: one.grad for name, one in run.model.named_parameters() if one.requires_grad}
+            micros = len(run.sampler.plan(0, 0)[0])
+            torch.save({"totals": totals, **grads}, folder / f"gradients-{world}-{micros}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_and_accumulation_do_not_change_the_gradient(tmp_path):
+    words = ["--batch-size", "15", "--set", "dropout=0", "per_image=0"]      # odd for two, images of unequal size
+    gradients(0, 1, tmp_path, [*words, "--micro-batch", "15"], False)
+    gradients(0, 1, tmp_path, [*words, "--micro-batch", "4"], False)
+    mp.spawn(gradients, (2, tmp_path, [*words, "--micro-batch", "4"], False), nprocs=2)
+    files = sorted(path.name for path in tmp_path.glob("gradients-*"))
+    assert len(files) == 3, files
+    whole = torch.load(tmp_path / "gradients-1-1.pt", weights_only=True)
+    for file in files:
+        other = torch.load(tmp_path / file, weights_only=True)
+        for name in whole:
+            if name == "totals":
+                assert other[name] == pytest.approx(whole[name], rel=1e-5)
+            else:
+                assert whole[name].abs().max() > 1e-6, name
+                torch.testing.assert_close(other[name], whole[name], rtol=1e-5, atol=1e-7)
+
+
+def test_an_infinite_loss_on_one_process_stops_both(tmp_path):
+    mp.spawn(gradients, (2, tmp_path, ["--batch-size", "8", "--set", "per_image=0"], True), nprocs=2)
+    first, second = ((tmp_path / f"message{rank}").read_text() for rank in (0, 1))
+    assert first == second and "not finite at step 1" in first
+    assert f"samples {(tmp_path / 'samples1').read_text()};" in first        # those of the process that went wrong
+    assert state_of(tmp_path / "run2")["step"] == 0
+
+
+def test_two_processes_train_and_score_like_one(tmp_path):
+    words = ("--epochs", "2", "--set", "dropout=0", "batch_size=6", "per_image=0")
+    process = start(tmp_path / "two", *words, processes=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    torch.set_num_threads(1)
+    run_to_end(tmp_path / "one", *words)
+    for name, tensor in state_of(tmp_path / "one")["model"].items():
+        torch.testing.assert_close(tensor, state_of(tmp_path / "two")["model"][name], rtol=1e-3, atol=1e-4)
+    # the same weights on one process give the same numbers exactly
+    evaluate.main(evaluate.arguments(["--checkpoint", str(tmp_path / "two"), "--limit", "60", "--workers", "0",
+                                      "--output", str(tmp_path / "again")]))
+    lines = [metrics.read_records(tmp_path / name / "test/per_sample.jsonl") for name in ("two", "again")]
+    assert [[line[field] for field in metrics.FIELDS] for line in lines[0]] == \
+        [[line[field] for field in metrics.FIELDS] for line in lines[1]]
+    scores = [json.loads((tmp_path / name / "test/metrics.json").read_text()) for name in ("two", "again")]
+    assert scores[0]["mIoU"] == scores[1]["mIoU"] and scores[0]["oIoU"] == scores[1]["oIoU"]
+
+
+def test_fewer_samples_than_processes_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="process"):
+        train.begin(options(tmp_path / "run", "--limit", "1"), evaluate.Processes(0, 2, torch.device("cpu")))

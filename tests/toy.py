@@ -1,0 +1,118 @@
+"""A paper in miniature: the contract of DESIGN in the fewest lines, so that the trainer's tests take seconds.
+
+It has what can go wrong in a trainer: dropout, batch norm, a frozen part, two phases, a loss that can be made infinite.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import models  # noqa: E402
+from losses import binary_cross_entropy  # noqa: E402
+
+MAPS = ("coarse",)
+
+
+@dataclass(frozen=True)
+class Config:
+    image_size: int = 32
+    text_length: int = 12
+    vocab_size: int = 100
+    pretrained: str = "none"
+    width: int = 8
+    dropout: float = 0.1
+    batch_norm: bool = False
+    explode_at: float = 2.0                         # progress from which the loss is infinite
+
+    @classmethod
+    def tiny(cls):
+        return cls()
+
+
+RECIPE = {"epochs": 2, "batch_size": 8, "micro_batch": 8, "lr": 1e-2, "weight_decay": 0.01, "schedule": "poly",
+          "power": 0.9, "warmup": 0, "clip": 1.0, "precision": "fp32", "per_image": 0, "protocol": "resized",
+          "empty": "zero", "select": "mIoU", "phases": None}
+RECIPE_FOR = {"rrsisd": {"lr": 2e-2}}
+RECIPE_TINY = {"per_image": 2}
+ABLATIONS = {"1": {"wide": {"width": 12}, "slow": {"lr": 1e-4}}}
+
+
+class Tokenizer:
+    def __init__(self, length, words):
+        self.length, self.words = length, words
+        self.numbers = {word: k for k, word in enumerate(["[PAD]", "[UNK]", *words])}
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __call__(self, expressions):
+        rows = [[self.numbers.get(word, 1) for word in re.findall(r"\w+", text.lower())][:self.length]
+                for text in expressions]
+        tokens = torch.tensor([row + [0] * (self.length - len(row)) for row in rows])
+        return tokens, tokens > 0
+
+
+def tokenizer(config, vocabulary=None):
+    return Tokenizer(config.text_length, vocabulary)
+
+
+class Toy(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.frozen = nn.Conv2d(3, 3, 1)
+        self.image = nn.Sequential(nn.Conv2d(3, config.width, 3, padding=1),
+                                   nn.BatchNorm2d(config.width) if config.batch_norm else nn.Identity(), nn.ReLU())
+        self.words = nn.Embedding(config.vocab_size, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.second = nn.Conv2d(config.width, 1, 3, padding=1)
+        self.phase = "both"
+
+    def start_phase(self, name):
+        self.phase = name
+
+    def forward(self, images, tokens, text_mask, image_index=None):
+        index = torch.arange(len(images)) if image_index is None else image_index
+        features = self.image(self.frozen(images / 255.0))[index]                           # (M,C,S,S)
+        words = self.words(tokens) * text_mask[..., None]
+        sentence = words.sum(1) / text_mask.sum(1, keepdim=True)                            # (M,C)
+        mixed = self.dropout(features * sentence[:, :, None, None])
+        coarse = mixed.sum(1, keepdim=True)                                                 # (M,1,S,S)
+        logits = coarse if self.phase == "first" else coarse + self.second(mixed)
+        return {"logits": logits, "coarse": coarse.sigmoid()}
+
+    def criterion(self, outputs, batch, progress):
+        loss = binary_cross_entropy(outputs["logits"], batch["masks"][:, None]).mean()
+        return {"seg": loss * (float("inf") if progress >= self.config.explode_at else 1.0)}
+
+    def param_groups(self, recipe):
+        self.requires_grad_(False)
+        learning = [self.image, self.words] + ([] if self.phase == "first" else [self.second])
+        for module in learning:
+            module.requires_grad_(True)
+        return [{"params": [p for module in learning for p in module.parameters()], "lr": recipe["lr"],
+                 "weight_decay": recipe["weight_decay"]}]
+
+    def diagnose(self, outputs, masks):
+        return {"brightness": outputs["coarse"].mean((1, 2, 3))}
+
+
+def register():
+    """Make the toy known as --model toy in this process."""
+    sys.modules["models.toy"] = sys.modules[__name__]
+    models.PAPERS["toy"] = "Toy"
+
+
+if __name__ == "__main__":      # python tests/toy.py ARGUMENTS: train.py with the toy known
+    import evaluate
+    import train
+
+    register()
+    with evaluate.one_line_errors():
+        train.main()

@@ -943,9 +943,8 @@ def _mask_from_parts(parts: list, size: tuple[int, int]) -> np.ndarray:
     """Union of RLEs (column-major) and polygons; without any part an empty mask."""
     mask, (height, width) = np.zeros(size, bool), size
     for part in (part for part in parts if isinstance(part, dict) and len(part["counts"])):
-        runs = run_lengths(part["counts"])  # pycocotools would leave memory as it finds it where runs are too few
-        if (runs < 0).any() or runs.sum() != height * width:
-            raise ValueError(f"its runs make {runs.sum()} pixels, not {height}x{width}")
+        # Where there are too few runs this raises; pycocotools would leave memory as it finds it.
+        runs = run_lengths(part["counts"])
         mask |= np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
     # Two corners have no area, and pycocotools takes four numbers for a box.
     if polygons := [part for part in parts if not isinstance(part, dict) and len(part) >= 6]:
@@ -1057,7 +1056,7 @@ class TrainSampler:
     """Which expressions make up each step of an epoch, divided over processes and micro-batches.
 
     per_image = 0: each object once per epoch by one of its expressions; b > 0: each image once by up to b expressions,
-    of different objects as far as there are. Every draw depends on (seed, epoch, step) alone.
+    of different objects as far as there are, and a step takes as many images as have about batch_size of them. Every draw depends on (seed, epoch, step) alone.
     """
 
     def __init__(self, samples: list[Sample], *, batch_size: int, micro_batch: int, per_image: int, seed: int,
@@ -1068,7 +1067,8 @@ class TrainSampler:
         for number, sample in enumerate(samples):
             units[sample.image_id if per_image else sample.instance][sample.instance].append(number)
         self.units = [list(instances.values()) for instances in units.values()]
-        size, total = max(batch_size // max(per_image, 1), 1), len(self.units)
+        drawn = [min(per_image, sum(map(len, unit))) for unit in self.units] if per_image else [1]
+        size, total = max(int(batch_size * len(drawn) / sum(drawn)), 1), len(self.units)
         if min(size, total) < world:
             what = "images" if per_image else "objects"
             raise ValueError(f"{total} training {what} in steps of {size} (batch size {batch_size}) are too few for "

@@ -60,6 +60,7 @@ Silent
     Table V      the rows are independent switches (V-B, V-C); "RUS only" is our control, L_unc as a mere second task
 Omits
     CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
+    Mask2Former's masked attention, query feed-forward nets and intermediate losses: the paper mentions none
 """
 
 import argparse
@@ -383,16 +384,16 @@ class DeformableAttention(nn.Module):
     def forward(self, queries, tokens, centres, sizes):
         """queries, tokens (B,n,C), n = sum of h*w over sizes; centres (n,2) -> (B,n,C). Samples in float32."""
         value = rearrange(self.value(tokens), "b n (a d) -> (b a) d n", a=self.heads)
-        offsets = rearrange(self.offsets(queries), "b n (a l p c) -> l (b a) n p c", a=self.heads, l=self.levels, c=2)
-        weights = rearrange(self.weights(queries), "b n (a p) -> (b a) 1 n p", a=self.heads).float().softmax(-1)
+        offsets = rearrange(self.offsets(queries), "b n (a l p c) -> l c (b a) p n", a=self.heads, l=self.levels, c=2)
+        weights = rearrange(self.weights(queries), "b n (a p) -> (b a) 1 p n", a=self.heads).float().softmax(2)
         with torch.autocast(tokens.device.type, enabled=False):
             levels = value.float().split([h * w for h, w in sizes], -1)
-            centres, sampled = 2 * centres[:, None] - 1, []                   # (n,1,2) in [-1,1]
-            for level, (h, w), offset in zip(levels, sizes, offsets.float(), strict=True):
-                x, y = offset.unbind(-1)                                      # in cells of the level
-                where = centres + torch.stack((x * (2 / w), y * (2 / h)), -1)                # (B*heads,n,points,2)
+            centre_x, centre_y = (2 * centres - 1).unbind(-1)                 # (n,) in [-1,1]
+            sampled = []
+            for level, (h, w), (x, y) in zip(levels, sizes, offsets.float(), strict=True):
+                where = torch.stack((centre_x + x * (2 / w), centre_y + y * (2 / h)), -1)         # (B*heads,points,n,2)
                 sampled.append(F.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False))
-            mixed = (torch.cat(sampled, -1) * weights).sum(-1)                # (B*heads,C/heads,n)
+            mixed = (torch.cat(sampled, 2) * weights).sum(2)                  # (B*heads,C/heads,n)
         return self.to_out(rearrange(mixed, "(b a) d n -> b n (a d)", a=self.heads))
 
 
@@ -608,7 +609,6 @@ class CroBIMU(nn.Module):
     def encode_images(self, images):
         """images (N,3,S,S) uint8 -> V_4, V_8, V_16, V_32 (N,C,S/s,S/s)."""
         feature = (images / 255 - self.mean) / self.std                       # (N,3,S,S)
-        feature = feature.contiguous(memory_format=torch.channels_last)
         features = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
             feature = self.convnext.embeddings(feature)

@@ -43,7 +43,7 @@ def uncertainty_loss(uncertainty, prediction, masks, *, sample_weight=1.0, thres
 
     uncertainty (M,1,H,W) logits, already at the masks' size; prediction (M,1,H,W) bool, Eq. (4); the gradient goes to
     `uncertainty` only. sample_weight is lambda_s and threshold delta of Eq. (7); an empty union is not a hard sample.
-    clamp bounds Eq. (8)'s weight, which reaches H*W for a single wrong pixel (None: as printed).
+    clamp bounds Eq. (8)'s weight, which reaches H*W/2 for a single wrong pixel (None: as printed).
     blur: z is the 3x3 mean of e; Eq. (8) is defined for a hard z only, so its cases and counts stay those of e.
     symmetric: the rarer side is weighted up, whichever it is. As printed, the loss fades when nearly all is wrong.
     """

@@ -15,12 +15,12 @@ Shapes
     m           the paper's padding mask, 1 = ignored; here text_mask (M,L), True = a real token, its inverse
     U, U_p      uncertainty logits (M,1,S/32,S/32), at S x S where resized; their sigmoid
     F           mask feature (M,C,S/4,S/4)
-    P_fg, P_ref logits before and after refinement (M,1,S,S);  M refinement mask (M,1,S,S);  y masks (M,1,S,S)
+    P_fg, P_ref logits before and after refinement (M,1,S,S);  M, in formulas, the refinement mask;  y the true masks
 Equations
     (1)          MultiScaleEncoder.forward, one Phi is EncoderLayer
     (2)          CroBIMU.forward, by resize
     (3)          ReferringUncertaintyScorer.forward
-    (4) (5)      online_error
+    (4) (5)      online_error; (5) again in losses.py, where it trains
     (6) (7) (8)  losses.py, uncertainty_loss, called by CroBIMU.criterion
     (9) - (12)   UncertaintyGatedFusion.forward
     (13) - (16)  UncertaintyDrivenLocalRefinement.forward
@@ -28,25 +28,29 @@ Equations
     (19) (20)    metrics.py
 Departs
     channels     256..2048 in III-B are not ConvNeXt-B's: the widths are read from the tower (128..1024)
+    (1)          one Phi takes the tokens of all three levels at once; printed, each Phi^(s) takes its own level's
     (3)          padded words are masked out of the softmax; as printed they would take part
-    (8)          the weight is clamped at 100 (clamp=None: as printed); one wrong pixel would weigh as much as the image
+    (8)          the weight is clamped at 100 (clamp=None: as printed); one wrong pixel would weigh half the image
     (17)         not optional: refinement learns from nothing else, since L_seg and L_unc see P_fg
-    refine       "cheap" puts a 1x1 convolution C -> refine_hidden before F is resized for (15): 2.5 times fewer
+    refine       "cheap" puts a 1x1 convolution C -> refine_hidden before F is resized for (15): 2.4 times fewer
                  products; the default is "literal", as printed
+    Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
 Silent
     Base         the paper's Base is CroBIM, of which no more is used than III-B describes: two towers, a projection
                  per level, a multi-scale encoder, mask logits
     projections  1x1 convolution and group norm per level, linear and layer norm for the words
     Phi          words first (attention, residual, norm), then deformable attention over all three levels and a
                  feed-forward net: Mask2Former's pixel decoder, whose layer count and heads the paper quotes
-    P_fg         F = conv(V_4 + resized V_8); one query, the word at [CLS], attends to strides 32, 16, 8 in turn;
+    UGF          stands between the towers and the multi-scale encoder, which III-B counts to the decoder
+    P_fg         F = conv(V_4 + resized V_8+); one query, the word at [CLS], attends to strides 32, 16, 8 in turn;
                  P_fg = <F, MLP(query)> / sqrt(C) + b, resized from stride 4: Mask2Former's decoder with one query
     start        Xavier for attention and feed-forward layers, as in Mask2Former; PyTorch's own lets the words in weakly
     b            starts at logit(0.05), so that the first predictions are mostly background
     resizing     bilinear, align_corners=False
+    (3)          Fig. 2's "raw broadcasting" of the words stands neither in III-C nor in (3): left out
     (3)          MLP 2C-C-1 with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
     (5)          z = e; with error_blur the 3x3 mean, and (8) still counts e
-    (6)-(8)      epsilon 1: the counts are integers
+    (7) (8)      an empty union is not a hard sample; epsilon 1, the counts are integers
     warm-up      L_unc is multiplied by zero for the first 5 % of the run: an empty prediction's errors are the mask
     (9)          8 heads with their own output layer before Proj, dropout 0.1; no key biases, they cancel
     (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g (detach_gate stops it)
@@ -56,11 +60,12 @@ Silent
     (18)         lambda_unc 0.1, lambda_ref 1
     text         20 tokens with [CLS] and [SEP], lower case, padded to 20
     training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars, all of BERT learns
-    freeze       the paper freezes nothing; freeze=True keeps both towers as they were loaded
+    freeze       the paper names no frozen part: both towers learn; freeze=True keeps them as they were loaded
+    scoring      at S x S, an empty union counts 0, the best epoch by validation mIoU
     Table V      the rows are independent switches (V-B, V-C); "RUS only" is our control, L_unc as a mere second task
 Omits
     CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
-    Mask2Former's masked attention, query feed-forward nets and intermediate losses: the paper mentions none
+    Mask2Former's masked attention, its second and third round, intermediate losses: the paper mentions none
 """
 
 import argparse
@@ -90,7 +95,7 @@ class Config:
     weights_dir: str = "weights"                    # where files lie that are on no hub
     image_backbone: str = "pretrained_convnext_base.pth"        # IV-B1: SMLFR; or Meta's .pth, or a hub name
     text_backbone: str = "google-bert/bert-base-uncased"        # IV-B1
-    freeze: bool = False                            # both towers; the paper trains all
+    freeze: bool = False                            # our choice: both towers learn
 
     convnext_depths: tuple[int, ...] = (3, 3, 27, 3)            # IV-B1: ConvNeXt-Base
     convnext_widths: tuple[int, ...] = (128, 256, 512, 1024)
@@ -155,7 +160,7 @@ RECIPE = {                                          # IV-B2 where not marked
     "epochs": 40, "batch_size": 32, "lr": 5e-5, "weight_decay": 0.01,
     "schedule": "poly", "power": 0.9, "warmup": 0.0,            # power, no warm-up: our choice, LAVT's
     "micro_batch": 4, "clip": 0.0, "precision": "bf16",         # our choice; the paper's 32 are 4 on each of 8 cards
-    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None,
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None,      # our choice, LAVT's
 }
 RECIPE_FOR = {}                                     # IV-B2: one recipe for all data sets
 RECIPE_TINY = {"epochs": 11, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5,
@@ -682,7 +687,7 @@ class CroBIMU(nn.Module):
 
     @torch.no_grad()
     def diagnose(self, outputs, masks):
-        """Is U_p what V-A says it is? masks (M,S,S) -> figures (M,), NaN where there is no error to find.
+        """Is U_p what V-A says it is? masks (M,S,S) -> figures (M,), NaN where nothing is to be found.
 
         uncertainty_auroc: the chance that U_p is higher at a wrong pixel than at a right one. errors_refined: the share
         of wrong pixels with M > 0.5; refined_area: the share of all pixels, what a blind M would score.

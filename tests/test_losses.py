@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from losses import (
+    absolute_differences,
     binary_cross_entropy,
+    boundary_loss,
     contrastive_loss,
     dice_loss,
     instance_contrastive_loss,

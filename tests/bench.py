@@ -1,0 +1,232 @@
+"""Speed and memory, by hand: ratios within one run, each beside what the architecture itself demands.
+
+    python tests/bench.py --model crobim_u                       paper size, random weights, one image and sentence
+    python tests/bench.py --model crobim_u --preset tiny --set refine=literal
+
+A measured ratio is a median of times taken in turn; a demanded one divides the floating-point operations that torch
+counts (matrix products, convolutions, attention) of the same two pieces of work.
+"""
+
+import argparse
+import dataclasses
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import layouts  # noqa: E402
+
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import metrics  # noqa: E402
+import models  # noqa: E402
+
+PARTS = ("step", "inference", "expressions", "loader", "metrics", "memory")
+
+
+def crobim_u_backbones(model, batch):
+    """ConvNeXt on every image and BERT on every sentence, nothing else."""
+    features = model.convnext.embeddings((batch["images"] / 255 - model.mean) / model.std)
+    total = 0
+    for stage in model.convnext.encoder.stages:
+        features = stage(features)
+        total = total + features.float().mean()
+    words = model.bert(batch["tokens"], attention_mask=batch["text_mask"][:, None, None]).last_hidden_state
+    return total + words.float().mean()
+
+
+BACKBONES = {"crobim_u": (crobim_u_backbones, ("convnext.", "bert."))}
+
+
+class Bench:
+    def __init__(self, args):
+        self.args, self.device = args, torch.device(args.device)
+        paper = models.paper(args.model)
+        config = paper.Config.tiny() if args.preset == "tiny" else paper.Config()
+        config, self.recipe = models.override(dataclasses.replace(config, pretrained="none"), paper.RECIPE, args.set)
+        torch.manual_seed(0)
+        self.model = models.build(args.model, config).to(self.device).train()
+        self.groups = self.model.param_groups(self.recipe)
+        self.backbones, prefixes = BACKBONES[args.model]
+        self.bare_parameters = [parameter for name, parameter in self.model.named_parameters()
+                                if name.startswith(prefixes) and parameter.requires_grad]
+
+    def batch(self, images, expressions):
+        c, generator = self.model.config, torch.Generator().manual_seed(0)
+        square = (c.image_size, c.image_size)
+        batch = {"images": torch.randint(0, 256, (images, 3, *square), dtype=torch.uint8, generator=generator),
+                 "tokens": torch.randint(4, c.vocab_size, (expressions, c.text_length), generator=generator),
+                 "text_mask": torch.ones(expressions, c.text_length, dtype=torch.bool),
+                 "image_index": torch.arange(expressions) * images // expressions,
+                 "masks": torch.rand(expressions, *square, generator=generator) > 0.9,
+                 "instance": torch.arange(expressions)}
+        return evaluate.to_device(batch, self.device)
+
+    def forward(self, batch):
+        with evaluate.autocast(self.device, self.args.precision):
+            outputs = self.model(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
+        return {key: value.float() if value.is_floating_point() else value for key, value in outputs.items()}
+
+    def objective(self, batch):
+        return sum(self.model.criterion(self.forward(batch), batch, 0.5).values())
+
+    def bare_objective(self, batch):
+        with evaluate.autocast(self.device, self.args.precision):
+            return self.backbones(self.model, batch)
+
+    def step_of(self, objective, groups):
+        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=self.device.type == "cuda")
+
+        def step(batch):
+            objective(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return step
+
+    def seconds(self, works):
+        """Median seconds of each of `works`, run in turn after one warm-up each."""
+        times = [[] for _ in works]
+        for round_ in range(self.args.repeat + 1):
+            for work, kept in zip(works, times, strict=True):
+                begun = time.perf_counter()
+                work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if round_:
+                    kept.append(time.perf_counter() - begun)
+        return [statistics.median(kept) for kept in times]
+
+    def report(self, name, works, labels, count_flops=True):
+        full, bare = self.seconds(works)
+        line = f"{name:<34}{labels[0]} {full:8.3f} s   {labels[1]} {bare:8.3f} s   measured ratio {full / bare:5.2f}"
+        if count_flops:
+            demanded = []
+            for work in works:
+                with FlopCounterMode(display=False) as counter:
+                    work()
+                demanded.append(counter.get_total_flops())
+            ratio = demanded[0] / demanded[1]
+            line += (f"   demanded {ratio:5.2f} ({demanded[0] / 1e9:.1f} / {demanded[1] / 1e9:.1f} GFLOP)"
+                     f"   measured/demanded {full / bare / ratio:4.2f}")
+        print(line, flush=True)
+
+    # ---- the parts
+
+    def step(self):
+        batch = self.batch(self.args.images, self.args.images * self.args.per_image)
+        full, bare = self.step_of(self.objective, self.groups), self.step_of(self.bare_objective, self.bare_parameters)
+        self.report("training step / bare backbones", [lambda: full(batch), lambda: bare(batch)], ("step", "bare"))
+
+    def inference(self):
+        self.model.eval()
+        batch = self.batch(self.args.images, self.args.images * self.args.per_image)
+        with torch.no_grad():
+            self.report("inference / bare backbones",
+                        [lambda: self.forward(batch), lambda: self.bare_objective(batch)], ("model", "bare"))
+
+    def expressions(self):
+        self.model.eval()
+        many, one = self.batch(1, 15), self.batch(1, 1)
+        with torch.no_grad():
+            self.report("15 expressions of an image / 1", [lambda: self.forward(many), lambda: self.forward(one)],
+                        ("15", "1"))
+
+    def loader(self):
+        side = self.model.config.image_size
+        with tempfile.TemporaryDirectory() as folder:
+            layouts.write("risbench", folder, scenes=4, size=512)
+            samples = data.read("risbench", folder, "train")
+            tokens = torch.zeros(1, self.model.config.text_length, dtype=torch.long)
+            dataset = data.ReferringDataset(
+                samples, side, lambda texts: (tokens.expand(len(texts), -1), tokens.expand(len(texts), -1) > 0))
+
+            def bare():
+                for sample in samples:
+                    with Image.open(sample.image) as image:
+                        np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
+                    with Image.open(sample.mask) as mask:
+                        np.asarray(mask.resize((side, side), Image.Resampling.NEAREST))
+
+            self.report("bare decode and resize / loader",
+                        [bare, lambda: data.collate([dataset[numbers] for numbers in dataset.images])],
+                        ("bare", "loader"), count_flops=False)
+
+    def metrics(self):
+        """Share of an evaluation that is spent on counting and summing up."""
+        self.model.eval()
+        spent, real = [], {"counts": evaluate.counts, "records": metrics.records}
+
+        def timed(name):
+            def call(*args, **options):
+                begun = time.perf_counter()
+                result = real[name](*args, **options)
+                spent.append(time.perf_counter() - begun)
+                return result
+            return call
+
+        paper = models.paper(self.args.model)
+        config = dataclasses.replace(self.model.config, vocab_size=100)
+        tokenizer = paper.tokenizer(config, data.vocabulary("synthetic", []))
+        evaluate.counts, metrics.records = timed("counts"), timed("records")
+        begun = time.perf_counter()
+        lines, _ = evaluate.evaluate(self.model, data.read("synthetic", "", "test", limit=24),
+                                     evaluate.Processes(0, 1, self.device), tokenizer=tokenizer, protocol="resized",
+                                     workers=0, precision=self.args.precision, micro_batch=12)
+        summed = time.perf_counter()
+        metrics.summarize(lines, bootstrap=0)
+        spent.append(time.perf_counter() - summed)
+        total = time.perf_counter() - begun
+        evaluate.counts, metrics.records = real["counts"], real["records"]
+        print(f"{'metrics share of an evaluation':<34}{sum(spent):8.3f} s of {total:.3f} s: {sum(spent) / total:.1%}")
+
+    def memory(self):
+        """Peak of one training step in a process of its own (on cuda: of this one)."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            command = [sys.executable, __file__, *sys.argv[1:], "--only-step"]
+            peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        print(f"{'peak memory of a training step':<34}{peak / 2 ** 30:8.2f} GiB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="crobim_u", choices=BACKBONES)
+    parser.add_argument("--preset", default="paper", choices=["paper", "tiny"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=evaluate.PRECISIONS)
+    parser.add_argument("--images", type=int, default=1, help="images of a batch")
+    parser.add_argument("--per-image", type=int, default=1, help="sentences of each image")
+    parser.add_argument("--repeat", type=int, default=3, help="timed rounds")
+    parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--only-step", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    bench = Bench(args)
+    if args.only_step:
+        bench.step_of(bench.objective, bench.groups)(bench.batch(args.images, args.images * args.per_image))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    count = sum(parameter.numel() for parameter in bench.model.parameters())
+    print(f"{args.model} {args.preset} {' '.join(args.set)}: {count / 1e6:.2f} M parameters, {args.images} image(s) x "
+          f"{args.per_image} sentence(s) at {bench.model.config.image_size}, {args.precision} on {args.device}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for part in args.part:
+        getattr(bench, part)()
+
+
+if __name__ == "__main__":
+    main()

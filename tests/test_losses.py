@@ -5,18 +5,7 @@ import math
 import pytest
 import torch
 
-from losses import (
-    absolute_differences,
-    binary_cross_entropy,
-    boundary_loss,
-    contrastive_loss,
-    dice_loss,
-    instance_contrastive_loss,
-    mask_pooled,
-    multi_instance_loss,
-    orthogonal_loss,
-    uncertainty_loss,
-)
+from losses import binary_cross_entropy, dice_loss, uncertainty_loss
 
 
 def example(M=3, H=5, W=4, seed=0):

@@ -1056,7 +1056,8 @@ class TrainSampler:
     """Which expressions make up each step of an epoch, divided over processes and micro-batches.
 
     per_image = 0: each object once per epoch by one of its expressions; b > 0: each image once by up to b expressions,
-    of different objects as far as there are, and a step takes as many images as have about batch_size of them. Every draw depends on (seed, epoch, step) alone.
+    of different objects as far as there are, and a step takes as many images as have about batch_size of them. Every
+    draw depends on (seed, epoch, step) alone.
     """
 
     def __init__(self, samples: list[Sample], *, batch_size: int, micro_batch: int, per_image: int, seed: int,

@@ -66,3 +66,85 @@ def uncertainty_loss(uncertainty, prediction, masks, *, sample_weight=1.0, thres
 
     bce = F.binary_cross_entropy_with_logits(U, z, reduction="none")
     return w_sample * (w_pixel * bce).mean((1, 2, 3))  # CroBIM-U Eq. (6)
+
+
+# --------------------------------------------------------------------------------------------------------- RSRefSeg 2
+
+
+def orthogonal_loss(t1, t2):
+    """Squared cosine between the mean-pooled, normalised embeddings of two subspaces, t1 and t2 (M,n,C) -> (M,)."""
+    pooled1, pooled2 = (F.normalize(t.float().mean(1), dim=-1) for t in (t1, t2))         # (M,C)
+    return (pooled1 * pooled2).sum(-1) ** 2  # RSRefSeg 2 Eq. (11)
+
+
+def mask_pooled(features, masks):
+    """Mean of the features (M,C,h,w) over each mask (M,1,H,W), a cell counting by the share that it covers -> (M,C)."""
+    share = F.interpolate(masks.float(), features.shape[-2:], mode="area")                # (M,1,h,w)
+    return (features.float() * share).sum((2, 3)) / share.sum((2, 3)).clamp(min=1e-6)
+
+
+def contrastive_loss(images, texts, every_image, every_text, first, scale):
+    """Symmetric InfoNCE: each vector must find its partner among all K of the other kind -> (M,).
+
+    images, texts (M,C) are rows first .. first + M of every_image, every_text (K,C); scale multiplies the cosines.
+    """
+    images, texts, every_image, every_text = (F.normalize(x.float(), dim=-1)
+                                              for x in (images, texts, every_image, every_text))
+    partner = torch.arange(first, first + len(images), device=images.device)
+    to_text = F.cross_entropy(scale * images @ every_text.T, partner, reduction="none")
+    to_image = F.cross_entropy(scale * texts @ every_image.T, partner, reduction="none")
+    return (to_text + to_image) / 2
+
+
+def multi_instance_loss(logits, masks):
+    """-log of the softmax mass, over all cells, of the cells that the mask touches; 0 where it is empty -> (M,)."""
+    touched = F.adaptive_max_pool2d(masks.float(), logits.shape[-2:]).flatten(1) > 0      # (M,h*w)
+    touched = touched | ~touched.any(-1, keepdim=True)
+    log_share = logits.float().flatten(1).log_softmax(-1)
+    return -log_share.masked_fill(~touched, -torch.inf).logsumexp(-1)
+
+
+# --------------------------------------------------------------------------------------------------------- RS2-SAM 2
+
+
+def absolute_differences(maps):
+    """|difference to the pixel above| + |to the one on the left|, 0 where there is none: (M,1,h,w) -> (M,1,h,w)."""
+    return F.pad(maps.diff(dim=2).abs(), (0, 0, 1, 0)) + F.pad(maps.diff(dim=3).abs(), (1, 0, 0, 0))
+
+
+def boundary_loss(logits, masks, weight, hard=False):
+    """Text-guided boundary loss: mean over the pixels of (weight * (gradient of p - gradient of the mask))^2 -> (M,).
+
+    p = sigmoid(logits); weight (M,), a scalar per expression. hard: p is cut at 0.5 first, as in the official code, and
+    then no gradient reaches the logits.
+    """
+    p = logits.float().sigmoid()
+    p = (p > 0.5).float() if hard else p
+    difference = absolute_differences(p) - absolute_differences(masks.float())
+    return (weight.float()[:, None, None, None] * difference).square().mean((1, 2, 3))  # RS2-SAM 2 Eq. (7)
+
+
+# --------------------------------------------------------------------------------------------------------- Prompt-RIS
+
+
+def instance_contrastive_loss(logits, masks, image_index, instance, eps=1e-4):
+    """Masks of one object should be alike, those of two objects of an image apart -> (M,).
+
+    image_index, instance (M,) int: equal numbers = same image, same object. An expression's value is the mean over the
+    b expressions of its image, itself among them, so the mean over expressions is Prompt-RIS's 1/b^2 sum, averaged over
+    images of equal b. eps keeps the logarithms finite without a clamp, whose gradient would vanish where two objects
+    got one mask, the very case to repel. The weight is the hard IoU with the truth and carries no gradient.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        S = logits.float().sigmoid().flatten(1)                                             # (M,h*w)
+        products = S @ S.T                                                                  # (M,M)
+        squares = products.diagonal()
+        O = 2 * products / (squares[:, None] + squares).clamp(min=1e-12)  # noqa: E741  # Prompt-RIS Eq. (7)
+        d = 1 - O
+        Y = instance[:, None] == instance
+        prediction = logits > 0
+        w = (prediction & masks).sum((1, 2, 3)) / (prediction | masks).sum((1, 2, 3)).clamp(min=1)
+        like, unlike = torch.log(eps + (1 - eps) * O), torch.log(eps + (1 - eps) * d)
+        same_image = image_index[:, None] == image_index
+        pairs = same_image * -w[:, None] * torch.where(Y, like, unlike)
+        return pairs.sum(1) / same_image.sum(1)  # Prompt-RIS Eq. (8)

@@ -22,6 +22,10 @@ from safetensors.torch import save_file
 
 PAPERS = {
     "crobim_u": "CroBIMU",
+    "icipnet": "ICIPNet",
+    "rsrefseg2": "RSRefSeg2",
+    "rs2sam2": "RS2SAM2",
+    "prompt_ris": "PromptRIS",
 }
 
 

@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from losses import binary_cross_entropy, dice_loss, uncertainty_loss
+from losses import (
+    absolute_differences,
+    binary_cross_entropy,
+    boundary_loss,
+    contrastive_loss,
+    dice_loss,
+    instance_contrastive_loss,
+    mask_pooled,
+    multi_instance_loss,
+    orthogonal_loss,
+    uncertainty_loss,
+)
 
 
 def example(M=3, H=5, W=4, seed=0):
@@ -209,3 +220,220 @@ def test_eq06_computes_in_float32_under_autocast():
         low = uncertainty_loss(uncertainty.bfloat16(), prediction, masks, blur=True)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, uncertainty_loss(uncertainty.bfloat16().float(), prediction, masks, blur=True))
+
+
+# --------------------------------------------------------------------------------------------------------- Prompt-RIS
+
+
+def instance_pairs(logits, masks, image_index, instance, eps):
+    """Prompt-RIS Eqs. (7) and (8) with loops: per expression its share of the sum over pairs."""
+    values = []
+    p = [[sigmoid(x) for row in rows for x in row] for rows in pixels(logits)]
+    y = [[x for row in rows for x in row] for rows in pixels(masks)]
+    for i in range(len(p)):
+        meets = sum(a > 0.5 and b for a, b in zip(p[i], y[i], strict=True))
+        joins = sum(a > 0.5 or b for a, b in zip(p[i], y[i], strict=True))
+        w = meets / joins if joins else 0.0
+        group = [j for j in range(len(p)) if image_index[j] == image_index[i]]
+        total = 0.0
+        for j in group:
+            overlap = 2 * sum(a * b for a, b in zip(p[i], p[j], strict=True))
+            overlap /= sum(a * a for a in p[i]) + sum(b * b for b in p[j])
+            chosen = overlap if instance[i] == instance[j] else 1 - overlap
+            total += -w * math.log(eps + (1 - eps) * chosen)
+        values.append(total / len(group))
+    return values
+
+
+def test_prompt_ris_instance_contrast_by_loops():
+    """Prompt-RIS Eqs. (7)-(8): two images of four expressions and one of two, some of the same object."""
+    logits, _, masks = example(M=10, seed=3)
+    image_index, instance = [0, 0, 1, 0, 1, 1, 2, 2, 1, 0], [5, 6, 7, 5, 8, 7, 9, 9, 3, 5]
+    for eps in (1e-4, 1e-2):
+        loss = instance_contrastive_loss(2 * logits, masks, torch.tensor(image_index), torch.tensor(instance), eps=eps)
+        expected = instance_pairs(2 * logits, masks, image_index, instance, eps)
+        assert loss.tolist() == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 0.01
+
+
+def test_prompt_ris_instance_contrast_is_the_papers_sum_over_b_squared():
+    """Prompt-RIS Eq. (8): with equal b the mean over expressions is that over images; any cut at images gives it."""
+    logits, _, masks = example(M=8, seed=4)
+    image_index, instance = torch.arange(8) // 4, torch.tensor([1, 1, 2, 3, 4, 5, 5, 5])
+    whole = instance_contrastive_loss(logits, masks, image_index, instance)
+    halves = [instance_contrastive_loss(logits[k:k + 4], masks[k:k + 4], image_index[k:k + 4], instance[k:k + 4])
+              for k in (0, 4)]
+    torch.testing.assert_close(whole, torch.cat(halves))
+    torch.testing.assert_close(whole.mean(), (halves[0].sum() / 4 + halves[1].sum() / 4) / 2)
+
+
+def test_prompt_ris_overlap_is_one_minus_the_ratio_of_differences():
+    """Prompt-RIS Eq. (7): 1 - O = sum (S_i - S_j)^2 / (sum S_i^2 + sum S_j^2); two objects, weight 1 by the truth."""
+    logits, _, _ = example(M=2, H=6, W=6, seed=5)
+    masks, p = logits > 0, logits.sigmoid().double()
+    ratio = (p[0] - p[1]).square().sum() / (p.square().sum())
+    loss = instance_contrastive_loss(logits, masks, torch.zeros(2), torch.tensor([1, 2]), eps=1e-9)
+    assert loss.tolist() == pytest.approx([-math.log(ratio) / 2] * 2, rel=1e-4)
+
+
+def test_prompt_ris_instance_contrast_repels_masks_that_coincide():
+    """Prompt-RIS Eq. (8) keeps its gradient in the very case it is for, and stays finite at exact equality."""
+    logits, _, _ = example(M=1, H=30, W=30, seed=6)
+    two = logits.repeat(2, 1, 1, 1)
+    same = two.clone().requires_grad_()
+    loss = instance_contrastive_loss(same, two > 0, torch.zeros(2), torch.tensor([1, 2]))
+    assert loss.isfinite().all() and loss.min() > 3
+    near = (two + 1e-3 * torch.randn(two.shape, generator=torch.Generator().manual_seed(7))).requires_grad_()
+    loss = instance_contrastive_loss(near, two > 0, torch.zeros(2), torch.tensor([1, 2])).mean()
+    gradient, = torch.autograd.grad(loss, near)
+    assert gradient.norm() > 1e-4
+    apart = instance_contrastive_loss((near - 10 * gradient / gradient.norm()).detach(), two > 0, torch.zeros(2),
+                                      torch.tensor([1, 2])).mean()
+    assert apart < loss
+
+
+def test_prompt_ris_instance_contrast_weighs_by_a_detached_iou():
+    """Prompt-RIS Eq. (8): a mask that misses its truth is silent, one alone costs nothing, w has no gradient."""
+    logits = torch.full((2, 1, 4, 4), -2.0)
+    logits[:, :, :2] = 2.0
+    truth = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    truth[0, :, :2], truth[1, :, 2:] = True, True                               # IoU 1 and 0
+    loss = instance_contrastive_loss(logits, truth, torch.zeros(2), torch.tensor([1, 2]))
+    assert loss[0] > 3 and loss[1] == 0
+    alone = instance_contrastive_loss(logits, truth, torch.arange(2), torch.tensor([1, 1]))
+    assert alone.tolist() == [0, 0]
+    learning = logits.clone().requires_grad_()
+    instance_contrastive_loss(learning, truth & False, torch.zeros(2), torch.tensor([1, 2])).sum().backward()
+    assert learning.grad.abs().max() == 0
+
+
+def test_prompt_ris_instance_contrast_computes_in_float32_under_autocast():
+    logits, _, masks = example(M=4, seed=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = instance_contrastive_loss(logits.bfloat16(), masks, torch.zeros(4), torch.arange(4))
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, instance_contrastive_loss(logits.bfloat16().float(), masks, torch.zeros(4),
+                                                              torch.arange(4)))
+
+
+# --------------------------------------------------------------------------------------------------------- RSRefSeg 2
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def cosine(a, b):
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
+
+
+def test_rsrefseg2_orthogonal_loss_by_loops():
+    """RSRefSeg 2 Eq. (11): the square of the cosine of the means, 0 for orthogonal and 1 for opposite subspaces."""
+    t1, t2 = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    for got, a, b in zip(orthogonal_loss(t1, t2).tolist(), t1.tolist(), t2.tolist(), strict=True):
+        mean_a, mean_b = ([sum(column) / 4 for column in zip(*rows, strict=True)] for rows in (a, b))
+        assert got == pytest.approx(cosine(mean_a, mean_b) ** 2, rel=1e-4)
+    across = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
+    assert orthogonal_loss(*across).item() == 0
+    assert orthogonal_loss(t1, -3 * t1).tolist() == pytest.approx([1] * 3)
+
+
+def test_rsrefseg2_mask_pooling_counts_a_cell_by_its_share():
+    """RSRefSeg 2 Eq. (12): an object smaller than a cell is not lost, an empty mask is zero and not NaN."""
+    features = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
+    masks = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
+    masks[0, 0, 2, 5], masks[1, 0, 2:6, 0:3] = True, True
+    pooled = mask_pooled(features, masks)
+    assert pooled[0].tolist() == pytest.approx(features[0, :, 0, 1].tolist(), rel=1e-4)
+    assert pooled[1].tolist() == pytest.approx(features[1, :, :, 0].mean(1).tolist(), rel=1e-4)
+    assert pooled[2].tolist() == [0, 0]
+
+
+def test_rsrefseg2_contrast_by_loops():
+    """RSRefSeg 2 Eq. (12), L_samp: rows 1 and 2 of five, each way round."""
+    every_image, every_text = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2))
+    got = contrastive_loss(every_image[1:3], every_text[1:3], every_image, every_text, 1, torch.tensor(7.0))
+    images, texts = every_image.tolist(), every_text.tolist()
+    for k, loss in zip((1, 2), got.tolist(), strict=True):
+        to_text = [math.exp(7 * cosine(images[k], text)) for text in texts]
+        to_image = [math.exp(7 * cosine(image, texts[k])) for image in images]
+        expected = -(math.log(to_text[k] / sum(to_text)) + math.log(to_image[k] / sum(to_image))) / 2
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_rsrefseg2_multi_instance_loss_by_loops():
+    """RSRefSeg 2 Eq. (12), L_spat: the mass of the touched cells; an empty mask costs nothing and has no gradient."""
+    logits = torch.randn(3, 1, 3, 3, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    masks = torch.zeros(3, 1, 6, 6, dtype=torch.bool)
+    masks[0, 0, 1, 1], masks[1, 0, 1:3, 4] = True, True
+    loss = multi_instance_loss(logits, masks)
+    for m, cells in ((0, [(0, 0)]), (1, [(0, 2), (1, 2)])):
+        mass = {(y, x): math.exp(logits[m, 0, y, x].item()) for y in range(3) for x in range(3)}
+        share = sum(mass[cell] for cell in cells) / sum(mass.values())
+        assert loss[m].item() == pytest.approx(-math.log(share), rel=1e-4)
+    loss.sum().backward()
+    assert loss[2].item() == pytest.approx(0, abs=1e-6)
+    assert logits.grad.isfinite().all() and logits.grad[2].abs().max() < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------------- RS2-SAM 2
+
+
+def gradient_map(values):
+    """Vertical plus horizontal absolute difference of a list of lists, 0 where there is no neighbour."""
+    return [[(abs(values[y][x] - values[y - 1][x]) if y else 0.0) + (abs(values[y][x] - values[y][x - 1]) if x else 0.0)
+             for x in range(len(values[0]))] for y in range(len(values))]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_rs2sam2_boundary_loss_by_loops(hard):
+    """RS2-SAM 2 Eq. (7)."""
+    logits, _, masks = example()
+    weight = torch.tensor([0.5, -2.0, 1.5])
+    loss = boundary_loss(logits, masks, weight, hard=hard)
+    assert loss.shape == (3,)
+    for m, (values, truth) in enumerate(zip(pixels(logits), pixels(masks), strict=True)):
+        p = [[float(value > 0) if hard else sigmoid(value) for value in row] for row in values]
+        y = [[float(inside) for inside in row] for row in truth]
+        terms = [(weight[m].item() * (a - b)) ** 2
+                 for row_p, row_y in zip(gradient_map(p), gradient_map(y), strict=True)
+                 for a, b in zip(row_p, row_y, strict=True)]
+        assert loss[m].item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+def test_rs2sam2_gradients_of_an_edge():
+    """RS2-SAM 2 Eq. (7): the mask's own gradient is 1 along an edge, 2 at a corner and 0 elsewhere."""
+    square = torch.zeros(1, 1, 4, 4)
+    square[..., 1:3, 1:3] = 1
+    assert absolute_differences(square)[0, 0].tolist() == [[0, 0, 0, 0], [0, 2, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]]
+    assert boundary_loss(square * 100 - 50, square > 0, torch.ones(1)).item() < 1e-9
+
+
+def test_rs2sam2_boundary_gradient_of_two_is_the_mean_of_two_single_runs():
+    """RS2-SAM 2 Eq. (7): the gradient reaches the logits, no expression sees another, and weight 0 is an optimum."""
+    logits, _, masks = example(M=2, H=6, W=7)
+    weight = torch.tensor([0.7, -1.3])
+
+    def gradient(these):
+        inputs = logits[these].clone().requires_grad_(), weight[these].clone().requires_grad_()
+        return torch.autograd.grad(boundary_loss(inputs[0], masks[these], inputs[1]).mean(), inputs)
+
+    both = gradient(slice(0, 2))
+    single = [gradient(slice(m, m + 1)) for m in range(2)]
+    assert both[0].abs().max() > 1e-3
+    for k in range(2):
+        torch.testing.assert_close(both[k], torch.cat([gradients[k] for gradients in single]) / 2)
+    assert boundary_loss(logits, masks, torch.zeros(2)).abs().max() == 0
+    hard = boundary_loss(logits.requires_grad_(), masks, weight.requires_grad_(), hard=True).mean()
+    to_logits, to_weight = torch.autograd.grad(hard, (logits, weight), allow_unused=True)
+    assert to_logits is None and to_weight.abs().min() > 1e-3
+
+
+def test_rs2sam2_boundary_loss_computes_in_float32_under_autocast():
+    """RS2-SAM 2 Eq. (7)."""
+    logits, _, masks = example()
+    expected = boundary_loss(logits.bfloat16().float(), masks, torch.ones(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = boundary_loss(logits.bfloat16(), masks, torch.ones(3, dtype=torch.bfloat16))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)

@@ -1,0 +1,789 @@
+"""ICIPNet: prompts made from the image join the words; the difference of two attentions brings them to the pixels.
+
+Paper
+    Ren, Wang, Xu, Yang, Wang. Image-Conditioned Instance Prompt Network for Referring Remote Sensing Image
+    Segmentation. arXiv:2605.24532, 2026, https://arxiv.org/abs/2605.24532
+    At each stage of a Swin Transformer, prompts gather what the image shows (ICIP) and stand beside the words; the
+    pixels read both through two attention maps, one subtracted from the other, and the result is mixed over positions
+    and over channels (BIF). A convolutional decoder draws the mask from the four fused maps.
+Official
+    github.com/Ren-by/ICIPNet; it cannot be built: the module of (10)-(13), the lines of (2)-(4) and several attributes
+    are missing. It serves here as evidence for layout and widths. No code was copied.
+Shapes
+    N images, M expressions, B either, S image side; L text tokens with padding, the paper's N
+    i           stage 1..4 of stride s = 4, 8, 16, 32; h,w = S/s; P = h*w positions; C its width 128, 256, 512, 1024
+    D           width 768 of words and prompts;  m prompts per stage, the paper's M_i;  n = m+L
+    V, V_hat    visual tokens (B,P,C) and (B,P,D);  T, T_o prompts (B,m,D);  L_o prompts and words (B,n,D)
+    A, alpha    (B,P,m);  Q (B,P,2D), K (B,n,2D), H (B,n,D);  F (B,P,n);  V_o, V_E, O (B,P,D)
+Equations
+    (1) - (4)    ImageConditionedInstancePrompt.forward, with the concatenation [T_o; L]
+    (5) (6)      BilateralInformationFusion.forward
+    (7)          BilateralInformationFusion.balance
+    (8) (9)      BilateralInformationFusion.forward
+    (10) - (13)  MultiModalFeatureReconstruction.forward
+    (14)         ICIPNet.criterion
+Departs from the paper
+    (1)          a vector t is D wide, as (2) and the concatenation need, and so is L; the text says C_i and C
+    (5)          Q has P rows, K and H have n, not M_i; H is D wide, as (9)-(13) need (value_mult=2: 2D, as printed)
+    (8)          each map is a softmax over the real ones of the n tokens, as in [16], which III-B1 follows;
+                 softmax=False: as printed, padded tokens zero
+    (13)         O has P rows, not M_i+N
+Departs from the official code
+    width        D per half of Q and K at every stage, as in the paper; bif_width="stage": C, as in the code
+    (4)          T_o joins the words; there the raw T does
+    (7)          std 0.1, as in [16]; there 1, with which exp() overflows in 1 of 200 draws at width 1024
+    (10)-(13)    learned; there the weights are drawn anew in every forward
+    CE           normalised per expression, there over the batch, so that any division into micro-batches is the same
+    Dice         mean over expressions, of the foreground; dice_sum=True: its sum over both classes and a batch of 4
+    logits       resized with align_corners=False
+    stage 4      no gates and no intra-scale interaction: what they feed is not read (4,194,342 weights there)
+Departs from RMSIN's code
+    cross-scale  attention heads and tokens keep their axes, which two reshapes there scramble: the linear layer back to
+                 h*w tokens mixes tokens; one residual round the grouped feed-forward, there two
+    sizes        the coarsest map's, there 15 x 15; a coarser copy of one place only is left out
+Silent in the paper (code: taken from the official code)
+    network      Table III's base is RMSIN: intra_scale, cross_scale, rotated; all False: LAVT's shell, plain decoder
+    Table III    ICIP alone: the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L
+    f            two linear layers C-C-D with GELU; weights of ICIP and BIF xavier-uniform
+    (1)          a table per stage, shared by all images, normal with std 0.02: A neither saturates nor vanishes
+    mask         padded words get no weight
+    Q            instance norm over positions (code); query_norm=False: none
+    (7)          lambda^i 0.8 at each stage (code); one number per stage, [16] would take 0.2, 0.356, 0.471, 0.556
+    (8)          G_i is the width of one half; one head
+    (9)          then RMS norm and the factor 1 - lambda^i (code, [16]); sublayer_norm=False: neither
+    (10) (12)    hidden widths 256 (code) and 2D, GELU in both; no norms, no dropout
+    O to V       linear D-C, instance norm, times GELU(linear V), linear, GELU: the fused map; V + tanh gate * fused
+                 goes on, LayerNorm(fused) to the decoder (code, LAVT's)
+    decoder      RMSIN's with batch norm, Table III's base; decoder_norm="tanh": the code's unannounced DyT
+    BERT         layers 0-9 learn, layers 10, 11 and embeddings do not (code); freeze=True: none does, as Fig. 2 shows
+    training     at 480, 20 tokens with [CLS] and [SEP], power 0.9, drop-path 0.3, class weights 0.9/1.1, no decay on
+                 norms and position biases, selection by validation oIoU (code); mixed precision (code: none)
+    prompts      8, as IV-B states; the ablations of Table III use 5
+Omits
+    the code's black squares on a fifth of the training images, which the paper does not mention
+"""
+
+import math
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+from transformers import BertConfig, BertModel, BertTokenizer, SwinConfig, SwinModel
+
+from losses import binary_cross_entropy, dice_loss
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's
+MAPS = ()                                           # the paper draws masks only
+
+
+@dataclass(frozen=True)
+class Config:
+    image_size: int = 480                           # III-B4; the weights of Eq. (10) are tied to it
+    text_length: int = 20                           # official code
+    pretrained: str = "hub"                         # "hub", "none", or a folder with one entry per backbone
+    weights_dir: str = "weights"                    # where files lie that are on no hub
+    image_backbone: str = "microsoft/swin-base-patch4-window12-384-in22k"   # III, IV-A1; or Microsoft's .pth
+    text_backbone: str = "google-bert/bert-base-uncased"                    # III
+    freeze: bool = False                            # True: BERT is frozen, Fig. 2; False: as the next two say
+    bert_trained_layers: int = 10                   # official code: the first 10 of 12 layers learn,
+    bert_embeddings: bool = False                   # the embeddings do not
+
+    embed: int = 128                                # Swin-B: width of stage 1, doubled at each further one
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    swin_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: int = 12
+    drop_path: float = 0.3                          # official code
+    vocab_size: int = 30522                         # BERT-base
+    bert_layers: int = 12
+    bert_heads: int = 12
+    bert_ffn: int = 3072
+    dropout: float = 0.1                            # BERT's
+
+    width: int = 768                                # IV-A1: D, also BERT's width
+    icip: bool = True                               # Table III
+    bif: bool = True                                # Table III
+    prompts: int = 8                                # IV-B: M_i, the same at each stage
+    bif_width: str = "D"                            # width of a half of Q and K: D, or "stage": C_i (official code)
+    value_mult: int = 1                             # H is value_mult times as wide; 2: Eq. (5) as printed
+    query_norm: bool = True                         # official code: instance norm on Q
+    softmax: bool = True                            # False: Eq. (8) as printed
+    sublayer_norm: bool = True                      # official code, [16]: RMS norm, 1 - lambda^i after Eq. (9)
+    lambda_bias: tuple[float, ...] = (0.8, 0.8, 0.8, 0.8)       # official code: lambda^i of Eq. (7), one per stage
+    token_hidden: int = 256                         # official code, Eq. (10)
+    channel_mult: int = 2                           # our choice, Eq. (12): "increases channels"
+
+    intra_scale: bool = True                        # RMSIN's parts, the base model of IV-C
+    cross_scale: bool = True
+    rotated: bool = True
+    cross_heads: int = 8                            # RMSIN's
+    cross_key: int = 32                             # RMSIN's: key width of a head, its values are twice as wide
+    decoder_width: int = 512                        # LAVT's
+    decoder_norm: str = "batch"                     # RMSIN's; "tanh": DyT, official code
+    router_dropout: float = 0.2                     # RMSIN's rotated convolution
+
+    dice_weight: float = 0.1                        # III-B3: lambda of Eq. (14)
+    dice_sum: bool = False                          # True: official code's sum, see Departs
+    background_weight: float = 0.9                  # official code: classes of the cross-entropy
+    foreground_weight: float = 1.1
+
+    def __post_init__(self):
+        if self.bif_width not in ("D", "stage"):
+            raise ValueError(f"bif_width={self.bif_width}: expected D or stage")
+        if self.decoder_norm not in ("batch", "tanh"):
+            raise ValueError(f"decoder_norm={self.decoder_norm}: expected batch or tanh")
+        for field in ("depths", "swin_heads", "lambda_bias"):
+            if len(getattr(self, field)) != 4:
+                raise ValueError(f"{field}={getattr(self, field)}: expected four numbers, one per stage")
+        if self.icip and self.prompts < 1:
+            raise ValueError(f"prompts={self.prompts}: expected at least 1, or icip=False")
+
+    @property
+    def widths(self):
+        """C of the four stages."""
+        return [self.embed * 2 ** i for i in range(4)]
+
+    @property
+    def sides(self):
+        """h = w of the four stages."""
+        return [math.ceil(self.image_size / 4 / 2 ** i) for i in range(4)]
+
+    @classmethod
+    def tiny(cls):
+        return cls(image_size=96, pretrained="none", vocab_size=256, embed=16, depths=(1, 1, 2, 1),
+                   swin_heads=(1, 2, 4, 8), window=6, drop_path=0.0, bert_layers=2, bert_heads=4, bert_ffn=96,
+                   bert_trained_layers=2, bert_embeddings=True, dropout=0.0, width=48, prompts=4, token_hidden=32,
+                   cross_heads=4, cross_key=8, decoder_width=32, router_dropout=0.0)
+
+
+RECIPE = {                                          # IV-A1 where not marked
+    "epochs": 40, "batch_size": 4, "lr": 3e-5, "weight_decay": 0.01,
+    "schedule": "poly", "power": 0.9, "warmup": 0.0,            # power, no warm-up: official code
+    "micro_batch": 4, "clip": 0.0, "precision": "bf16",         # precision: our choice
+    "per_image": 0, "protocol": "resized", "empty": "zero",     # official code
+    "select": "oIoU", "phases": None,                           # select: official code
+}
+RECIPE_FOR = {}                                     # IV-A1: one recipe for both data sets
+RECIPE_TINY = {"epochs": 20, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 1.0,
+               "clip": 1.0, "per_image": 4}
+ABLATIONS = {
+    "III": {row: {"icip": icip, "bif": bif, "prompts": 5} for row, icip, bif in (
+        ("Base", False, False), ("+ICIP", True, False), ("+BIF", False, True), ("Full", True, True))},
+    "IV": {"Base": {"icip": False, "bif": False},
+           **{f"+ICIP M={m}": {"icip": True, "bif": False, "prompts": m} for m in (3, 5, 8)}},
+}
+
+
+# --------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+class WordTokenizer:
+    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,L)."""
+
+    SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+    def __init__(self, words, length):
+        self.words, self.length = list(words), length
+        self.numbers = {word: number for number, word in enumerate((*self.SPECIAL, *self.words))}
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __call__(self, expressions):
+        tokens = torch.zeros(len(expressions), self.length, dtype=torch.long)
+        for row, expression in zip(tokens, expressions, strict=True):
+            words = re.findall(r"\w+|[^\w\s]", expression.lower())[:self.length - 2]
+            numbers = [self.numbers.get(word, 1) for word in words]
+            row[:len(words) + 2] = torch.tensor([2, *numbers, 3])
+        return tokens, tokens != 0
+
+
+class BertWords:
+    """BERT's own tokenizer, padded and cut to `length` with [CLS] and [SEP] kept: strings -> tokens, text_mask."""
+
+    def __init__(self, tokenizer, length):
+        self.tokenizer, self.length = tokenizer, length
+
+    def __len__(self):
+        return len(self.tokenizer)
+
+    def __call__(self, expressions):
+        batch = self.tokenizer(list(expressions), padding="max_length", truncation=True, max_length=self.length,
+                               return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def tokenizer(config, vocabulary=None):
+    """A callable, strings -> (tokens, text_mask); over the words of `vocabulary` exactly when pretrained="none"."""
+    if config.pretrained == "none":
+        if vocabulary is None:
+            raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
+        return WordTokenizer(vocabulary, config.text_length)
+    source = find_weights(config, config.text_backbone)
+    words = from_hub(bert_vocabulary, source)
+    if len(words) != config.vocab_size:
+        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
+    return BertWords(words, config.text_length)
+
+
+def bert_vocabulary(source):
+    words = BertTokenizer.from_pretrained(source)
+    if len(words) <= 5:                             # transformers' answer to a missing file is its five special words
+        raise OSError("neither vocab.txt nor tokenizer.json found")
+    return words
+
+
+def find_weights(config, name):
+    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
+    if config.pretrained == "hub" and not name.endswith(".pth"):
+        return name
+    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
+    if path.exists():
+        return str(path)
+    if name.endswith(".pth"):
+        raise FileNotFoundError(
+            f"{path}: no such file; Microsoft's swin_base_patch4_window12_384_22k.pth is linked in the README of "
+            "github.com/microsoft/Swin-Transformer: put it there under this name, "
+            "or set image_backbone=microsoft/swin-base-patch4-window12-384-in22k")
+    raise FileNotFoundError(f"{path}: no such folder; put huggingface.co/{name} there, or set pretrained=hub")
+
+
+def from_hub(load, source, **options):
+    """`load(source)` of transformers, with an answer that helps if it fails."""
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
+                             f"({str(error).strip().splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
+            f"or put its files in DIR/{source.split('/')[-1]} and set pretrained=DIR") from error
+
+
+MICROSOFT_TO_HUGGINGFACE = (
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^patch_embed\.norm\.", "embeddings.norm."),
+    (r"^layers\.", "encoder.layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.attn\.(relative_position_bias_table)$", r".attention.relative_position_bias.\1"),
+)
+
+
+def read_microsoft_swin(path):
+    """A Swin file in Microsoft's naming -> tensors under HuggingFace's names, without the classifier and its norm."""
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
+    file = file.get("model", file) if isinstance(file, dict) else file
+    if not isinstance(file, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
+    tensors = {}
+    for name, value in file.items():
+        if name.startswith(("head.", "norm.")) or name.endswith(("relative_position_index", "attn_mask")):
+            continue
+        for pattern, replacement in MICROSOFT_TO_HUGGINGFACE:
+            name = re.sub(pattern, replacement, name)
+        if ".attn.qkv." in name:
+            tensors |= {name.replace(".attn.qkv.", f".attention.{part}_proj."): third
+                        for part, third in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            tensors[name] = value
+    return tensors
+
+
+def read_huggingface(kind, source, extra):
+    """Tensors of a published checkpoint in float32; names that begin with one of `extra` may be in it besides."""
+    _, info = loaded = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+    unknown = [name for name in info["unexpected_keys"] if not name.startswith(extra)]
+    if info["missing_keys"] or unknown:
+        raise ValueError(f"{source}: not the weights of a {kind.__name__}: missing {sorted(info['missing_keys'])[:3]}, "
+                         f"unknown {sorted(unknown)[:3]}")
+    return {name: value for name, value in loaded[0].state_dict().items() if not name.startswith(extra)}
+
+
+def load_strictly(module, tensors, source, fields):
+    """All of `tensors` into `module` and nothing left over; `fields` are named if it does not fit."""
+    own = module.state_dict()
+    wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
+    wrong += [name for name in own if not wrong and own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    module.load_state_dict(tensors)
+    print(f"{source}: {len(tensors)} tensors loaded")
+
+
+# ------------------------------------------------------------------------------------------- the paper's modules, III
+
+
+def mlp(width, hidden, width_out):
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+
+
+def xavier(module):
+    """Xavier-uniform weights and zero biases in all linear layers of `module`, which is returned."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+def norm_over_positions(tokens):
+    """Instance norm: each channel of (B,P,C) to mean 0 and variance 1 over the positions."""
+    return functional.instance_norm(tokens.mT).mT
+
+
+class ImageConditionedInstancePrompt(nn.Module):
+    """III-A, ICIP: prompts that have looked at the image stand before the words.
+
+    Fits any pair of encoders: V (B,P,C) visual tokens; L (B,L,D) words; text_mask (B,L), True = a real token
+    -> L_o (B,m+L,D) and its mask (B,m+L).
+    As A lies in [-1,1], alpha is never far from 1/P, nor T_o from T + the mean of V_hat.
+    """
+
+    def __init__(self, channels, width, prompts):
+        super().__init__()
+        self.prompts = nn.Parameter(torch.randn(prompts, width) * 0.02)
+        self.f = xavier(mlp(channels, channels, width))
+
+    def forward(self, V, L, text_mask):
+        T = self.prompts.expand(len(V), -1, -1)  # Eq. (1)                      # (B,m,D)
+        V_hat = self.f(V)                                                       # (B,P,D)
+        # alpha differs little from place to place: float32, or the differences are lost
+        with torch.autocast(V.device.type, enabled=False):
+            V_hat, T = V_hat.float(), T.float()
+            A = torch.tanh(V_hat @ T.mT)  # Eq. (2)                             # (B,P,m)
+            alpha = A.softmax(1)  # Eq. (3)                                     # (B,P,m)
+            T_o = alpha.mT @ V_hat + T  # Eq. (4)                               # (B,m,D)
+        L_o = torch.cat((T_o, L), 1)                                            # (B,m+L,D)
+        return L_o, functional.pad(text_mask, (T_o.shape[1], 0), value=True)
+
+
+class MultiModalFeatureReconstruction(nn.Module):
+    """III-B2, MFR: mixes over the tokens, then over the channels. (B,P,D) -> (B,P,D), for one number P of tokens."""
+
+    def __init__(self, positions, width, token_hidden=256, channel_mult=2):
+        super().__init__()
+        self.P_token = mlp(positions, token_hidden, positions)
+        self.P_channel = mlp(width, channel_mult * width, width)
+
+    def forward(self, V_o):
+        built_for = self.P_token[0].in_features
+        if V_o.shape[1] != built_for:
+            raise ValueError(f"got {V_o.shape[1]} visual tokens, the token mixture of Eq. (10) has weights for "
+                             f"{built_for}: it is tied to one input size; build the model for this one (image_size)")
+        O_TM = self.P_token(V_o.mT).mT  # Eq. (10)
+        V_E = V_o + O_TM  # Eq. (11)
+        O_CM = self.P_channel(V_E)  # Eq. (12)
+        return V_E + O_CM  # Eq. (13)
+
+
+class BilateralInformationFusion(nn.Module):
+    """III-B, BIF: each position reads L_o by the difference of two attention maps, then MFR mixes what was read.
+
+    Fits any pair of encoders: V (B,P,C) visual tokens; L_o (B,n,D), text_mask (B,n), True = may be read
+    -> O (B,P,value_mult*width).
+    """
+
+    def __init__(self, channels, text_width, positions, width, *, value_mult=1, lambda_bias=0.8, query_norm=True,
+                 softmax=True, sublayer_norm=True, token_hidden=256, channel_mult=2):
+        super().__init__()
+        self.lambda_bias, self.query_norm, self.softmax = lambda_bias, query_norm, softmax
+        self.width_out = value_mult * width
+        self.f_q = xavier(nn.Linear(channels, 2 * width))
+        self.f_k = xavier(nn.Linear(text_width, 2 * width))
+        self.f_v = xavier(nn.Linear(text_width, self.width_out))
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(torch.randn(1, width) * 0.1) for _ in range(4))
+        self.norm = nn.RMSNorm(self.width_out, eps=1e-5) if sublayer_norm else None
+        self.reconstruct = MultiModalFeatureReconstruction(positions, self.width_out, token_hidden, channel_mult)
+
+    def balance(self):
+        """lambda_v, a scalar; in float32, for the sake of exp()."""
+        first = (self.lambda_q1.float() * self.lambda_k1.float()).sum()
+        second = (self.lambda_q2.float() * self.lambda_k2.float()).sum()
+        return first.exp() - second.exp() + self.lambda_bias  # Eq. (7)
+
+    def scores(self, Q, K, text_mask):
+        """One of the two maps of Eq. (8), (B,P,n), float32; G is the width of Q."""
+        S = (Q @ K.mT).float() / math.sqrt(Q.shape[-1])
+        if not self.softmax:
+            return S.masked_fill(~text_mask[:, None], 0)
+        return S.masked_fill(~text_mask[:, None], -math.inf).softmax(-1)
+
+    def forward(self, V, L_o, text_mask):
+        Q, K, H = self.f_q(V), self.f_k(L_o), self.f_v(L_o)  # Eq. (5)          # (B,P,2D), (B,n,2D), (B,n,D)
+        if self.query_norm:
+            Q = norm_over_positions(Q)
+        (Q1, Q2), (K1, K2) = Q.chunk(2, -1), K.chunk(2, -1)  # Eq. (6)
+        F = self.scores(Q1, K1, text_mask) - self.balance() * self.scores(Q2, K2, text_mask)  # Eq. (8)   # (B,P,n)
+        V_o = F @ H  # Eq. (9)                                                  # (B,P,D)
+        if self.norm is not None:
+            V_o = self.norm(V_o.float()) * (1 - self.lambda_bias)
+        return self.reconstruct(V_o)                                            # (B,P,D)
+
+
+# ------------------------------------------------------------------------------- the base: LAVT's shell, RMSIN's parts
+
+
+class PixelWordAttention(nn.Module):
+    """LAVT's fusion, for Table III's rows without BIF: V (B,P,C), L_o (B,n,D), text_mask (B,n) -> (B,P,C)."""
+
+    def __init__(self, channels, text_width):
+        super().__init__()
+        self.width_out = channels
+        self.f_q = xavier(nn.Linear(channels, channels))
+        self.f_k = xavier(nn.Linear(text_width, channels))
+        self.f_v = xavier(nn.Linear(text_width, channels))
+
+    def forward(self, V, L_o, text_mask):
+        Q = norm_over_positions(self.f_q(V))
+        return functional.scaled_dot_product_attention(Q, self.f_k(L_o), self.f_v(L_o), text_mask[:, None])
+
+
+class Gate(nn.Module):
+    """What of `tokens` (B,P,C) is let through, each channel by itself."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(channels, channels, bias=False), nn.ReLU(),
+                                    nn.Linear(channels, channels, bias=False), nn.Tanh())
+        for layer in self.layers[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+
+    def forward(self, tokens):
+        return self.layers(tokens) * tokens
+
+
+def conv_norm(channels, width_out, kernel=1, **options):
+    return nn.Sequential(nn.Conv2d(channels, width_out, kernel, padding=kernel // 2, **options),
+                         nn.BatchNorm2d(width_out))
+
+
+class IntraScaleInteraction(nn.Module):
+    """RMSIN's, within a stage: weighs each place by the channel mean of its surroundings. (B,C,h,w) -> (B,C,h,w)."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounds = nn.ModuleList(nn.ModuleList((
+            conv_norm(1, 1, bias=False),
+            nn.Sequential(conv_norm(1, 1, bias=False), conv_norm(1, 1, 3, bias=False)),
+            nn.BatchNorm2d(1))) for _ in range(2))
+
+    def forward(self, features):
+        first, second = self.rounds
+        weight = features.mean(1, keepdim=True)                                 # (B,1,h,w)
+        weight = sum(branch(weight) for branch in first).relu()
+        return sum(branch(weight) for branch in second).sigmoid() * features
+
+
+class StageFusion(nn.Module):
+    """Fig. 2, one stage: ICIP, BIF, and LAVT's shell round them; gated on to the next stage unless it is the last."""
+
+    def __init__(self, c, i):
+        super().__init__()
+        channels = c.widths[i]
+        self.icip = ImageConditionedInstancePrompt(channels, c.width, c.prompts) if c.icip else None
+        if c.bif:
+            self.attention = BilateralInformationFusion(
+                channels, c.width, c.sides[i] ** 2, c.width if c.bif_width == "D" else channels,
+                value_mult=c.value_mult, lambda_bias=c.lambda_bias[i], query_norm=c.query_norm, softmax=c.softmax,
+                sublayer_norm=c.sublayer_norm, token_hidden=c.token_hidden, channel_mult=c.channel_mult)
+        else:
+            self.attention = PixelWordAttention(channels, c.width)
+        self.W = xavier(nn.Linear(self.attention.width_out, channels))
+        self.visual = nn.Linear(channels, channels)
+        self.project = nn.Linear(channels, channels)
+        last = i == 3
+        self.gate = None if last else Gate(channels)
+        self.intra_scale = None if last or not c.intra_scale else IntraScaleInteraction()
+        self.visual_gate = None if self.intra_scale is None else Gate(channels)
+
+    def forward(self, V, size, L, text_mask):
+        """V (M,P,C), size (h,w), L (M,L,D), text_mask (M,L) -> V for the next stage, the fused map, both (M,P,C)."""
+        L_o = L
+        if self.icip is not None:
+            L_o, text_mask = self.icip(V, L, text_mask)                         # (M,m+L,D), (M,m+L)
+        O = self.attention(V, L_o, text_mask)  # noqa: E741                     # (M,P,D)
+        language = norm_over_positions(self.W(O))                               # (M,P,C)
+        fused = functional.gelu(self.project(functional.gelu(self.visual(V)) * language))           # (M,P,C)
+        after = V
+        if self.gate is not None:
+            after = after + self.gate(fused)
+        if self.intra_scale is not None:
+            features = rearrange(V, "b (h w) c -> b c h w", h=size[0])
+            after = after + self.visual_gate(rearrange(self.intra_scale(features), "b c h w -> b (h w) c"))
+        return after, fused
+
+
+class CrossScaleAttention(nn.Module):
+    """RMSIN's: the tokens of a map and of two coarser copies of it attend to each other. (B,C,h,w) -> (B,C,h,w).
+
+    A copy of one place only is left out: a batch norm cannot learn from one value.
+    """
+
+    def __init__(self, channels, side, heads, key):
+        super().__init__()
+        self.side, self.heads, self.key = side, heads, key
+        self.norm = nn.BatchNorm2d(channels)
+        strides = [stride for stride in (2, 3) if side > stride]
+        self.coarser = nn.ModuleList(conv_norm(channels, channels, 2 * stride - 1, stride=stride, groups=channels)
+                                     for stride in strides)
+        tokens = side ** 2 + sum(((side - 1) // stride + 1) ** 2 for stride in strides)
+        self.qkv = nn.Linear(channels, 4 * heads * key, bias=False)
+        self.qkv_norm = nn.BatchNorm1d(4 * heads * key)
+        self.to_map = nn.Linear(tokens, side ** 2)
+        self.local = nn.Conv2d(2 * heads * key, 2 * heads * key, 3, padding=1, groups=2 * heads * key)
+        self.to_out = nn.Linear(2 * heads * key, channels)
+        self.out = nn.Sequential(nn.BatchNorm2d(channels), nn.Hardswish(), nn.Conv2d(channels, channels, 1))
+
+    def forward(self, features):
+        if features.shape[-2:] != (self.side, self.side):
+            raise ValueError(f"got a coarsest map of {tuple(features.shape[-2:])}, the cross-scale interaction has "
+                             f"weights for {self.side} x {self.side}: it is tied to one input size; build the model "
+                             "for this one (image_size)")
+        x = self.norm(features)
+        maps = [x, *(layer(x) for layer in self.coarser)]
+        tokens = torch.cat([rearrange(m, "b c h w -> b (h w) c") for m in maps], 1)                 # (B,n,C)
+        qkv = self.qkv_norm(self.qkv(tokens).mT).mT
+        qkv = rearrange(qkv, "b n (a d) -> b a n d", a=self.heads)
+        q, k, v = qkv.split([self.key, self.key, 2 * self.key], -1)
+        mixed = functional.scaled_dot_product_attention(q, k, v)                # (B,heads,n,d)
+        mixed = self.to_map(mixed.mT).mT                                        # (B,heads,h*w,d)
+        values = rearrange(v[:, :, :self.side ** 2], "b a (h w) d -> b (a d) h w", h=self.side)
+        local = rearrange(self.local(functional.hardswish(values)), "b (a d) h w -> b a (h w) d", a=self.heads)
+        x = self.to_out(rearrange(mixed + local, "b a n d -> b n (a d)"))       # (B,h*w,C)
+        return self.out(rearrange(x, "b (h w) c -> b c h w", h=self.side))
+
+
+def conv_feed_forward(channels):
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, 2 * channels, 1), nn.BatchNorm2d(2 * channels),
+                         nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=channels), nn.ReLU6(),
+                         nn.Conv2d(2 * channels, channels, 1))
+
+
+class CrossScaleInteraction(nn.Module):
+    """RMSIN's: the maps of all stages meet at the size of the coarsest, then each is gated by what came of it.
+
+    features fine to coarse, (B,C_i,h_i,w_i) -> the same shapes.
+    """
+
+    def __init__(self, widths, side, heads=8, key=32):
+        super().__init__()
+        self.widths, self.reduced = list(widths), [width // 4 for width in widths]
+        total, inner = sum(self.widths), sum(self.reduced)
+        self.reduce = nn.Conv2d(total, inner, 1)
+        self.attentions = nn.ModuleList(CrossScaleAttention(inner, side, heads, key) for _ in range(2))
+        self.per_scale = nn.ModuleList(conv_feed_forward(width) for width in self.reduced)
+        self.across = conv_feed_forward(inner)
+        self.expand = nn.Sequential(nn.BatchNorm2d(inner), nn.Conv2d(inner, total, 1))
+        self.local, self.weight, self.shift = (
+            nn.ModuleList(conv_norm(width, width) for width in self.widths) for _ in range(3))
+
+    def forward(self, features):
+        size = features[-1].shape[-2:]
+        x = self.reduce(torch.cat([functional.adaptive_avg_pool2d(feature, size) for feature in features], 1))
+        x = x + self.attentions[0](x)
+        x = x + torch.cat([layer(part) for layer, part in
+                           zip(self.per_scale, x.split(self.reduced, 1), strict=True)], 1)
+        x = x + self.attentions[1](x)
+        x = x + self.across(x)
+        shared = self.expand(x).split(self.widths, 1)                           # four of (B,C_i,h_4,w_4)
+        return [self.local[i](feature) * resize(functional.hardsigmoid(self.weight[i](part)), feature)
+                + resize(self.shift[i](part), feature)
+                for i, (feature, part) in enumerate(zip(features, shared, strict=True))]
+
+
+def resize(maps, like, align_corners=False):
+    """(B,C,h,w) bilinearly to the size of `like`."""
+    return functional.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+
+def rotation(theta):
+    """theta (B,) within 45 degrees -> (B,9,9): weights that read a 3x3 kernel, rotated, bilinearly, border repeated."""
+    y, x = torch.meshgrid(*[torch.arange(-1.0, 2, device=theta.device)] * 2, indexing="ij")
+    y, x = y.flatten(), x.flatten()                                             # (9,)
+    cos, sin = theta.cos()[:, None], theta.sin()[:, None]
+    from_x, from_y = (cos * x - sin * y).clamp(-1, 1), (sin * x + cos * y).clamp(-1, 1)             # (B,9)
+    near_x, near_y = (1 - (place[..., None] - grid).abs() for place, grid in ((from_x, x), (from_y, y)))
+    return near_x.relu() * near_y.relu()                                        # (B,9 to,9 from)
+
+
+class RotatedConv(nn.Module):
+    """Adaptive rotated 3x3 convolution (Pu et al. 2023): each image turns and scales the kernel. Keeps (B,C,h,w)."""
+
+    def __init__(self, width, dropout=0.2):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.empty(width, width, 3, 3))
+        self.local = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.alpha = nn.Linear(width, 1)
+        self.theta = nn.Linear(width, 1, bias=False)
+        nn.init.kaiming_normal_(self.kernel, mode="fan_out", nonlinearity="relu")
+        for layer in (self.local, self.alpha, self.theta):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.alpha.bias)
+
+    def forward(self, features):
+        route = self.norm(self.local(features).permute(0, 2, 3, 1)).relu().mean((1, 2))             # (B,C)
+        alpha = self.alpha(self.dropout(route)).sigmoid().float()               # (B,1)
+        theta = functional.softsign(self.theta(self.dropout(route)).float())[:, 0] * math.radians(40)
+        with torch.autocast(features.device.type, enabled=False):
+            turned = torch.einsum("bts,ois->boit", alpha[..., None] * rotation(theta), self.kernel.flatten(2).float())
+        turned = rearrange(turned, "b o i (y x) -> (b o) i y x", y=3)
+        rows = rearrange(features, "b c h w -> 1 (b c) h w")
+        result = functional.conv2d(rows, turned, padding=1, groups=len(features))
+        return rearrange(result, "1 (b c) h w -> b c h w", b=len(features))
+
+
+class TanhNorm(nn.Module):
+    """DyT, in the place of a batch norm: scale * tanh(alpha x) + shift, per channel of (B,C,h,w)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1))
+        self.scale, self.shift = nn.Parameter(torch.ones(channels, 1, 1)), nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, features):
+        return self.scale * torch.tanh(self.alpha * features) + self.shift
+
+
+class Decoder(nn.Module):
+    """LAVT's, with RMSIN's rotated convolutions: four features, fine to coarse -> logits (B,1,S/4,S/4)."""
+
+    def __init__(self, widths, hidden, rotated, norm, dropout):
+        super().__init__()
+        Norm = {"batch": nn.BatchNorm2d, "tanh": TanhNorm}[norm]
+        self.merge, self.refine = nn.ModuleList(), nn.ModuleList()
+        for width, coarser in zip(widths[-2::-1], (widths[-1], hidden, hidden), strict=True):
+            conv = RotatedConv(hidden, dropout) if rotated else nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+            self.merge.append(nn.Sequential(nn.Conv2d(coarser + width, hidden, 3, padding=1, bias=False), Norm(hidden),
+                                            nn.ReLU()))
+            self.refine.append(nn.Sequential(conv, Norm(hidden), nn.ReLU()))
+        self.classify = nn.Conv2d(hidden, 2, 1)
+
+    def forward(self, features):
+        x = features[-1]
+        for feature, merge, refine in zip(features[-2::-1], self.merge, self.refine, strict=True):
+            x = refine(merge(torch.cat((resize(x, feature, align_corners=True), feature), 1)))
+        background, foreground = self.classify(x).float().chunk(2, 1)
+        return foreground - background                                          # their softmax is the sigmoid of this
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+class ICIPNet(nn.Module):
+    """Fig. 2: Swin stages, each followed by fusion with the prompts and words; the decoder."""
+
+    MAPS = MAPS
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+        self.bert = BertModel(BertConfig(
+            vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.bert_layers,
+            num_attention_heads=c.bert_heads, intermediate_size=c.bert_ffn, hidden_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.dropout), add_pooling_layer=False)
+        self.swin = SwinModel(SwinConfig(
+            window_size=c.window, embed_dim=c.embed, depths=list(c.depths), num_heads=list(c.swin_heads),
+            drop_path_rate=c.drop_path), add_pooling_layer=False)
+        self.swin.layernorm = nn.Identity()                                     # it serves the classifier only
+        self.stages = nn.ModuleList(StageFusion(c, i) for i in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in c.widths)
+        if c.cross_scale:
+            self.cross_scale = CrossScaleInteraction(c.widths, c.sides[-1], c.cross_heads, c.cross_key)
+        self.decoder = Decoder(c.widths, c.decoder_width, c.rotated, c.decoder_norm, c.router_dropout)
+        for part in self.frozen():
+            part.requires_grad_(False)
+
+    def load_pretrained(self):
+        """Published weights into Swin and BERT, strictly -> {state-dict prefix: source}."""
+        c = self.config
+        if c.pretrained == "none":
+            return {}
+        source = find_weights(c, c.image_backbone)
+        tensors = (read_microsoft_swin(source) if source.endswith(".pth") else
+                   read_huggingface(SwinModel, source, extra=("layernorm.", "pooler.", "classifier.")))
+        load_strictly(self.swin, tensors, source, "embed, depths, swin_heads, window")
+        source = find_weights(c, c.text_backbone)
+        tensors = read_huggingface(BertModel, source, extra=("pooler.", "cls."))
+        load_strictly(self.bert, tensors, source, "width, bert_layers, bert_ffn, vocab_size")
+        return {"swin.": c.image_backbone, "bert.": c.text_backbone}
+
+    def frozen(self):
+        """The parts of BERT that do not learn."""
+        c = self.config
+        if c.freeze:
+            return [self.bert]
+        embeddings = [] if c.bert_embeddings else [self.bert.embeddings]
+        return [*embeddings, *self.bert.encoder.layer[c.bert_trained_layers:]]
+
+    def train(self, mode=True):
+        super().train(mode)
+        for part in self.frozen():
+            part.eval()
+        return self
+
+    def encode_text(self, tokens, text_mask):
+        """tokens, text_mask (M,L) -> L (M,L,D)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
+            # A mask per query and key is taken as it is; of a plain one transformers asks the device if it is full.
+            return self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state
+
+    def forward(self, images, tokens, text_mask, image_index=None):
+        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": (M,1,S/4,S/4) float32}."""
+        L = self.encode_text(tokens, text_mask)                                 # (M,L,D)
+        pixels = (images / 255 - self.mean) / self.std                          # (N,3,S,S)
+        V, (h, w) = self.swin.embeddings(pixels)                                # (N,P,C)
+        features = []
+        for i, stage in enumerate(self.swin.encoder.layers):
+            for block in stage.blocks:
+                V = block(V, (h, w), always_partition=True)[0]                  # (M,P,C), in stage 1 (N,P,C)
+            if i == 0 and image_index is not None:                              # the words come in here
+                V = V[image_index]                                              # (M,P,C)
+            V, fused = self.stages[i](V, (h, w), L, text_mask)                  # (M,P,C) twice
+            features.append(rearrange(self.norms[i](fused), "b (h w) c -> b c h w", h=h))           # (M,C,h,w)
+            if stage.downsample is not None:
+                V = stage.downsample(V, (h, w))                                 # (M,P/4,2C)
+                h, w = (h + 1) // 2, (w + 1) // 2
+        if self.config.cross_scale:
+            features = self.cross_scale(features)                               # four of (M,C,h,w)
+        return {"logits": self.decoder(features)}                               # (M,1,S/4,S/4)
+
+    def criterion(self, outputs, batch, progress):
+        """Cross-entropy and Dice of the logits, resized to masks (M,S,S) -> weighted scalars; their sum is L_total."""
+        c, masks = self.config, batch["masks"][:, None]                         # (M,1,S,S)
+        logits = resize(outputs["logits"], masks)                               # (M,1,S,S)
+        ce = binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight).mean()
+        dice = dice_loss(logits, masks, eps=1e-6).mean()
+        if c.dice_sum:
+            dice = RECIPE["batch_size"] * (dice + dice_loss(-logits, ~masks, eps=1e-6).mean())
+        lam = c.dice_weight
+        return {"ce": (1 - lam) * ce, "dice": lam * dice}  # Eq. (14)
+
+    def param_groups(self, recipe):
+        """All that learns, at one rate; Swin's norms, its position biases and the four output norms without decay."""
+        self.requires_grad_(True)
+        for part in self.frozen():
+            part.requires_grad_(False)
+        plain, decayed = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                in_swin = name.startswith("swin.") and ("norm" in name or "bias_table" in name)
+                (plain if in_swin or name.startswith("norms.") else decayed).append(parameter)
+        return [{"params": decayed, "lr": recipe["lr"], "weight_decay": recipe["weight_decay"]},
+                {"params": plain, "lr": recipe["lr"], "weight_decay": 0.0}]

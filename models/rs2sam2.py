@@ -1,0 +1,758 @@
+"""RS2-SAM 2: SAM 2 made to read: text inside its image encoder, a pseudo-mask and a class token as its prompts.
+
+Paper
+    Rong, Lan, Zhang, Zhang. Customized SAM 2 for Referring Remote Sensing Image Segmentation. arXiv:2503.07266, 2025.
+    A union encoder (BEiT-3) reads image and words together. A fusion layer (BHFM) in every block of SAM 2's frozen
+    image encoder lets image and words read each other; behind it a gate reads the words once more. A generator (MPG)
+    makes a pseudo-mask of the union encoder's patches, SAM 2's dense prompt; its class token is the sparse prompt.
+Official
+    the authors' repository (commit 7321e75, no licence), weights huggingface.co/ReeF2025/RS2-SAM2. No code was copied.
+Shapes
+    N images, M expressions, S image side (H_s = W_s), C width of SAM 2, D of BEiT-3, L words with padding (N_t)
+    d, r         width of a block of Hiera and the reduced one of its fusion layer, d/4; h,w its map
+    V_cls, V, T  class token (M,1,D), patches (M,N_p,D) on a grid (H_u/p, W_u/p), words (M,L,D)
+    T_i          words in front of block i (M,L,C), T_0 = Linear(T);  text_mask (M,L), True = a real word
+    F_in, F_i    a block's shortcut and its attention's output, un-windowed (M,h,w,d)
+    F            SAM 2's feature at stride 16 (M,C,S/16,S/16);  M_p pseudo-mask (M,1,H_u/p,W_u/p) in [0,1]
+    F1, F2, F3   F', F'', F''' of Eqs. (2), (3);  T1, T2 likewise
+Equations
+    (1)          BEiT3.embed
+    (2) (3)      BidirectionalHierarchicalFusion.interact, .forward
+    (4)          TextGate.forward
+    (5)          MaskPromptGenerator.forward
+    (6)          RS2SAM2.criterion
+    (7)          losses.py, boundary_loss
+Departs
+    padding      masked wherever words are read (BEiT-3, Eqs. 2, 4): so a batch changes nothing; the code has batch 1
+    (5)          V'_cls is MHCA(V_cls, V) * V_cls: the product stands in the paper's text and in the code, not in (5)
+    M_p          is resized at once to 4 * S/16, the prompt encoder's input size: by way of S x S it differs by <= 0.02
+    (7)          M_pre is the soft probability, so that the boundary moves the mask. The code thresholds it: no gradient
+                 reaches the logits and only the text weight learns (hard_boundary)
+    (7)          the text weight 0 is a trivial optimum of (7) as printed; `diagnose` reports |weight|, watch it
+    code: (2)    T2 attends to F1 as printed; in the code to F2 (official_fusion)
+    code: (3)    the side branch reads F3 as printed; in the code LN(F3) (official_fusion)
+    code: logits one logit m, cut at 0; the code's pair (1-m, m) is the logit 2m-1 (official_logits)
+    code: pixels BEiT-3 gets its own 0.5/0.5, bicubic; the code ImageNet's, bilinear (official_pixels)
+    code: (6)    lambda_ce 1 (code 0.9); Dice of [22], V-Net's, with squares (code: sums, over both classes)
+    code: drop   the rates fall in the last 10 epochs of any run; the code's RRSIS-D script has the rates of RefSegRS
+                 and never lets them fall
+Silent (choices are the official code's unless marked "ours")
+    F            the neck's map at stride 16, which 3.2 calls the final-layer feature
+    BHFM         in all 48 blocks, after un-windowing and before the shortcut is added; r = d/4, 4 heads, biases, exact
+                 GELU; no norm, positions or dropout; LN and MLP of (3) are the block's own frozen ones
+    T_i          C wide in every stage, with a projection of its own in each layer; the last one's T is read by nobody
+    (4)          8 heads; the query is F + SAM 2's dense positions; F includes the no-memory embedding; T is T_0
+    (5)          8 heads; "MLP layers" is one Linear and a sigmoid (mpg_layers)
+    no MPG       SAM 2's no-mask embedding (ours); "w/o MHCA": V_cls in place of V'_cls
+    M_p          has no loss of its own; its probabilities enter where SAM 2 expects logits
+    token MLP    Linear, ReLU, Linear on V_cls; the one sparse token: the "sparse embeddings" have no length
+    decoder      single mask, its token 0; IoU and object scores are not read
+    T_s          the <s> word of T_0; Linear C -> 1, no activation
+    (6)          cross-entropy weighted 0.9/1.1 as in [19]; Dice eps 1, per expression (ours); at S x S
+    learning     all but SAM 2's image encoder (backbone and neck); what gets no gradient is left out (IoU and object
+                 heads, heads of masks 1-3, BEiT-3's mask token, point embeddings, the last layer's text update)
+    rates        the high one: fusion layers, gate, MPG; T_0's projection and T_s's Linear have the base rate
+    training     weight decay 0.01 on everything, no warm-up, no clipping, no augmentation; batch 8 (1 on each card)
+    selection    best mIoU + oIoU on val; scored at S x S
+    text         64 pieces with <s> and </s>, longer sentences are cut, case kept (ours: 64; the code has no limit)
+    init         the framework's defaults; zero_init starts with the fusion layers shut, as stock SAM 2 (ours, off)
+    other data   the recipe of RRSIS-D (ours)
+Omits
+    memory       SAM 2's, as the paper does; the tower is SAM 2.0's Hiera-L in the image model of transformers
+"""
+
+import argparse
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from sentencepiece import SentencePieceProcessor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
+from transformers.models.sam2.configuration_sam2 import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig
+from transformers.models.sam2.modeling_sam2 import do_pool, window_partition, window_unpartition
+
+from losses import binary_cross_entropy, boundary_loss, dice_loss
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))       # mean, std
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                       # BEiT-3's
+UNUSED_WORDS = 8                                    # BEiT-3's table ends on rows that no piece has
+BEIT3_PLACE = "github.com/addf400/files/releases/tag/beit3"
+MAPS = ("pseudo_mask",)
+
+
+@dataclass(frozen=True)
+class Config:
+    image_size: int = 1024                          # 4.2
+    text_length: int = 64                           # our choice: cuts hardly any sentence of the data sets
+    pretrained: str = "hub"                         # "hub", "none", or a folder with one entry per backbone
+    weights_dir: str = "weights"                    # where files lie that are on no hub
+    sam_backbone: str = "facebook/sam2-hiera-large"             # 4.2; official code: SAM 2.0
+    beit_backbone: str = "beit3_large_patch16_224.pth"          # 4.2; official code: not the "indomain" file
+    beit_words: str = "beit3.spm"
+    freeze: bool = True                             # SAM 2's image encoder
+    checkpointing: bool = False                     # recompute each block in the backward pass: less memory, more time
+
+    beit_size: int = 224                            # 4.2
+    beit_patch: int = 16                            # BEiT-3 large
+    beit_width: int = 1024                          # 4.2, D
+    beit_layers: int = 24
+    beit_heads: int = 16
+    beit_ffn: int = 4096
+    beit_positions: int = 1024                      # rows of the text's table
+    vocab_size: int = 64010
+
+    hiera_width: int = 144                          # 4.2: Hiera-L; each stage doubles width and heads
+    hiera_heads: int = 2
+    hiera_blocks: tuple[int, ...] = (2, 6, 36, 4)
+    hiera_windows: tuple[int, ...] = (8, 4, 16, 8)
+    hiera_global: tuple[int, ...] = (23, 33, 43)
+    hiera_background: int = 7
+    sam_width: int = 256                            # 4.2, C
+    sam_heads: int = 8
+    sam_mlp: int = 2048
+    sam_mask_channels: int = 16
+    init_std: float = 0.02                          # SAM 2's weights where they are random
+
+    fusion: str = "bi"                              # BHFM layers: Table 4's "bi", "uni", "linear", or "none" (w/o BL)
+    gate: bool = True                               # Eq. (4); False: Table 4's w/o BC
+    mpg: bool = True                                # Table 3
+    mpg_attention: bool = True                      # Table 4
+    boundary_loss: bool = True                      # Table 3
+    fusion_reduction: int = 4                       # official code
+    fusion_heads: int = 4                           # official code
+    gate_heads: int = 8                             # official code
+    mpg_heads: int = 8                              # official code
+    mpg_layers: int = 1                             # official code; 3.4: "MLP layers"
+    alpha_text: float = 0.2                         # 4.2
+    alpha_image: float = 0.5                        # 4.2
+    zero_init: bool = False                         # True: the fusion layers start shut
+
+    official_fusion: bool = False                   # see Departs; the released weights need the first three
+    official_logits: bool = False
+    official_pixels: bool = False
+    hard_boundary: bool = False
+
+    lambda_ce: float = 1.0                          # 4.2
+    lambda_dice: float = 0.1
+    lambda_tbl: float = 0.2
+    background_weight: float = 0.9                  # [19]
+    foreground_weight: float = 1.1
+    dice_squared: bool = True                       # [22]
+
+    def __post_init__(self):
+        if self.fusion not in ("bi", "uni", "linear", "none"):
+            raise ValueError(f"fusion={self.fusion}: expected bi, uni, linear or none")
+        if not len(self.hiera_blocks) == len(self.hiera_windows) == 4:
+            raise ValueError(f"hiera_blocks={self.hiera_blocks}, hiera_windows={self.hiera_windows}: expected 4 each")
+        if self.image_size % (unit := 4 * self.hiera_windows[0]) or self.image_size % 32:
+            raise ValueError(f"image_size={self.image_size}: expected a multiple of 32 and of 4 windows, {unit}")
+        if self.beit_size % self.beit_patch:
+            raise ValueError(f"beit_size={self.beit_size}: expected a multiple of beit_patch={self.beit_patch}")
+        if self.hiera_width % (unit := self.fusion_reduction * self.fusion_heads):
+            raise ValueError(f"hiera_width={self.hiera_width}: expected a multiple of fusion_reduction * fusion_heads, "
+                             f"{unit}")
+        if self.text_length + 2 > self.beit_positions:
+            raise ValueError(f"text_length={self.text_length}: expected at most beit_positions - 2, "
+                             f"{self.beit_positions - 2}")
+
+    @property
+    def hiera_widths(self):
+        return tuple(self.hiera_width * 2 ** stage for stage in range(4))
+
+    @property
+    def reads_text(self):
+        """Whether anything but BEiT-3 reads the words."""
+        return self.fusion in ("bi", "uni") or self.gate or self.boundary_loss
+
+    @classmethod
+    def tiny(cls):
+        return cls(image_size=96, pretrained="none", text_length=24, freeze=False, vocab_size=256,
+                   beit_size=96, beit_patch=8, beit_width=64, beit_layers=3, beit_heads=4, beit_ffn=128,
+                   beit_positions=32, hiera_width=16, hiera_heads=1, hiera_blocks=(1, 1, 2, 1),
+                   hiera_windows=(8, 4, 6, 2), hiera_global=(3,), hiera_background=3, sam_width=48, sam_heads=4,
+                   sam_mlp=96, gate_heads=4, mpg_heads=4, init_std=0.1)
+
+
+RECIPE = {                                          # 4.2 where not marked; RRSIS-D's
+    "epochs": 40, "batch_size": 8, "lr": 1e-5, "lr_modules": 5e-5,
+    "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,
+    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16",      # official code
+    "micro_batch": 1, "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,
+}
+RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
+RECIPE_TINY = {"epochs": 20, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
+               "warmup": 1.0, "clip": 1.0, "per_image": 4}
+ABLATIONS = {
+    "3": {row: {"boundary_loss": tbl, "mpg": mmp, "fusion": "bi" if dhf else "none", "gate": dhf}
+          for row, tbl, mmp, dhf in (
+              ("Baseline", False, False, False), ("L_tbl", True, False, False), ("L_tbl+MMP", True, True, False),
+              ("L_tbl+DHF", True, False, True), ("L_tbl+MMP+DHF", True, True, True))},
+    "4": {"MPG w/o MHCA": {"mpg_attention": False}, "MPG w MHCA": {"mpg_attention": True},
+          "Linear": {"fusion": "linear"}, "Uni": {"fusion": "uni"}, "Bi": {"fusion": "bi"},
+          "w/o BC": {"gate": False}, "w/o BL": {"fusion": "none"}, "w BC&BL": {"gate": True, "fusion": "bi"}},
+}
+
+
+# --------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+class WordTokenizer:
+    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,L)."""
+
+    SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+    def __init__(self, words, length):
+        self.words, self.length = list(words), length
+        self.numbers = {word: number for number, word in enumerate((*self.SPECIAL, *self.words))}
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __call__(self, expressions):
+        tokens = torch.ones(len(expressions), self.length, dtype=torch.long)
+        for row, expression in zip(tokens, expressions, strict=True):
+            words = re.findall(r"\w+|[^\w\s]", expression.lower())[:self.length - 2]
+            numbers = [self.numbers.get(word, 3) for word in words]
+            row[:len(words) + 2] = torch.tensor([0, *numbers, 2])
+        return tokens, tokens != 1
+
+
+class BEiT3Words:
+    """BEiT-3's own SentencePiece file: strings -> tokens, text_mask, both (M,L), case kept, cut to `length`.
+
+    Numbers as in XLM-R: <s> 0, <pad> 1, </s> 2, <unk> 3, piece k of the file k + 1, <mask> last.
+    """
+
+    def __init__(self, path, length):
+        try:
+            self.pieces = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged or no SentencePiece file; copy it again from {BEIT3_PLACE}") from error
+        self.length = length
+
+    def __len__(self):
+        return self.pieces.get_piece_size() + 2
+
+    def __call__(self, expressions):
+        tokens = torch.ones(len(expressions), self.length, dtype=torch.long)
+        for row, expression in zip(tokens, expressions, strict=True):
+            numbers = [piece + 1 if piece else 3 for piece in self.pieces.encode(expression)][:self.length - 2]
+            row[:len(numbers) + 2] = torch.tensor([0, *numbers, 2])
+        return tokens, tokens != 1
+
+
+def tokenizer(config, vocabulary=None):
+    """A callable from a list of strings to (tokens, text_mask); `vocabulary`, a list of words, if pretrained="none"."""
+    if config.pretrained == "none":
+        if vocabulary is None:
+            raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
+        return WordTokenizer(vocabulary, config.text_length)
+    source = find_weights(config, config.beit_words)
+    words = BEiT3Words(source, config.text_length)
+    if len(words) + UNUSED_WORDS != config.vocab_size:
+        raise ValueError(f"{source}: {len(words)} tokens, expected vocab_size - {UNUSED_WORDS} = "
+                         f"{config.vocab_size - UNUSED_WORDS}; take the file beit3.spm from {BEIT3_PLACE}")
+    return words
+
+
+def find_weights(config, name):
+    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
+    is_file = name.endswith((".pth", ".spm"))
+    if config.pretrained == "hub" and not is_file:
+        return name
+    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
+    if path.exists():
+        return str(path)
+    if is_file:
+        raise FileNotFoundError(f"{path}: no such file; download {name} from {BEIT3_PLACE} to there, "
+                                "or name its folder with --set weights_dir=DIR")
+    raise FileNotFoundError(f"{path}: no such folder; put the files of huggingface.co/{name} there, "
+                            "or set pretrained=hub")
+
+
+def from_hub(load, source, **options):
+    """`load(source)` of transformers, with an answer that helps if it fails."""
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
+                             f"({str(error).strip().splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
+            f"or put its files in DIR/{source.split('/')[-1]} and set pretrained=DIR") from error
+
+
+def read_beit3(path):
+    """The tensors of a BEiT-3 file of Microsoft's under BEiT3's names, float32; its pretraining heads are left."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
+    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
+        raise ValueError(f'{path}: expected a dict with the tensors under "model"; download it from {BEIT3_PLACE}')
+    return {name.removeprefix("beit3."): value.float() for name, value in file["model"].items()
+            if name.startswith("beit3.")}
+
+
+def read_huggingface(kind, source, extra):
+    """Tensors of a published checkpoint in float32; names that begin with one of `extra` may be in it besides."""
+    _, info = loaded = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+    unknown = [name for name in info["unexpected_keys"] if not name.startswith(extra)]
+    if info["missing_keys"] or unknown:
+        raise ValueError(f"{source}: not the weights of a {kind.__name__}: missing {sorted(info['missing_keys'])[:3]}, "
+                         f"unknown {sorted(unknown)[:3]}")
+    return {name: value for name, value in loaded[0].state_dict().items() if not name.startswith(extra)}
+
+
+def load_strictly(module, tensors, source, fields):
+    """All of `tensors` into `module` and nothing left over; `fields` are named if it does not fit."""
+    own = module.state_dict()
+    wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
+    wrong += [name for name in own if not wrong and own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    module.load_state_dict(tensors)
+    print(f"{source}: {len(tensors)} tensors loaded")
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def resize(maps, size):
+    """(B,C,h,w) -> (B,C,*size), bilinear."""
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def to_pixels(images, size, mean, std, mode):
+    """images (N,3,S,S) uint8 -> (N,3,size,size) float, normalised; shrinks without aliasing."""
+    pixels = images.float()
+    if pixels.shape[-2:] != (size, size):
+        pixels = F.interpolate(pixels, (size, size), mode=mode, align_corners=False, antialias=True).clamp(0, 255)
+    return (pixels / 255 - mean) / std
+
+
+def run(function, *inputs, checkpointing):
+    """function(*inputs); with `checkpointing` its inner activations are computed anew in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
+class Attention(nn.Module):
+    """Multi-head attention: queries (B,Q,C), keys and values (B,K,C) -> (B,Q,C); mask (B,K), True = may be read."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, queries, keys, values, mask=None):
+        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
+                   for tokens in (self.to_q(queries), self.to_k(keys), self.to_v(values)))
+        mask = None if mask is None else mask[:, None, None]                  # (B,1,1,K)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,Q,C/heads)
+        return self.to_out(rearrange(mixed, "b a n d -> b n (a d)"))
+
+
+# ------------------------------------------------------------------------------------------------ 3.2, union encoder
+# A stream is {"A": image tokens (B,1+N_p,D), "B": words (B,L,D)}, in this order; either may be absent. Names of modules
+# and parameters are those of Microsoft's file.
+
+
+def multiway(kind, *sizes):
+    """Two layers of a kind: A for the image's positions, B for the words."""
+    return nn.ModuleDict({branch: kind(*sizes) for branch in "AB"})
+
+
+class BEiT3Attention(nn.Module):
+    """Self-attention over the whole stream with projections per branch and a norm in front of the last (sub-LN)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (multiway(nn.Linear, width, width) for _ in range(4))
+        self.inner_attn_ln = multiway(nn.LayerNorm, width)
+
+    def forward(self, stream, mask):
+        """stream, mask (B,1,1,n) or None -> stream."""
+        q, k, v = (rearrange(torch.cat([layer[branch](x) for branch, x in stream.items()], 1), "b n (a d) -> b a n d",
+                             a=self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,n,D/heads)
+        parts = rearrange(mixed, "b a n d -> b n (a d)").split([x.shape[1] for x in stream.values()], 1)
+        return {branch: self.out_proj[branch](self.inner_attn_ln[branch](part))
+                for branch, part in zip(stream, parts, strict=True)}
+
+
+class BEiT3FeedForward(nn.Module):
+    """(B,n,D) -> (B,n,D), with a norm in front of the last layer (sub-LN)."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.ffn_layernorm = nn.LayerNorm(hidden)
+
+    def forward(self, x):
+        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+
+
+class BEiT3Layer(nn.Module):
+    """Joint attention, then a feed-forward net per branch; both behind a norm and beside a shortcut."""
+
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.self_attn = BEiT3Attention(width, heads)
+        self.self_attn_layer_norm = multiway(nn.LayerNorm, width)
+        self.ffn = multiway(BEiT3FeedForward, width, hidden)
+        self.final_layer_norm = multiway(nn.LayerNorm, width)
+
+    def forward(self, stream, mask):
+        mixed = self.self_attn({branch: self.self_attn_layer_norm[branch](x) for branch, x in stream.items()}, mask)
+        stream = {branch: x + mixed[branch] for branch, x in stream.items()}
+        return {branch: x + self.ffn[branch](self.final_layer_norm[branch](x)) for branch, x in stream.items()}
+
+
+class BEiT3(nn.Module):
+    """The union encoder: image alone, words alone or both (Wang et al., CVPR 2023). Stands by itself.
+
+    Its state dict is that of Microsoft's file without the prefix "beit3." and the pretraining heads.
+    """
+
+    def __init__(self, *, size=224, patch=16, width=1024, layers=24, heads=16, ffn=4096, positions=1024,
+                 vocab_size=64010, checkpointing=False):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.text_embed = nn.Embedding(vocab_size, width)
+        self.vision_embed = nn.Module()
+        self.vision_embed.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.vision_embed.mask_token = nn.Parameter(torch.zeros(1, 1, width))         # served the pretraining
+        self.vision_embed.proj = nn.Conv2d(3, width, patch, stride=patch)
+        self.encoder = nn.Module()
+        # Both tables are read from row 2 on, as in the file; the image's first place is the class token's.
+        self.encoder.embed_positions = nn.ModuleDict(
+            {"A": nn.Embedding((size // patch) ** 2 + 3, width), "B": nn.Embedding(positions, width)})
+        self.encoder.layers = nn.ModuleList(BEiT3Layer(width, heads, ffn) for _ in range(layers))
+        self.encoder.layer_norm = multiway(nn.LayerNorm, width)
+        for table in (self.text_embed, *self.encoder.embed_positions.values()):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def embed(self, pixels=None, tokens=None, text_mask=None):
+        """pixels (B,3,H_u,W_u), tokens and text_mask (B,L) -> U_0, the stream in front of the first layer."""
+        positions = {branch: table.weight[2:] for branch, table in self.encoder.embed_positions.items()}
+        U_0 = {}
+        if pixels is not None:
+            P_v = rearrange(self.vision_embed.proj(pixels), "b d h w -> b (h w) d")
+            V_cls = self.vision_embed.cls_token.expand(len(pixels), -1, -1)           # (B,1,D)
+            U_0["A"] = torch.cat((V_cls, P_v), 1) + positions["A"]                    # V_0 (B,1+N_p,D)
+        if tokens is not None:
+            T_0 = self.text_embed(tokens) + positions["B"][:tokens.shape[1]]          # (B,L,D)
+            U_0["B"] = T_0 if text_mask is None else T_0 * text_mask[..., None]
+        return U_0  # Eq. (1)
+
+    def forward(self, pixels=None, tokens=None, text_mask=None):
+        """-> image tokens (B,1+N_p,D), the class token first, and words (B,L,D); None for what was not given."""
+        stream = self.embed(pixels, tokens, text_mask)
+        mask = None
+        if text_mask is not None:
+            mask = text_mask if pixels is None else F.pad(text_mask, (stream["A"].shape[1], 0), value=True)
+            mask = mask[:, None, None]                                                # (B,1,1,1+N_p+L)
+        for layer in self.encoder.layers:
+            stream = run(layer, stream, mask, checkpointing=self.checkpointing)
+        stream = {branch: self.encoder.layer_norm[branch](x) for branch, x in stream.items()}
+        return stream.get("A"), stream.get("B")
+
+
+# ------------------------------------------------------------------------ 3.3, bidirectional hierarchical fusion module
+
+
+class BidirectionalHierarchicalFusion(nn.Module):
+    """One layer of the module, in one block of Hiera: image and words read each other in a reduced width.
+
+    structure "uni" leaves the words as they were, "linear" is an adapter that reads none.
+    """
+
+    def __init__(self, width, text_width, *, reduction=4, heads=4, structure="bi", alpha_text=0.2, alpha_image=0.5,
+                 official=False, zero_init=False):
+        super().__init__()
+        self.structure, self.official = structure, official
+        self.alpha_text, self.alpha_image = alpha_text, alpha_image
+        reduced = width // reduction
+        self.down, self.up = nn.Linear(width, reduced), nn.Linear(reduced, width)
+        self.side = nn.Sequential(nn.Linear(width, reduced), nn.GELU(), nn.Linear(reduced, width))
+        if structure != "linear":
+            self.text_in = nn.Linear(text_width, reduced)
+            self.image_reads_text = Attention(reduced, heads)
+        if structure == "bi":
+            self.text_reads_image = Attention(reduced, heads)
+            self.text_out = nn.Linear(reduced, text_width)
+        if zero_init:
+            for layer in (self.up, self.side[-1]):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def interact(self, F_i, T_i, text_mask):
+        """F_i (M,h,w,d), T_i (M,L,C), text_mask (M,L) -> F2 (M,h,w,r), T2 (M,L,r) or None where words stay."""
+        F1 = F.gelu(self.down(F_i))                                           # (M,h,w,r)
+        if self.structure == "linear":
+            return F1, None
+        size = dict(zip("hw", F1.shape[1:3], strict=True))
+        F1, T1 = rearrange(F1, "m h w r -> m (h w) r"), self.text_in(T_i)     # (M,h*w,r), (M,L,r)
+        F2 = self.image_reads_text(F1, T1, T1, text_mask) + F1
+        T2 = None
+        if self.structure == "bi":
+            image = F2 if self.official else F1
+            T2 = self.text_reads_image(T1, image, image) + T1  # Eq. (2)
+        return rearrange(F2, "m (h w) r -> m h w r", **size), T2
+
+    def forward(self, F_in, F_i, T_i, text_mask, norm, mlp):
+        """F_in, F_i (M,h,w,d), T_i (M,L,C), the block's own norm and MLP -> F_out (M,h,w,d), T_i+1 (M,L,C)."""
+        F2, T2 = self.interact(F_i, T_i, text_mask)
+        T_next = T_i if T2 is None else (1 - self.alpha_text) * T_i + self.alpha_text * self.text_out(T2)
+        F3 = F_in + self.up(F2) + F_i
+        normed = norm(F3)
+        F_out = F3 + mlp(normed) + self.alpha_image * self.side(normed if self.official else F3)  # Eq. (3)
+        return F_out, T_next
+
+
+def attend(block, hidden):
+    """The first half of a Hiera block of transformers: hidden (M,h,w,d) -> F_in, F_i (M,h',w',d')."""
+    normed = block.layer_norm1(hidden)
+    F_in = hidden if block.dim == block.dim_out else do_pool(block.proj(normed), block.query_stride)
+    if not block.window_size:
+        return F_in, block.attn(normed)
+    windows = block.attn(window_partition(normed, block.window_size)[0])      # (M*windows,side,side,d')
+    (h, w), side = F_in.shape[1:3], windows.shape[1]
+    return F_in, window_unpartition(windows, side, (h + -h % side, w + -w % side), (h, w))
+
+
+class TextGate(nn.Module):
+    """After the encoder the feature at stride 16 reads the original words and is multiplied by what it read."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attention = Attention(width, heads)
+
+    def forward(self, feature, positions, T, text_mask):
+        """feature F (M,C,h,w), positions (1,C,h,w), T (M,L,C), text_mask (M,L) -> F_en (M,C,h,w)."""
+        size = dict(zip("hw", feature.shape[-2:], strict=True))
+        queries = rearrange(feature + positions, "m c h w -> m (h w) c")
+        read = rearrange(self.attention(queries, T, T, text_mask), "m (h w) c -> m c h w", **size)
+        return read * feature  # Eq. (4)
+
+
+# ---------------------------------------------------------------------------------------- 3.4, mask prompt generator
+
+
+class MaskPromptGenerator(nn.Module):
+    """Class token and patches of the union encoder -> a pseudo-mask on the patches' grid."""
+
+    def __init__(self, width, *, heads=8, layers=1, attention=True):
+        super().__init__()
+        self.attention = Attention(width, heads) if attention else None
+        self.linear = nn.Linear(width, width)
+        hidden = [layer for _ in range(layers - 1) for layer in (nn.Linear(width, width), nn.ReLU())]
+        self.mlp = nn.Sequential(*hidden, nn.Linear(width, 1))
+
+    def forward(self, V_cls, V):
+        """V_cls (M,1,D), V (M,N_p,D), a square grid row by row -> M_p (M,1,h,w) in [0,1]."""
+        if self.attention is not None:
+            V_cls = self.attention(V_cls, V, V) * V_cls                       # V'_cls (M,1,D)
+        side = round(V.shape[1] ** 0.5)
+        V = rearrange(V, "m (h w) d -> m h w d", h=side)                      # R(V)
+        V = V * self.linear(V_cls)[:, None]                                   # V' (M,h,w,D)
+        M_p = self.mlp(V).sigmoid()  # Eq. (5)
+        return rearrange(M_p, "m h w 1 -> m 1 h w")
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def sam2_config(c):
+    """transformers' configuration of SAM 2 for a Config."""
+    backbone = Sam2HieraDetConfig(
+        hidden_size=c.hiera_width, num_attention_heads=c.hiera_heads, blocks_per_stage=list(c.hiera_blocks),
+        embed_dim_per_stage=list(c.hiera_widths),
+        num_attention_heads_per_stage=[c.hiera_heads * 2 ** stage for stage in range(4)],
+        window_size_per_stage=list(c.hiera_windows), global_attention_blocks=list(c.hiera_global),
+        window_positional_embedding_background_size=[c.hiera_background] * 2, initializer_range=c.init_std)
+    vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=list(c.hiera_widths[::-1]),
+                              fpn_hidden_size=c.sam_width, initializer_range=c.init_std)
+    prompts = Sam2PromptEncoderConfig(hidden_size=c.sam_width, image_size=c.image_size,
+                                      mask_input_channels=c.sam_mask_channels)
+    # By default transformers picks another mask in eval mode than in training where it finds mask 0 unstable.
+    decoder = Sam2MaskDecoderConfig(hidden_size=c.sam_width, mlp_dim=c.sam_mlp, num_attention_heads=c.sam_heads,
+                                    iou_head_hidden_dim=c.sam_width, dynamic_multimask_via_stability=False)
+    return Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder,
+                      initializer_range=c.init_std)
+
+
+class RS2SAM2(nn.Module):
+    """Fig. 2: union encoder, image encoder with fusion layers, gate, prompts, mask decoder."""
+
+    MAPS = MAPS
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        for name, statistics in (("sam", IMAGENET), ("beit", IMAGENET if c.official_pixels else HALF)):
+            self.register_buffer(f"{name}_statistics", torch.tensor(statistics).view(2, 3, 1, 1), persistent=False)
+        self.beit3 = BEiT3(size=c.beit_size, patch=c.beit_patch, width=c.beit_width, layers=c.beit_layers,
+                           heads=c.beit_heads, ffn=c.beit_ffn, positions=c.beit_positions, vocab_size=c.vocab_size,
+                           checkpointing=c.checkpointing)
+        self.sam = Sam2Model(sam2_config(c))
+        if c.reads_text:
+            self.text_projection = nn.Linear(c.beit_width, c.sam_width)
+        if c.fusion != "none":
+            self.fusion = nn.ModuleList(BidirectionalHierarchicalFusion(
+                block.dim_out, c.sam_width, reduction=c.fusion_reduction, heads=c.fusion_heads, structure=c.fusion,
+                alpha_text=c.alpha_text, alpha_image=c.alpha_image, official=c.official_fusion, zero_init=c.zero_init)
+                for block in self.sam.vision_encoder.backbone.blocks)
+        if c.gate:
+            self.gate = TextGate(c.sam_width, c.gate_heads)
+        if c.mpg:
+            self.prompt_generator = MaskPromptGenerator(c.beit_width, heads=c.mpg_heads, layers=c.mpg_layers,
+                                                        attention=c.mpg_attention)
+        self.token_mlp = nn.Sequential(nn.Linear(c.beit_width, c.beit_width), nn.ReLU(),
+                                       nn.Linear(c.beit_width, c.sam_width))
+        if c.boundary_loss:
+            self.text_weight = nn.Linear(c.sam_width, 1)
+
+    def load_pretrained(self):
+        """Published weights into both towers, strictly -> {state-dict prefix: source}."""
+        c = self.config
+        if c.pretrained == "none":
+            return {}
+        source = find_weights(c, c.beit_backbone)
+        load_strictly(self.beit3, read_beit3(source), source,
+                      "beit_size, beit_patch, beit_width, beit_layers, beit_ffn, beit_positions, vocab_size")
+        source = find_weights(c, c.sam_backbone)
+        load_strictly(self.sam, read_huggingface(Sam2Model, source, extra=()), source,
+                      "hiera_width, hiera_blocks, hiera_windows, hiera_background, sam_width, sam_mlp")
+        return {"beit3.": c.beit_backbone, "sam.": c.sam_backbone}
+
+    def block(self, number, hidden, T, text_mask):
+        """Block `number` of Hiera with its fusion layer: hidden (M,h,w,d), T (M,L,C) -> the same behind it."""
+        block = self.sam.vision_encoder.backbone.blocks[number]
+        if self.config.fusion == "none":
+            return block(hidden), T
+        F_in, F_i = attend(block, hidden)
+        return self.fusion[number](F_in, F_i, T, text_mask, block.layer_norm2, block.mlp)
+
+    def encode_image(self, pixels, T, text_mask):
+        """pixels (M,3,S,S), T (M,L,C) -> SAM 2's features at strides 4, 8, 16, (M,C,S/s,S/s)."""
+        hiera, neck = self.sam.vision_encoder.backbone, self.sam.vision_encoder.neck
+        hidden = hiera.patch_embed(pixels)                                    # (M,S/4,S/4,d)
+        hidden = hidden + hiera._get_pos_embed(hidden.shape[1:3])
+        stages = []
+        for number in range(len(hiera.blocks)):
+            hidden, T = run(self.block, number, hidden, T, text_mask, checkpointing=self.config.checkpointing)
+            if number in hiera.stage_ends:
+                stages.append(rearrange(hidden, "m h w d -> m d h w"))        # (M,d,S/s,S/s)
+        # The neck's own forward also makes the positions of every level, which SAM 2 needs for its memory only.
+        feature32, feature16, feature8, feature4 = (
+            conv(stage) for conv, stage in zip(neck.convs, reversed(stages), strict=True))
+        return feature4, feature8, feature16 + F.interpolate(feature32, scale_factor=2.0, mode="nearest")
+
+    def forward(self, images, tokens, text_mask, image_index=None):
+        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> dict.
+
+        logits (M,1,S/4,S/4), above 0 is the mask. pseudo_mask (M,1,H_u/p,W_u/p) in [0,1]. text_weight (M,), for (7).
+        What is switched off is absent.
+        """
+        c, decoder = self.config, self.sam.mask_decoder
+        sam_pixels = to_pixels(images, c.image_size, *self.sam_statistics, "bilinear")
+        beit_pixels = to_pixels(images, c.beit_size, *self.beit_statistics,
+                                "bilinear" if c.official_pixels else "bicubic")
+        if image_index is not None:
+            sam_pixels, beit_pixels = sam_pixels[image_index], beit_pixels[image_index]
+
+        V, T = self.beit3(beit_pixels, tokens, text_mask)                     # (M,1+N_p,D), (M,L,D)
+        V_cls, V = V[:, :1], V[:, 1:]                                         # (M,1,D), (M,N_p,D)
+        T_0 = self.text_projection(T) if c.reads_text else None               # (M,L,C)
+
+        feature4, feature8, feature = self.encode_image(sam_pixels, T_0, text_mask)
+        feature = feature + self.sam.no_memory_embedding.view(1, -1, 1, 1)    # (M,C,S/16,S/16)
+        positions = self.sam.get_image_wide_positional_embeddings()           # (1,C,S/16,S/16)
+        if c.gate:
+            feature = self.gate(feature, positions, T_0, text_mask)
+
+        outputs, M_p = {}, None
+        if c.mpg:
+            outputs["pseudo_mask"] = M_p = self.prompt_generator(V_cls, V)    # (M,1,H_u/p,W_u/p)
+            M_p = resize(M_p, self.sam.prompt_encoder.mask_input_size)        # (M,1,S/4,S/4)
+        _, dense_prompt = self.sam.prompt_encoder(None, None, None, M_p)      # (M,C,S/16,S/16)
+        sparse_prompts = self.token_mlp(V_cls)                                # (M,1,C)
+        logits = decoder(image_embeddings=feature, image_positional_embeddings=positions,
+                         sparse_prompt_embeddings=sparse_prompts[:, None], dense_prompt_embeddings=dense_prompt,
+                         multimask_output=False,
+                         high_resolution_features=[decoder.conv_s0(feature4), decoder.conv_s1(feature8)])[0]
+        logits = logits[:, 0]                                                 # (M,1,S/4,S/4)
+        outputs["logits"] = 2 * logits - 1 if c.official_logits else logits
+        if c.boundary_loss:
+            outputs["text_weight"] = self.text_weight(T_0[:, 0])[:, 0]        # (M,)
+        return outputs
+
+    def criterion(self, outputs, batch, progress):
+        """outputs, batch["masks"] (M,S,S) bool, progress in [0,1] -> weighted scalars; their sum is the objective."""
+        c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
+        logits = resize(outputs["logits"], masks.shape[-2:])
+        losses = {"ce": binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight),
+                  "dice": dice_loss(logits, masks, squared=c.dice_squared)}
+        if c.boundary_loss:
+            losses["tbl"] = boundary_loss(logits, masks, outputs["text_weight"], hard=c.hard_boundary)
+        lam = {"ce": c.lambda_ce, "dice": c.lambda_dice, "tbl": c.lambda_tbl}
+        return {name: lam[name] * loss.mean() for name, loss in losses.items()}  # Eq. (6)
+
+    def without_gradient(self):
+        """Modules and parameters that no loss reaches."""
+        c, sam = self.config, self.sam
+        silent = [self.beit3.vision_embed.mask_token,
+                  sam.prompt_encoder.point_embed, sam.prompt_encoder.not_a_point_embed,
+                  sam.prompt_encoder.no_mask_embed if c.mpg else sam.prompt_encoder.mask_embed,
+                  sam.mask_decoder.iou_prediction_head, sam.mask_decoder.pred_obj_score_head,
+                  sam.mask_decoder.output_hypernetworks_mlps[1:]]
+        if c.fusion == "bi":
+            silent += [self.fusion[-1].text_reads_image, self.fusion[-1].text_out]
+        if not c.reads_text:
+            last = self.beit3.encoder.layers[-1]
+            silent += [layer["B"] for layer in (
+                last.self_attn.q_proj, last.self_attn.inner_attn_ln, last.self_attn.out_proj, last.final_layer_norm,
+                last.ffn, self.beit3.encoder.layer_norm)]
+        return silent
+
+    def param_groups(self, recipe):
+        """What learns, at two rates: the paper's modules, and all else but the frozen image encoder."""
+        self.requires_grad_(True)
+        for silent in self.without_gradient():
+            silent.requires_grad_(False)
+        self.sam.vision_encoder.requires_grad_(not self.config.freeze)
+        groups = {"lr": [], "lr_modules": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                high = name.startswith(("fusion.", "gate.", "prompt_generator."))
+                groups["lr_modules" if high else "lr"].append(parameter)
+        return [{"params": parameters, "lr": recipe[rate], "weight_decay": recipe["weight_decay"]}
+                for rate, parameters in groups.items() if parameters]
+
+    @torch.no_grad()
+    def diagnose(self, outputs, masks):
+        """masks (M,S,S) -> figures (M,). text_weight: |Linear(T_s)|, 0 is (7)'s trivial optimum; boundary: (7) at
+        weight 1; pseudo_mask_iou: of M_p, cut at 0.5, with the mask."""
+        masks, figures = masks[:, None], {}
+        if "text_weight" in outputs:
+            figures["text_weight"] = outputs["text_weight"].abs()
+        logits = resize(outputs["logits"], masks.shape[-2:])
+        figures["boundary"] = boundary_loss(logits, masks, torch.ones_like(logits[:, 0, 0, 0]))
+        if "pseudo_mask" in outputs:
+            pseudo = resize(outputs["pseudo_mask"], masks.shape[-2:]) > 0.5
+            union = (pseudo | masks).sum((1, 2, 3))
+            figures["pseudo_mask_iou"] = (pseudo & masks).sum((1, 2, 3)) / union.clamp(min=1)
+        return figures

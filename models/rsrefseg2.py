@@ -1,0 +1,1013 @@
+"""RSRefSeg 2: CLIP says where the referred object is, SAM says how far it reaches.
+
+Paper
+    Chen, Liu, Chen, Zhang, Zou, Shi. RSRefSeg 2: Decoupling Referring Remote Sensing Image Segmentation with Foundation
+    Models. arXiv:2507.06231, 2025, https://arxiv.org/abs/2507.06231
+    SigLIP 2 reads a small copy of the image and the sentence. A prompter splits the sentence into two subspaces, lets
+    the image read one and then the other, and turns what it found into prompts: n_p vectors and one coarse map.
+    SAM 2.1 sees the large image and these prompts, never the sentence. The three towers learn by LoRA alone.
+Official
+    https://github.com/KyanChen/RSRefSeg2 (on mmseg, DeepSpeed and peft). No code was copied.
+Shapes
+    N images, M expressions, L tokens with padding; I_1, I_2 the image at H_1 = 512 and H_2 = 1024
+    v           image tokens (N,g*g,D_v), g = H_1 / patch; read by the words v'_1, v'_2 (M,g*g,D_v)
+    t_word      words (M,L,D_t); t_sent sentence (M,D_v); t_1, t_2 subspaces (M,n_t,D_t), t'_1, t'_2 after interaction
+    p_sparse    (M,n_p,C), C SAM's prompt width; p_dense (M,1,H_2/4,H_2/4), cosines in [-1,1]
+    F_img       SAM's image features at strides 4, 8, 16: (N,C/8,..), (N,C/4,..), (N,C,H_2/16,H_2/16)
+    D_t = D_v = 1152 (paper's d_1) but for the giant image towers; C = 256 (d_2)
+Equations
+    (1)          RSRefSeg2.forward
+    (2)          LoRALinear.forward
+    (3)          CascadedPrompter.forward
+    (4)          ReferringSemanticDecomposition.forward
+    (5)          TextVisualInteraction.forward
+    (6)          SparsePromptGeneration.forward
+    (7)          DensePromptGeneration.forward, cosine_maps
+    (8)          RSRefSeg2.generate
+    (9) (10)     RSRefSeg2.criterion
+    (11) (12)    losses.py, orthogonal_loss; RSRefSeg2.criterion
+    (13)         metrics.py
+Departs
+    (4) line 3   printed with t_1 as the query of t_2; "alternately serve as queries": t_1 reads t_2, then t_2 reads t_1
+    (4)-(6)      each attention and MLP has a residual before its norm, as in the official code; none is printed
+    (6) line 3   queries are what line 2 made of them ("sequentially"); printed with the query of line 2 again
+    (7)          the 3x3 form of III-C; IV-E8 calls it 1x1 (dense_kernel=1)
+    (8)          SAM 2.1 has an object-score token besides, and its own order: score, IoU, filters, prompts
+    (12)         L_samp contrasts t_2 with v: Table XV's best row and the official code; printed with t_sent
+    t_sent       SigLIP has no feature at EOS: its head reads the last of 64 positions, where training put the summary
+    (13)         its N images are the expressions: each is a sample, as everywhere in the field
+    decoder      what gets no gradient stays frozen: the heads for IoU, object score and masks 2 to 4
+    official     its forms that differ are ABLATIONS["official"]; it also trains SAM's prompt encoder
+                 (train_prompt_encoder), adapts SAM's neck and SigLIP's text head, and keeps the best epoch on test
+Silent
+    attention    8 heads, internal width 512, MLP 512 with GELU, biases everywhere, no dropout: official code
+    t_word       the tokens before EOS (III-A: L tokens and one EOS), pads masked; the official code reads all positions
+    textpool     the same mean over n_t nearly equal runs of words for both subspaces
+    positions    N(0,1), added to queries and keys, not to values; those of t_1, t_2 serve in (4), (5) and (6), those
+                 of the image in (5) and (6)
+    p_sparse     after the last block an MLP C-512-C
+    (7)          bilinear, align_corners=False; the norm of the upsampled features is had from g x g products, exactly
+    LoRA         on q, k, v, out of every attention of the three towers, alpha = r; A starts at zero
+    L_dice       squared denominator, epsilon 1e-3: official code
+    L_samp       v is averaged over the mask's area, so that no small object is lost to rounding; temperature learnable
+                 from 1/0.07, at most 100; gathered over processes with gradient; of accumulated parts each sees itself
+    L_spat       cosines with a learnable scale (and bias for CE); CE at the mask's size, MIL over the touched cells
+    L_dense      reads p_dense as a logit, as SAM's prompt encoder does
+    alphas       0.5 for every auxiliary term that a row of Table XV switches on
+    text         lower case, padded to 64 without a mask in the tower, as SigLIP 2 was trained
+    warm-up      5 epochs; decay 0.05 on all that learns; clipping 3.0: official code
+    Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
+    Tables XI-II without inter- or cross-attention the block is what is left of it; what then learns nothing is left out
+    Table XIII   T-sparse: one query more, its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
+    Table XIV    other sizes through interpolated positions
+    Table XVI    LoRA rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
+    diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one
+Omits
+    a reader for the authors' weights: their file layout could not be verified
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer, Sam2Config, Sam2Model
+from transformers import SiglipConfig, SiglipModel, SiglipTextModel, SiglipVisionModel
+
+from losses import binary_cross_entropy, contrastive_loss, dice_loss
+from losses import mask_pooled, multi_instance_loss, orthogonal_loss
+
+SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # SAM 2's; SigLIP's are 0.5 and 0.5
+MAPS = ("dense_prompt",)
+
+
+@dataclass(frozen=True)
+class Config:
+    image_size: int = 1024                          # IV-C2: H_2 = W_2
+    clip_size: int | None = None                    # IV-C2: H_1 = W_1; None: the size that the tower was trained for
+    text_length: int = 64                           # SigLIP's
+    pretrained: str = "hub"                         # "hub", "none", or a folder with one entry per backbone
+    clip: str = "google/siglip2-so400m-patch16-512"             # IV-C
+    sam: str = "facebook/sam2.1-hiera-large"                    # IV-C
+    freeze: bool = True                             # IV-C2: of the towers only LoRA and SAM's mask decoder learn
+    train_prompt_encoder: bool = False              # True: the official code, SAM's mask embedding learns too
+    recompute: bool = False                         # keep no activations within the towers' blocks: memory for time
+
+    vocab_size: int = 256000                        # the towers' numbers, read for pretrained="none" only:
+    vision_size: int = 512                          # otherwise each tower's own configuration has them
+    patch: int = 16
+    vision_width: int = 1152
+    vision_layers: int = 27
+    vision_heads: int = 16
+    vision_mlp: int = 4304
+    text_width: int = 1152
+    text_layers: int = 27
+    text_heads: int = 16
+    text_mlp: int = 4304
+    sam_width: int = 144                            # doubles, as do the heads, from stage to stage
+    sam_heads: int = 2
+    sam_blocks: tuple[int, ...] = (2, 6, 36, 4)
+    sam_windows: tuple[int, ...] = (8, 4, 16, 8)
+    sam_global: tuple[int, ...] = (23, 33, 43)
+    sam_background: int = 7
+    prompt_width: int = 256
+    decoder_heads: int = 8
+    decoder_mlp: int = 2048
+
+    lora_text: int = 16                             # IV-C1; 0 = frozen
+    lora_vision: int = 16
+    lora_sam: int = 16
+
+    n_t: int = 3                                    # IV-C1
+    n_p: int = 9
+    decomposition_blocks: int = 2
+    interaction_blocks: int = 2
+    prompt_blocks: int = 2
+    attention_width: int = 512                      # official code
+    heads: int = 8
+    mlp_width: int = 512
+
+    subspace_init: str = "textpool"                 # Table IX: or zero, learnable
+    subspace_positions: bool = True
+    image_positions: str = "learnable"              # or sine, none
+    prompt_init: str = "learnable"                  # or zero
+    prompt_positions: bool = True
+    cascade: bool = True                            # Table X
+    dense: bool = True
+    intra_attention: bool = True                    # Table XI
+    inter_attention: bool = True
+    self_attention: bool = True                     # Table XII
+    cross_attention: bool = True
+    dense_text: str = "sent"                        # Table XIII: or t2, t2_prime, sparse
+    dense_soft_text: bool = False
+    dense_image: str = "v2"                         # or v
+    dense_conv: str = "relu"                        # III-C; or none, or official: two layers with GELU
+    dense_kernel: int = 3                           # III-C; 1 in IV-E8
+    dense_upsample: str = "pre"                     # or post
+
+    interleave: bool = False                        # True: the official code, prompt block k reads interaction block k
+    dense_scale: bool = False                       # True: the official code, SigLIP's scale and bias on p_dense
+    align_corners: bool = False                     # True: the official code, in Eq. (7)
+    pad_to_longest: bool = False                    # True: the official code, t_sent depends on the batch mates
+    dynamic_multimask: bool = False                 # True: the official code, at test another mask may win
+
+    alpha_ce: float = 1.0                           # Eq. (10)
+    alpha_dice: float = 1.0                         # IV-C2
+    alpha_ortho: float = 0.5
+    alpha_dense: float = 0.0
+    alpha_spat: float = 0.0
+    alpha_samp: float = 0.5
+    spat: str = "CE"                                # Table XV: or MIL
+    spat_text: str = "sent"                         # or t2
+    spat_image: str = "v"                           # or v2
+    nce_text: str = "t2"                            # Table XV's best row; sent as printed in Eq. (12)
+    nce_image: str = "v"
+
+    def __post_init__(self):
+        choices = {"subspace_init": ("textpool", "zero", "learnable"), "image_positions": ("learnable", "sine", "none"),
+                   "prompt_init": ("learnable", "zero"), "dense_text": ("sent", "t2", "t2_prime", "sparse"),
+                   "dense_image": ("v2", "v"), "dense_conv": ("relu", "none", "official"), "dense_kernel": (1, 3),
+                   "dense_upsample": ("pre", "post"), "spat": ("CE", "MIL"), "spat_text": ("sent", "t2"),
+                   "spat_image": ("v", "v2"), "nce_text": ("sent", "t2"), "nce_image": ("v", "v2")}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)}: expected {' or '.join(map(str, allowed))}")
+        if self.interleave and self.interaction_blocks != self.prompt_blocks:
+            raise ValueError(f"interleave=True pairs the blocks: interaction_blocks={self.interaction_blocks} and "
+                             f"prompt_blocks={self.prompt_blocks} must be equal")
+        if not self.cascade and self.alpha_ortho:
+            raise ValueError(f"cascade=False leaves one subspace: set alpha_ortho=0, got {self.alpha_ortho}")
+        if not self.dense and self.alpha_dense:
+            raise ValueError(f"dense=False leaves nothing to supervise: set alpha_dense=0, got {self.alpha_dense}")
+        if self.image_size % 32:
+            raise ValueError(f"image_size={self.image_size}: SAM's image encoder takes multiples of 32")
+
+    @classmethod
+    def tiny(cls):
+        return cls(image_size=128, pretrained="none", freeze=False, text_length=20, vocab_size=256,
+                   vision_size=96, patch=8, vision_width=64, vision_layers=3, vision_heads=4, vision_mlp=128,
+                   text_width=64, text_layers=2, text_heads=4, text_mlp=128,
+                   sam_width=16, sam_heads=1, sam_blocks=(1, 1, 2, 1), sam_windows=(8, 4, 4, 2), sam_global=(3,),
+                   sam_background=4, prompt_width=32, decoder_heads=4, decoder_mlp=64,
+                   lora_text=0, lora_vision=0, lora_sam=0, attention_width=64, heads=4, mlp_width=64)
+
+
+RECIPE = {                                          # IV-C2 where not marked
+    "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",
+    "weight_decay": 0.05, "warmup": 5.0, "clip": 3.0, "micro_batch": 8,         # official code
+    "per_image": 0, "protocol": "original", "empty": "zero", "select": "mIoU", "phases": None,
+}
+RECIPE_FOR = {}                                     # IV-C2: one recipe for all data sets
+RECIPE_TINY = {"epochs": 20, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "weight_decay": 0.01, "warmup": 1.0,
+               "clip": 1.0, "per_image": 4}
+
+SAMS = {size[0]: f"facebook/sam2.1-hiera-{size}" for size in ("tiny", "small", "base-plus", "large")}
+CLIPS = {"siglip-p14-384": "google/siglip-so400m-patch14-384"} | {
+    f"siglip2-p{patch}-{size}": f"google/siglip2-so400m-patch{patch}-{size}"
+    for patch, size in ((14, 224), (14, 384), (16, 384), (16, 512))} | {
+    f"siglip2-giant-p16-{size}": f"google/siglip2-giant-opt-patch16-{size}" for size in (256, 384)}
+BASE = {"clip": CLIPS["siglip2-p14-384"], "sam": SAMS["s"], "lora_sam": 32, "alpha_dice": 0.0}     # IV-E, Table VI
+
+
+def grid(name, field, values):
+    """Rows `name-value` that change one field."""
+    return {f"{name}-{value}": {field: value} for value in values}
+
+
+def loss_rows():
+    """Table XV in its order; each row has L_ce besides what its name says."""
+    none = {"alpha_ortho": 0.0, "alpha_samp": 0.0}
+    ortho = {"alpha_samp": 0.0}
+    rows = {"ce": none, "ortho": ortho, "dense": ortho | {"alpha_dense": 0.5}}
+    for image in ("v", "v2"):
+        for text in ("sent", "t2"):
+            rows |= {f"{kind}-{text}-{image}": ortho | {"alpha_spat": 0.5, "spat": kind, "spat_text": text,
+                                                        "spat_image": image} for kind in ("CE", "MIL")}
+    rows |= {f"NCE-{text}-{image}": {"nce_text": text, "nce_image": image}
+             for image in ("v", "v2") for text in ("sent", "t2")}
+    return rows | {"NCE-t2-v+dice": {"alpha_dice": 1.0}}
+
+
+def backbone_rows():
+    """Table XVI in its order, with the two pairs that it prints twice."""
+    pairs = [(clip, "s") for clip in ("siglip-p14-384", "siglip2-p14-224", "siglip2-p14-224", "siglip2-p14-384",
+                                      "siglip2-p16-384", "siglip2-p16-512", "siglip2-giant-p16-256",
+                                      "siglip2-giant-p16-384")] + [("siglip2-p16-512", sam) for sam in "tsbl"]
+    rows = {}
+    for clip, sam in pairs:
+        name = f"{clip}+{sam}"
+        rows[f"{name}(again)" if name in rows else name] = {
+            "clip": CLIPS[clip], "sam": SAMS[sam], "lora_sam": 16 if sam == "l" else 32, "alpha_dice": 1.0}
+    return rows
+
+
+ABLATIONS = {
+    "VI": grid("clip-t", "lora_text", (0, 4, 8, 16, 32, 64)) | grid("clip-v", "lora_vision", (0, 4, 8, 16, 32, 64))
+    | grid("sam-v", "lora_sam", (0, 4, 8, 16, 32, 64)),
+    "VII": grid("decomp", "decomposition_blocks", (1, 2, 4, 6)) | grid("interac", "interaction_blocks", (1, 2, 4, 6))
+    | grid("prompt", "prompt_blocks", (1, 2, 4, 6)),
+    "VIII": grid("decomp", "n_t", (1, 3, 6, 9)) | grid("prompt", "n_p", (1, 3, 6, 9, 12)),
+    "IX": {f"decomp-{'PE-' if pe else ''}{init}": {"subspace_positions": pe, "subspace_init": init} for pe, init in (
+        (False, "learnable"), (False, "textpool"), (True, "zero"), (True, "learnable"), (True, "textpool"))}
+    | grid("interac", "image_positions", ("none", "sine", "learnable"))
+    | {f"prompt-{'PE-' if pe else ''}{init}": {"prompt_positions": pe, "prompt_init": init} for pe, init in (
+        (False, "learnable"), (True, "zero"), (True, "learnable"))},
+    "X": {"single-stage": {"cascade": False, "alpha_ortho": 0.0, "dense": False}, "cascaded": {"dense": False},
+          "cascaded+dense": {}},
+    "XI": {"none": {"intra_attention": False, "inter_attention": False}, "intra": {"inter_attention": False},
+           "intra+inter": {}},
+    "XII": {"none": {"self_attention": False, "cross_attention": False}, "self": {"cross_attention": False},
+            "self+cross": {}},
+    "XIII": {"T-t2": {"dense_text": "t2"}, "T-t2'": {"dense_text": "t2_prime"}, "T-sparse": {"dense_text": "sparse"},
+             "T-sent": {}, "T-soft": {"dense_soft_text": True}, "no-T-soft": {}, "V-v": {"dense_image": "v"},
+             "V-v2'": {}, "no-V-soft": {"dense_conv": "none"}, "V-soft": {}, "post-up": {"dense_upsample": "post"},
+             "pre-up": {}},
+    "XIV": {str(size): {} if size == 384 else {"clip_size": size} for size in (224, 384, 448, 768)},
+    "XV": loss_rows(),
+    "XVI": backbone_rows(),
+}
+ABLATIONS = {table: {row: BASE | changes for row, changes in rows.items()} for table, rows in ABLATIONS.items()}
+ABLATIONS["official"] = {"all": {                   # not of the paper: the forms of the authors' code
+    "interleave": True, "dense_conv": "official", "dense_scale": True, "align_corners": True, "pad_to_longest": True,
+    "dynamic_multimask": True, "train_prompt_encoder": True, "alpha_ce": 5.0, "alpha_dice": 5.0}}
+
+
+# --------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+class WordTokenizer:
+    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,L)."""
+
+    SPECIAL = ("[PAD]", "[UNK]", "[EOS]")
+
+    def __init__(self, words, length):
+        self.words, self.length = list(words), length
+        self.numbers = {word: number for number, word in enumerate((*self.SPECIAL, *self.words))}
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __call__(self, expressions):
+        tokens = torch.zeros(len(expressions), self.length, dtype=torch.long)
+        for row, expression in zip(tokens, expressions, strict=True):
+            words = re.findall(r"\w+|[^\w\s]", expression.lower())[:self.length - 1]
+            numbers = [self.numbers.get(word, 1) for word in words]
+            row[:len(words) + 1] = torch.tensor([*numbers, 2])
+        return tokens, tokens != 0
+
+
+class SiglipWords:
+    """SigLIP's own tokenizer, lower case, padded right, cut to `length` with EOS kept: strings -> tokens, text_mask."""
+
+    def __init__(self, tokenizer, length):
+        self.tokenizer, self.length = tokenizer, length
+        self.tokenizer.padding_side = "right"
+
+    def __len__(self):
+        return len(self.tokenizer)
+
+    def __call__(self, expressions):
+        batch = self.tokenizer([text.lower() for text in expressions], padding="max_length", truncation=True,
+                               max_length=self.length, return_attention_mask=True, return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def tokenizer(config, vocabulary=None):
+    """A callable from a list of strings to (tokens, text_mask); `vocabulary`, a word list, for pretrained="none"."""
+    if config.pretrained == "none":
+        if vocabulary is None:
+            raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
+        return WordTokenizer(vocabulary, config.text_length)
+    return SiglipWords(from_hub(AutoTokenizer.from_pretrained, find_weights(config, config.clip)), config.text_length)
+
+
+def find_weights(config, name):
+    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder."""
+    if config.pretrained == "hub":
+        return name
+    path = Path(config.pretrained) / name.split("/")[-1]
+    if path.exists():
+        return str(path)
+    raise FileNotFoundError(f"{path}: no such folder; put the files of huggingface.co/{name} there, "
+                            "or set pretrained=hub")
+
+
+def from_hub(load, source, **options):
+    """`load(source)` of transformers, with an answer that helps if it fails."""
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
+                             f"({str(error).strip().splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
+            f"or put its files in DIR/{source.split('/')[-1]} and set pretrained=DIR") from error
+
+
+def read_huggingface(kind, source, extra):
+    """Tensors of a published checkpoint in float32; names that begin with one of `extra` may be in it besides."""
+    _, info = loaded = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+    unknown = [name for name in info["unexpected_keys"] if not name.startswith(extra)]
+    if info["missing_keys"] or unknown:
+        raise ValueError(f"{source}: not the weights of a {kind.__name__}: missing {sorted(info['missing_keys'])[:3]}, "
+                         f"unknown {sorted(unknown)[:3]}")
+    return {name: value for name, value in loaded[0].state_dict().items() if not name.startswith(extra)}
+
+
+def load_strictly(module, tensors, source, fields):
+    """All of `tensors` into `module`, whose LoRA alone is not among them; `fields` are named if it does not fit."""
+    own = {name: value for name, value in module.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+    wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
+    wrong += [name for name in own if not wrong and own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    module.load_state_dict(tensors, strict=False)
+
+
+def tower_configs(config):
+    """SigLIP's and SAM 2's configurations: from Config's own numbers for pretrained="none", else published."""
+    c = config
+    if c.pretrained == "none":
+        clip = SiglipConfig(
+            text_config={"vocab_size": c.vocab_size, "hidden_size": c.text_width, "intermediate_size": c.text_mlp,
+                         "num_hidden_layers": c.text_layers, "num_attention_heads": c.text_heads,
+                         "max_position_embeddings": c.text_length, "projection_size": c.vision_width,
+                         "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+            vision_config={"image_size": c.vision_size, "patch_size": c.patch, "hidden_size": c.vision_width,
+                           "intermediate_size": c.vision_mlp, "num_hidden_layers": c.vision_layers,
+                           "num_attention_heads": c.vision_heads})
+        widths, heads = ([base * 2 ** stage for stage in range(4)] for base in (c.sam_width, c.sam_heads))
+        sam = Sam2Config(
+            vision_config={"backbone_config": {
+                "model_type": "sam2_hiera_det_model", "hidden_size": c.sam_width, "num_attention_heads": c.sam_heads,
+                "blocks_per_stage": list(c.sam_blocks), "embed_dim_per_stage": widths,
+                "num_attention_heads_per_stage": heads, "window_size_per_stage": list(c.sam_windows),
+                "global_attention_blocks": list(c.sam_global),
+                "window_positional_embedding_background_size": [c.sam_background] * 2},
+                "model_type": "sam2_vision_model", "backbone_channel_list": widths[::-1],
+                "fpn_hidden_size": c.prompt_width},
+            prompt_encoder_config={"hidden_size": c.prompt_width},
+            mask_decoder_config={"hidden_size": c.prompt_width, "num_attention_heads": c.decoder_heads,
+                                 "mlp_dim": c.decoder_mlp, "iou_head_hidden_dim": c.prompt_width})
+    else:
+        clip = from_hub(SiglipConfig.from_pretrained, find_weights(c, c.clip))
+        sam = from_hub(Sam2Config.from_pretrained, find_weights(c, c.sam))
+    clip.vision_config.vision_use_head = False      # III-B: the pooling layer goes, the map stays
+    sam.prompt_encoder_config.image_size = c.image_size
+    sam.mask_decoder_config.dynamic_multimask_via_stability = c.dynamic_multimask
+    return clip, sam
+
+
+# ------------------------------------------------------------------------------------------------ towers and their LoRA
+
+
+class LoRALinear(nn.Module):
+    """A linear layer (..., d_in) -> (..., d_out) and its low-rank addition; `weight` and `bias` keep their names."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        self.lora_B = nn.Parameter(linear.weight.new_empty(linear.in_features, rank))
+        nn.init.uniform_(self.lora_B, -linear.in_features ** -0.5, linear.in_features ** -0.5)
+
+    def forward(self, x):
+        W, A, B = self.weight, self.lora_A, self.lora_B
+        return F.linear(x, W, self.bias) + (x @ B) @ A.T  # Eq. (2)
+
+    def merged(self):
+        """The plain linear layer that computes the same."""
+        linear = nn.Linear(len(self.lora_B), len(self.lora_A), bias=self.bias is not None, device=self.weight.device)
+        with torch.no_grad():
+            linear.weight.copy_(self.weight + self.lora_A @ self.lora_B.T)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+
+def replace_linear(tower, kind, ends, make):
+    """Replace each module of class `kind` whose path ends with one of `ends` by make(module)."""
+    for path, module in list(tower.named_modules()):
+        if isinstance(module, kind) and path.endswith(ends):
+            parent, _, name = path.rpartition(".")
+            setattr(tower.get_submodule(parent), name, make(module))
+
+
+def add_lora(tower, rank, *ends):
+    """LoRA on the linear layers whose path ends with one of `ends`; rank 0 leaves the tower as it is."""
+    if rank:
+        replace_linear(tower, nn.Linear, ends, partial(LoRALinear, rank=rank))
+
+
+def learns(module):
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def through(blocks, x, *rest, recompute=False):
+    """x through each of `blocks`; yields it after every one. recompute: none of their activations is kept."""
+    for block in blocks:
+        keep = not (recompute and torch.is_grad_enabled())
+        x = block(x, *rest) if keep else checkpoint(block, x, *rest, use_reentrant=False)
+        yield x
+
+
+def image_tokens(tower, pixels, recompute=False):
+    """SigLIP's image tower without its pooling: (N,3,s,s) -> (N,g*g,D_v)."""
+    x = tower.embeddings(pixels, interpolate_pos_encoding=pixels.shape[-1] != tower.config.image_size)
+    *_, x = through(tower.encoder.layers, x, None, recompute=recompute)
+    return tower.post_layernorm(x)
+
+
+def text_tokens(tower, tokens, recompute=False):
+    """SigLIP's text tower: (M,L) -> words (M,L,D_t), sentence (M,D_v). It reads the padding, as it was trained to."""
+    *_, x = through(tower.encoder.layers, tower.embeddings(tokens), None, recompute=recompute)
+    words = tower.final_layer_norm(x)
+    return words, tower.head(words[:, -1])
+
+
+def sam_pyramid(tower, pixels, recompute=False):
+    """SAM 2's image encoder with its neck: (N,3,S,S) -> features (N,C,S/s,S/s) at s = 4, 8, 16."""
+    trunk, neck = tower.backbone, tower.neck
+    x = trunk.patch_embed(pixels)                                             # (N,S/4,S/4,width)
+    x = x + trunk._get_pos_embed(x.shape[1:3])
+    stages = [x for i, x in enumerate(through(trunk.blocks, x, recompute=recompute)) if i in trunk.stage_ends]
+    feature4, feature8, feature16, feature32 = (
+        lateral(x.permute(0, 3, 1, 2)) for lateral, x in zip(reversed(neck.convs), stages, strict=True))
+    return feature4, feature8, feature16 + F.interpolate(feature32, scale_factor=2, mode="nearest")
+
+
+# -------------------------------------------------------------------------------------- layers that Eqs. (4)-(6) repeat
+
+
+class Attention(nn.Module):
+    """Attention through an internal width: queries (B,Q,C), keys and values (B,K,D) -> (B,Q,C).
+
+    mask (B,K), True = may be read.
+    """
+
+    def __init__(self, width, context_width, config):
+        super().__init__()
+        self.heads = config.heads
+        self.to_q = nn.Linear(width, config.attention_width)
+        self.to_k = nn.Linear(context_width, config.attention_width)
+        self.to_v = nn.Linear(context_width, config.attention_width)
+        self.to_out = nn.Linear(config.attention_width, width)
+
+    def forward(self, queries, keys, values, mask=None):
+        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
+                   for tokens in (self.to_q(queries), self.to_k(keys), self.to_v(values)))
+        mask = None if mask is None else mask[:, None, None]                  # (B,1,1,K)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,Q,width/heads)
+        return self.to_out(rearrange(mixed, "b a n d -> b n (a d)"))
+
+
+def mlp(width, hidden):
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class SelfLayer(nn.Module):
+    """LN(x + self-attn(x)) with positions on queries and keys: (B,n,C) -> (B,n,C)."""
+
+    def __init__(self, width, config):
+        super().__init__()
+        self.attention = Attention(width, width, config)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x, position):
+        return self.norm(x + self.attention(x + position, x + position, x))
+
+
+class MlpLayer(nn.Module):
+    """LN(x + MLP(x)): (B,n,C) -> (B,n,C)."""
+
+    def __init__(self, width, config):
+        super().__init__()
+        self.mlp = mlp(width, config.mlp_width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(x + self.mlp(x))
+
+
+class CrossLayer(nn.Module):
+    """y = LN(x + cross-attn(x, context)), then LN(y + MLP(y)): x (B,n,C), context (B,k,D) -> (B,n,C)."""
+
+    def __init__(self, width, context_width, config):
+        super().__init__()
+        self.attention = Attention(width, context_width, config)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = MlpLayer(width, config)
+
+    def forward(self, x, context, position, context_position, mask=None):
+        x = self.norm(x + self.attention(x + position, context + context_position, context, mask))
+        return self.mlp(x)
+
+
+def repeated(count, make):
+    """A ModuleList of `count` modules, each by a call of `make`."""
+    return nn.ModuleList(make() for _ in range(count))
+
+
+def drawn_or_zero(drawn, *shape):
+    """A learnable N(0,1) tensor, or a plain zero."""
+    return nn.Parameter(torch.randn(shape)) if drawn else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------- prompter
+
+
+class ReferringSemanticDecomposition(nn.Module):
+    """Eq. (4): words (M,L,D_t), text_mask (M,L) -> [t_1, t_2], each (M,n_t,D_t); in a single-stage prompter [t]."""
+
+    def __init__(self, width, config):
+        super().__init__()
+        self.count, self.n_t, self.init = 2 if config.cascade else 1, config.n_t, config.subspace_init
+        self.queries = drawn_or_zero(self.init == "learnable", self.count, 1, config.n_t, width)
+        N, pair = config.decomposition_blocks, self.count if config.inter_attention and config.cascade else 0
+        intra = self.count if config.intra_attention else 0
+        self.intra = repeated(N, lambda: repeated(intra, lambda: SelfLayer(width, config)))
+        self.words = repeated(N, lambda: repeated(self.count, lambda: CrossLayer(width, width, config)))
+        self.inter = repeated(N, lambda: repeated(pair, lambda: CrossLayer(width, width, config)))
+
+    def pooled(self, words, text_mask):
+        """Means over n_t nearly equal runs of each expression's words -> (M,n_t,D_t)."""
+        n = text_mask.sum(1)[:, None]                                         # (M,1)
+        k = torch.arange(self.n_t, device=words.device)
+        first, end = k * n // self.n_t, -(-(k + 1) * n // self.n_t)           # (M,n_t)
+        place = torch.arange(words.shape[1], device=words.device)
+        run = (place >= first[..., None]) & (place < end[..., None])          # (M,n_t,L)
+        return (run / (end - first)[..., None]).to(words.dtype) @ words
+
+    def forward(self, words, text_mask, positions):
+        if self.init == "textpool":
+            t = [self.pooled(words, text_mask)] * self.count                  # (M,n_t,D_t) each
+        else:
+            t = list(words.new_zeros(self.count, len(words), self.n_t, words.shape[-1]) + self.queries)
+        for intra, read, inter in zip(self.intra, self.words, self.inter, strict=True):
+            if intra:
+                t = [layer(t_k, pe) for layer, t_k, pe in zip(intra, t, positions, strict=True)]
+            t = [layer(t_k, words, pe, 0.0, text_mask) for layer, t_k, pe in zip(read, t, positions, strict=True)]
+            if inter:
+                (t1, t2), (pe1, pe2) = t, positions
+                t1 = inter[0](t1, t2, pe1, pe2)
+                t = [t1, inter[1](t2, t1, pe2, pe1)]  # Eq. (4)
+        return t
+
+
+class TextVisualInteraction(nn.Module):
+    """Eq. (5): t (M,n_t,D_t), v (M,g*g,D_v) -> [(t', v') after each block], of the same shapes."""
+
+    def __init__(self, text_width, vision_width, config, text_is_read=True):
+        super().__init__()
+        N, self.attends = config.interaction_blocks, config.cross_attention
+        self.intra = repeated(N if config.self_attention and text_is_read else 0, lambda: SelfLayer(text_width, config))
+        self.cross = repeated(N, lambda: CrossLayer(vision_width, text_width, config) if self.attends
+                              else MlpLayer(vision_width, config))
+
+    def forward(self, t, v, pe_t, pe_v):
+        stages = []
+        for k, cross in enumerate(self.cross):
+            t = self.intra[k](t, pe_t) if self.intra else t
+            v = cross(v, t, pe_v, pe_t) if self.attends else cross(v)  # Eq. (5)
+            stages.append((t, v))
+        return stages
+
+
+class SparsePromptGeneration(nn.Module):
+    """Eq. (6): stages, the (t'_2, v'_2) that each block reads -> (M,Q,C), Q = n_p and one more for T-sparse."""
+
+    def __init__(self, width, text_width, vision_width, config):
+        super().__init__()
+        self.shape = config.n_p + (config.dense and config.dense_text == "sparse"), width
+        self.queries = drawn_or_zero(config.prompt_init == "learnable", *self.shape)
+        self.position = drawn_or_zero(config.prompt_positions, *self.shape)
+        self.intra = repeated(config.prompt_blocks, lambda: SelfLayer(width, config))
+        self.text = repeated(config.prompt_blocks, lambda: CrossLayer(width, text_width, config))
+        self.image = repeated(config.prompt_blocks, lambda: CrossLayer(width, vision_width, config))
+        self.out = mlp(width, config.mlp_width)
+
+    def forward(self, stages, pe_t, pe_v):
+        t, _ = stages[0]
+        p, pe = t.new_zeros(len(t), *self.shape) + self.queries, self.position
+        for intra, text, image, (t, v) in zip(self.intra, self.text, self.image, stages, strict=True):
+            p = intra(p, pe)
+            p = text(p, t, pe, pe_t)
+            p = image(p, v, pe, pe_v)  # Eq. (6)
+        return self.out(p)
+
+
+def weight_products(size, to, align_corners, device):
+    """Of the weights (1-d, d) of linear interpolation from `size` to `to` points: squares, products -> (to,size) each.
+
+    A pair's product stands at the lower of its two neighbours.
+    """
+    place = torch.arange(to, device=device, dtype=torch.float32)
+    place = place * ((size - 1) / (to - 1)) if align_corners else ((place + 0.5) * (size / to) - 0.5).clamp(min=0)
+    low = place.long().clamp(max=size - 1)
+    d = (place - low)[:, None]
+    first, second = F.one_hot(low, size), F.one_hot((low + 1).clamp(max=size - 1), size)
+    return (1 - d) ** 2 * first + d ** 2 * second, (1 - d) * d * first
+
+
+def cosine_maps(features, text, size, align_corners=False, eps=1e-6):
+    """Cosines of text (M,D) with bilinearly upsampled features (M,D,g,g) -> (M,1,size,size); D channels never are.
+
+    The dot product commutes with the interpolation; the squared norm of an interpolated vector is a sum of inner
+    products of neighbours. Exact but for rounding; float32 whatever the autocast.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        features, text = features.float(), F.normalize(text.float(), dim=-1)
+        dot = torch.einsum("mdyx,md->myx", features, text)[:, None]           # (M,1,g,g)
+        dot = F.interpolate(dot, (size, size), mode="bilinear", align_corners=align_corners)
+        wide = F.pad(features, (0, 1, 0, 1), mode="replicate")
+        right, below, across = wide[..., :-1, 1:], wide[..., 1:, :-1], wide[..., 1:, 1:]
+        alone, beside, under, crossed = (
+            torch.einsum("mdyx,mdyx->myx", a, b)[:, None]                     # (M,1,g,g)
+            for a, b in ((features, features), (features, right), (features, below), (features, across)))
+        crossed = crossed + torch.einsum("mdyx,mdyx->myx", right, below)[:, None]
+        squares, products = weight_products(features.shape[-1], size, align_corners, features.device)
+        square = (squares @ alone @ squares.T + 2 * squares @ beside @ products.T
+                  + 2 * products @ under @ squares.T + 2 * products @ crossed @ products.T)
+        return dot / square.clamp(min=eps * eps).sqrt()                       # (M,1,size,size)
+
+
+class DensePromptGeneration(nn.Module):
+    """Eq. (7): image features (M,D_v,g,g), text (M,D) -> p_dense (M,1,size,size)."""
+
+    def __init__(self, vision_width, text_width, size, config):
+        super().__init__()
+        self.size, self.align_corners, self.upsample = size, config.align_corners, config.dense_upsample
+        D, k = vision_width, config.dense_kernel
+        if config.dense_conv == "official":
+            self.conv = nn.Sequential(nn.Conv2d(D, D // 2, k, padding=k // 2), nn.BatchNorm2d(D // 2), nn.GELU(),
+                                      nn.Conv2d(D // 2, D, k, padding=k // 2))
+        elif config.dense_conv == "relu":
+            self.conv = nn.Sequential(nn.Conv2d(D, D, k, padding=k // 2, bias=False), nn.BatchNorm2d(D), nn.ReLU())
+        else:
+            self.conv = nn.Identity()
+        self.soft = mlp(text_width, config.mlp_width) if config.dense_soft_text else nn.Identity()
+        self.match = matching(text_width, D)
+        self.logit_scale, self.logit_bias = (
+            nn.Parameter(torch.tensor([value])) if config.dense_scale else None for value in (math.log(10), -10.0))
+
+    def forward(self, v, text):
+        F_dense, text = self.conv(v), self.match(self.soft(text))
+        size = self.size if self.upsample == "pre" else F_dense.shape[-1]
+        p_dense = cosine_maps(F_dense, text, size, self.align_corners)  # Eq. (7)
+        if self.logit_scale is not None:
+            p_dense = p_dense * self.logit_scale.exp() + self.logit_bias
+        return resize(p_dense, self.size, self.align_corners)
+
+
+def matching(width, to):
+    """Nothing where the widths agree, as in all so400m towers; else a linear layer."""
+    return nn.Identity() if width == to else nn.Linear(width, to)
+
+
+def resize(maps, side, align_corners=False):
+    """(B,C,h,w) -> (B,C,side,side), bilinear."""
+    same = maps.shape[-2:] == (side, side)
+    return maps if same else F.interpolate(maps, (side, side), mode="bilinear", align_corners=align_corners)
+
+
+def sine_positions(side, width):
+    """Sines and cosines of row and column of a side x side grid at width/4 frequencies -> (side^2,width)."""
+    steps = torch.arange(width // 4) / (width // 4)
+    angles = (torch.arange(side) + 0.5)[:, None] / side * (2 * math.pi * 10000 ** -steps)       # (side,width/4)
+    waves = torch.cat((angles.sin(), angles.cos()), -1)                                         # (side,width/2)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    return torch.cat((rows, columns), -1).flatten(0, 1)
+
+
+class CascadedPrompter(nn.Module):
+    """Eq. (3): image tokens v (M,g*g,D_v), words (M,L,D_t), text_mask (M,L), sentence (M,D_v) -> a dict.
+
+    p_sparse (M,n_p,C), p_dense (M,1,size,size) or none, t1 and t2 (M,n_t,D_t), v2 (M,g*g,D_v).
+    """
+
+    def __init__(self, vision_width, text_width, prompt_width, side, size, config):
+        super().__init__()
+        self.config, self.side = config, side
+        count = (2 if config.cascade else 1) * config.subspace_positions
+        self.text_positions = nn.ParameterList(torch.randn(config.n_t, text_width) for _ in range(count))
+        if config.image_positions == "sine":
+            self.register_buffer("image_position", sine_positions(side, vision_width), persistent=False)
+        else:
+            self.image_position = drawn_or_zero(config.image_positions == "learnable", side * side, vision_width)
+        self.decompose = ReferringSemanticDecomposition(text_width, config)
+        if config.cascade:      # t'_1 leaves the first order only through v'_1
+            self.first = TextVisualInteraction(text_width, vision_width, config, text_is_read=config.cross_attention)
+        self.second = TextVisualInteraction(text_width, vision_width, config)
+        self.sparse = SparsePromptGeneration(prompt_width, text_width, vision_width, config)
+        if config.dense:
+            source = {"sent": vision_width, "t2": text_width, "t2_prime": text_width, "sparse": prompt_width}
+            self.dense = DensePromptGeneration(vision_width, source[config.dense_text], size, config)
+
+    def forward(self, v, words, text_mask, sentence):
+        c = self.config
+        pe_t, pe_v = list(self.text_positions) or [0.0] * self.decompose.count, self.image_position
+        *t1, t2 = self.decompose(words, text_mask, pe_t)                      # (M,n_t,D_t) each
+        v1 = v
+        if c.cascade:
+            _, v1 = self.first(t1[0], v, pe_t[0], pe_v)[-1]                   # (M,g*g,D_v)
+        stages = self.second(t2, v1, pe_t[-1], pe_v)
+        t2_prime, v2 = stages[-1]                                             # (M,n_t,D_t), (M,g*g,D_v)
+        read = stages if c.interleave else stages[-1:] * c.prompt_blocks
+        p_sparse = self.sparse(read, pe_t[-1], pe_v)                          # (M,Q,C)
+        prompts = {"p_sparse": p_sparse[:, :c.n_p], "t2": t2, "v2": v2} | ({"t1": t1[0]} if t1 else {})
+        if c.dense:
+            text = {"sent": sentence, "t2": t2.mean(1), "t2_prime": t2_prime.mean(1), "sparse": p_sparse[:, -1]}
+            image = rearrange(v2 if c.dense_image == "v2" else v, "m (y x) d -> m d y x", y=self.side)
+            prompts["p_dense"] = self.dense(image, text[c.dense_text])        # (M,1,size,size)
+        return prompts  # Eq. (3)
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all processes (M,C) -> (K,C) in order of rank, and where one's own begin.
+
+    The gradient of a row is summed over the processes, so that the sum of their losses is differentiated.
+    """
+
+    @staticmethod
+    def forward(ctx, rows):
+        sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+        sizes = torch.cat(sizes).tolist()
+        padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        ctx.first, ctx.count = sum(sizes[:dist.get_rank()]), len(rows)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), ctx.first
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.first:ctx.first + ctx.count]
+
+
+def processes():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def contrast(images, texts, scale):
+    """contrastive_loss of (M,C) and (M,C) within the vectors of all processes -> (M,)."""
+    every, first = torch.cat((images, texts), -1), 0                          # (M,2C)
+    if processes() > 1:
+        every, first = GatherRows.apply(every)                                # (K,2C)
+    return contrastive_loss(images, texts, *every.chunk(2, -1), first, scale)
+
+
+class RSRefSeg2(nn.Module):
+    """Images and expressions to mask logits; see Config for the switches, forward for the outputs."""
+
+    MAPS = MAPS
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        clip, sam = tower_configs(c)
+        self.vision = SiglipVisionModel._from_config(clip.vision_config)
+        self.text = SiglipTextModel._from_config(clip.text_config)
+        self.sam = Sam2Model._from_config(sam)
+        if c.pretrained == "none":      # by fan-in: from SAM's own 0.02 narrow layers hardly learn
+            for module in self.sam.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
+                    module.reset_parameters()
+        add_lora(self.vision, c.lora_vision, "q_proj", "k_proj", "v_proj", "out_proj")
+        add_lora(self.text, c.lora_text, "q_proj", "k_proj", "v_proj", "out_proj")
+        add_lora(self.sam.vision_encoder, c.lora_sam, "attn.qkv", "attn.proj")
+        self.small = c.clip_size or clip.vision_config.image_size             # H_1
+        D_v, D_t = clip.vision_config.hidden_size, clip.text_config.hidden_size
+        self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
+                                         self.small // clip.vision_config.patch_size, c.image_size // 4, c)
+        reads_t2 = (c.alpha_samp and c.nce_text == "t2") or (c.alpha_spat and c.spat_text == "t2")
+        self.match_t2 = matching(D_t, D_v) if reads_t2 else nn.Identity()
+        scale = torch.tensor(1 / 0.07).log()
+        self.nce_scale = nn.Parameter(scale.clone()) if c.alpha_samp else None
+        self.spat_scale = nn.Parameter(scale.clone()) if c.alpha_spat else None
+        self.spat_bias = nn.Parameter(torch.zeros(())) if c.alpha_spat and c.spat == "CE" else None
+
+    def load_pretrained(self):
+        """SigLIP and SAM 2 as published, from the hub or the folder `pretrained` -> {state-dict prefix: source}."""
+        clip, sam = (find_weights(self.config, name) for name in (self.config.clip, self.config.sam))
+        tensors = read_huggingface(SiglipModel, clip, extra=("vision_model.head.",))
+        for name, tower in (("vision_model.", self.vision), ("text_model.", self.text)):
+            own = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+            load_strictly(tower, own, clip, "the configuration beside it")
+        if self.config.dense and self.config.dense_scale:
+            with torch.no_grad():
+                self.prompter.dense.logit_scale.copy_(tensors["logit_scale"])
+                self.prompter.dense.logit_bias.copy_(tensors["logit_bias"])
+        print(f"{clip}: {len(tensors)} tensors loaded")
+        tensors = read_huggingface(Sam2Model, sam, extra=())
+        load_strictly(self.sam, tensors, sam, "the configuration beside it")
+        print(f"{sam}: {len(tensors)} tensors loaded")
+        return {"vision.": clip, "text.": clip, "sam.": sam}
+
+    # ------------------------------------------------------------------------------------------------------ forward
+
+    def forward(self, images, tokens, text_mask, image_index=None):
+        """images (N,3,S,S) uint8, tokens and text_mask (M,L), image_index (M,) -> dict.
+
+        logits (M,1,S/4,S/4); p_dense (M,1,S/4,S/4) raw, dense_prompt the same stretched to [0,1] in each map;
+        for the losses sentence (M,D_v), t1, t2 (M,n_t,D_t), v (N,D_v,g,g) and, where one reads it, v2 (M,D_v,g,g).
+        """
+        c = self.config
+        index = torch.arange(len(images), device=images.device) if image_index is None else image_index
+        I_1, I_2 = self.two_sizes(images)                                     # (N,3,H_1,H_1), (N,3,H_2,H_2)
+        v, words, sentence, text_mask = self.encode(I_1, tokens, text_mask)   # F of Eq. (1): (N,g*g,D_v), (M,L,D_t) ...
+        P = self.prompter(v[index], words, text_mask, sentence)
+        logits = self.generate(I_2, index, P["p_sparse"], P.get("p_dense"))  # Eq. (1)
+        side = self.prompter.side
+        outputs = {"logits": logits, "sentence": sentence, "v": rearrange(v, "n (y x) d -> n d y x", y=side)}
+        outputs |= {name: P[name] for name in ("t1", "t2", "p_dense") if name in P}
+        if (c.alpha_samp and c.nce_image == "v2") or (c.alpha_spat and c.spat_image == "v2"):
+            outputs["v2"] = rearrange(P["v2"], "m (y x) d -> m d y x", y=side)
+        if c.dense:
+            p_dense = P["p_dense"].detach()
+            low, high = p_dense.amin((2, 3), True), p_dense.amax((2, 3), True)
+            outputs["dense_prompt"] = (p_dense - low) / (high - low).clamp(min=1e-6)
+        return outputs
+
+    def two_sizes(self, images):
+        """uint8 (N,3,S,S) -> SigLIP's small and SAM's large input, each normalised as its tower was trained."""
+        large = images.float() / 255
+        small = F.interpolate(large, (self.small, self.small), mode="bilinear", antialias=True)
+        mean, std = (large.new_tensor(value)[:, None, None] for value in (SAM_MEAN, SAM_STD))
+        return (small - 0.5) / 0.5, (large - mean) / std
+
+    def encode(self, I_1, tokens, text_mask):
+        """-> v (N,g*g,D_v), words (M,L,D_t), sentence (M,D_v), which of the words are read (M,L)."""
+        recompute = self.config.recompute
+        if self.config.pad_to_longest:
+            tokens = tokens[:, :int(text_mask.sum(1).max())]
+            text_mask = torch.ones_like(tokens, dtype=torch.bool)
+        else:
+            text_mask = text_mask & F.pad(text_mask[:, 1:], (0, 1))           # without EOS, each row's last
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.vision)):
+            v = image_tokens(self.vision, I_1, recompute)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.text)):
+            words, sentence = text_tokens(self.text, tokens, recompute)
+        return v, words, sentence, text_mask
+
+    def generate(self, I_2, index, p_sparse, p_dense):
+        """Eq. (8), SAM: I_2 (N,3,S,S) once per image, prompts of M expressions -> logits (M,1,S/4,S/4)."""
+        sam = self.sam
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(sam.vision_encoder)):
+            feature4, feature8, F_img = sam_pyramid(sam.vision_encoder, I_2, self.config.recompute)
+        feature4, feature8 = sam.mask_decoder.conv_s0(feature4), sam.mask_decoder.conv_s1(feature8)
+        F_img = F_img + sam.no_memory_embedding.reshape(1, -1, 1, 1)          # (N,C,S/16,S/16)
+        _, F_dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=p_dense)
+        with torch.autocast(I_2.device.type, enabled=False):                  # its sines need more than 8 bits
+            positions = sam.get_image_wide_positional_embeddings()            # (1,C,S/16,S/16)
+        masks, *_ = sam.mask_decoder(
+            image_embeddings=F_img[index], image_positional_embeddings=positions,
+            sparse_prompt_embeddings=p_sparse[:, None], dense_prompt_embeddings=F_dense, multimask_output=False,
+            high_resolution_features=[feature4[index], feature8[index]])      # F_img + F_dense and F_out within
+        return masks[:, 0]  # Eq. (8)
+
+    # -------------------------------------------------------------------------------------------------------- losses
+
+    def criterion(self, outputs, batch, progress):
+        """The terms of Eq. (9), weighted; their sum is the loss. Terms with weight zero are left out."""
+        c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
+        side = masks.shape[-1]
+        logits = resize(outputs["logits"], side)
+
+        def term(name, loss):
+            alpha = getattr(c, f"alpha_{name}")
+            return {name: alpha * loss().mean()} if alpha else {}
+
+        def features(name):
+            return outputs["v"][batch["image_index"]] if name == "v" else outputs["v2"]
+
+        def text(name):
+            return outputs["sentence"] if name == "sent" else self.match_t2(outputs["t2"].mean(1))
+
+        def sample_loss():
+            pooled = mask_pooled(features(c.nce_image), masks)                # (M,D_v)
+            return contrast(pooled, text(c.nce_text), self.nce_scale.exp().clamp(max=100))
+
+        def spatial_loss():
+            v, t = F.normalize(features(c.spat_image), dim=1), F.normalize(text(c.spat_text), dim=1)
+            cosines = torch.einsum("mdyx,md->myx", v, t)[:, None]             # (M,1,g,g)
+            coarse = cosines * self.spat_scale.exp().clamp(max=100)
+            if c.spat == "MIL":
+                return multi_instance_loss(coarse, masks)
+            return binary_cross_entropy(resize(coarse + self.spat_bias, side), masks)
+
+        L_seg = term("ce", lambda: binary_cross_entropy(logits, masks)) \
+            | term("dice", lambda: dice_loss(logits, masks, squared=True, eps=1e-3))  # Eq. (10)
+        L_ortho = term("ortho", lambda: orthogonal_loss(outputs["t1"], outputs["t2"]))
+        L_align = term("dense", lambda: binary_cross_entropy(resize(outputs["p_dense"], side), masks)) \
+            | term("spat", spatial_loss) | term("samp", sample_loss)  # Eq. (12)
+        return L_seg | L_ortho | L_align  # Eq. (9)
+
+    def diagnose(self, outputs, masks):
+        """Where is a bad mask's fault? masks (M,S,S) -> {name: (M,)}; nothing without a dense prompt.
+
+        dense_peak 1 if the dense prompt is highest within the object; dense_mass the share of dense_prompt within it;
+        of masks with an IoU below 0.5, localisation_error those whose peak is outside, boundary_error the others.
+        """
+        if not self.config.dense:
+            return {}
+        side = masks.shape[-1]
+        dense = resize(outputs["dense_prompt"].float(), side)[:, 0].flatten(1)          # (M,S*S)
+        prediction, truth = resize(outputs["logits"], side)[:, 0].flatten(1) > 0, masks.flatten(1)
+        peak = truth.gather(1, dense.argmax(1, keepdim=True))[:, 0]
+        iou = (prediction & truth).sum(1) / (prediction | truth).sum(1).clamp(min=1)
+        return {"dense_peak": peak.float(), "dense_mass": (dense * truth).sum(1) / dense.sum(1).clamp(min=1e-6),
+                "localisation_error": ((iou < 0.5) & ~peak).float(), "boundary_error": ((iou < 0.5) & peak).float()}
+
+    # ------------------------------------------------------------------------------------------------------ learning
+
+    def param_groups(self, recipe):
+        """One group for AdamW: all that learns and is reached by a gradient at every step."""
+        c = self.config
+        self.requires_grad_(True)
+        if c.freeze:
+            for tower in (self.vision, self.text, self.sam):
+                tower.requires_grad_(False)
+            self.sam.mask_decoder.requires_grad_(True)
+            if c.train_prompt_encoder:
+                self.sam.prompt_encoder.requires_grad_(True)
+                self.sam.no_memory_embedding.requires_grad_(True)
+            for name, parameter in self.named_parameters():
+                if name.endswith((".lora_A", ".lora_B")):
+                    parameter.requires_grad_(True)
+        self.freeze_unreached()
+        at_once = recipe["micro_batch"] * processes()
+        if c.alpha_samp and at_once < recipe["batch_size"] and (processes() == 1 or dist.get_rank() == 0):
+            print(f"L_samp contrasts the {at_once} expressions or so that are taken at once, not the batch of "
+                  f"{recipe['batch_size']}; a larger --micro-batch or more processes contrast more")
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": learning, "lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}]
+
+    def freeze_unreached(self):
+        """Freeze what no gradient can reach: SAM's other heads and prompts, SigLIP's head where t_sent is not read."""
+        c, decoder, prompts = self.config, self.sam.mask_decoder, self.sam.prompt_encoder
+        unreached = [decoder.iou_prediction_head, decoder.pred_obj_score_head, *decoder.output_hypernetworks_mlps[1:],
+                     prompts.point_embed, prompts.not_a_point_embed,
+                     prompts.no_mask_embed if c.dense else prompts.mask_embed]
+        reads_sentence = (c.dense and c.dense_text == "sent") or (c.alpha_samp and c.nce_text == "sent") \
+            or (c.alpha_spat and c.spat_text == "sent")
+        for module in unreached if reads_sentence else [*unreached, self.text.head]:
+            module.requires_grad_(False)
+
+    def merge_lora(self):
+        """Fold every LoRA into its linear layer: the same outputs from plain SigLIP and SAM 2 towers."""
+        replace_linear(self, LoRALinear, "", LoRALinear.merged)
+        return self

@@ -1,0 +1,811 @@
+"""ICIPNet against its paper: every equation re-derived with plain loops, shapes, counts, gradients, weights."""
+
+import dataclasses
+import math
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertTokenizer,
+    SwinConfig,
+    SwinForImageClassification,
+    SwinModel,
+)
+
+from models import icipnet
+from models.icipnet import (
+    ABLATIONS,
+    RECIPE,
+    BilateralInformationFusion,
+    Config,
+    CrossScaleAttention,
+    CrossScaleInteraction,
+    Decoder,
+    ICIPNet,
+    ImageConditionedInstancePrompt,
+    IntraScaleInteraction,
+    MultiModalFeatureReconstruction,
+    PixelWordAttention,
+    RotatedConv,
+    rotation,
+)
+
+TINY = dataclasses.replace(
+    Config.tiny(), image_size=64, vocab_size=40, depths=(1, 1, 1, 1), window=4, width=32, bert_ffn=32, prompts=2,
+    token_hidden=16, cross_heads=2, cross_key=4, decoder_width=16)
+PLAIN = {"intra_scale": False, "cross_scale": False, "rotated": False}
+
+
+def count(*modules):
+    return sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
+
+
+def build(seed=0, **changes):
+    torch.manual_seed(seed)
+    return ICIPNet(dataclasses.replace(TINY, **changes))
+
+
+def inputs(images=2, per_image=1, size=64, length=7, vocab=40, seed=1):
+    torch.manual_seed(seed)
+    expressions = images * per_image
+    text_mask = torch.arange(length) < torch.randint(3, length + 1, (expressions, 1))
+    tokens = torch.randint(4, vocab, (expressions, length)) * text_mask
+    pictures = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8)
+    return pictures, tokens, text_mask, torch.arange(images).repeat_interleave(per_image)
+
+
+def masks(expressions=2, size=64):
+    result = torch.zeros(expressions, size, size, dtype=torch.bool)
+    for number in range(expressions):
+        result[number, 5 + 9 * number:25 + 9 * number, 8:40 - 5 * number] = True
+    return result
+
+
+def numpy(tensor):
+    return tensor.detach().double().numpy()
+
+
+def gelu(x):
+    return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
+
+
+def linear(layer, x):
+    return numpy(layer.weight) @ x + (0 if layer.bias is None else numpy(layer.bias))
+
+
+def mlp(layers, x):
+    return linear(layers[2], np.array([gelu(value) for value in linear(layers[0], x)]))
+
+
+# ------------------------------------------------------------------------------------------------- ICIP, Eqs. (1)-(4)
+
+
+@pytest.fixture
+def icip():
+    torch.manual_seed(0)
+    module = ImageConditionedInstancePrompt(channels=5, width=4, prompts=3)
+    nn.init.normal_(module.prompts)
+    V, L = torch.randn(2, 6, 5), torch.randn(2, 3, 4)
+    return module, V, L, torch.tensor([[True, True, False], [True, True, True]])
+
+
+def test_eq01_one_table_of_prompts_is_copied_for_every_image(icip):
+    module, V, L, mask = icip
+    assert module.prompts.shape == (3, 4)
+    assert 0.015 < ImageConditionedInstancePrompt(4, 768, 8).prompts.std() < 0.025
+    nn.init.zeros_(module.f[2].weight)
+    L_o, _ = module(V, L, mask)                                # V_hat = 0: what stays of T_o is T
+    for b in range(2):
+        for m in range(3):
+            assert torch.equal(L_o[b, m], module.prompts[m])
+
+
+def test_eq02_eq03_eq04_prompts_gather_the_image_and_precede_the_words(icip):
+    module, V, L, mask = icip
+    L_o, mask_o = module(V, L, mask)
+    assert L_o.shape == (2, 3 + 3, 4)
+    assert mask_o.tolist() == [[True] * 5 + [False], [True] * 6]
+    T = numpy(module.prompts)
+    for b in range(2):
+        V_hat = [mlp(module.f, numpy(V[b, p])) for p in range(6)]
+        for m in range(3):
+            A = [math.tanh(sum(V_hat[p][d] * T[m, d] for d in range(4))) for p in range(6)]
+            alpha = [math.exp(A[p]) / sum(math.exp(A[q]) for q in range(6)) for p in range(6)]
+            assert abs(sum(alpha) - 1) < 1e-12
+            for d in range(4):
+                T_o = sum(alpha[p] * V_hat[p][d] for p in range(6)) + T[m, d]
+                assert abs(L_o[b, m, d].item() - T_o) < 1e-5
+    assert torch.equal(L_o[:, 3:], L)
+
+
+def test_eq04_zero_prompts_take_the_mean_and_change_with_the_image(icip):
+    module, V, L, mask = icip
+    nn.init.zeros_(module.prompts)
+    T_o = module(V, L, mask)[0][:, :3]
+    assert torch.allclose(T_o, module.f(V).mean(1, keepdim=True).expand(-1, 3, -1), atol=1e-6)
+    assert (T_o[0] - T_o[1]).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------- BIF, Eqs. (5)-(9)
+
+
+def fusion(**options):
+    torch.manual_seed(0)
+    options = {"query_norm": False, "sublayer_norm": False, **options}
+    module = BilateralInformationFusion(channels=5, text_width=4, positions=6, width=3, **options)
+    for layer in (module.f_q, module.f_k, module.f_v):
+        nn.init.normal_(layer.bias)
+    module.reconstruct = nn.Identity()
+    V, L_o = torch.randn(2, 6, 5), torch.randn(2, 5, 4)
+    return module, V, L_o, torch.tensor([[True] * 4 + [False], [True] * 5])
+
+
+class Rows(nn.Module):
+    """In the place of f_v: the k-th value is the k-th unit vector, so that V_o is F itself."""
+
+    def forward(self, L_o):
+        return torch.eye(L_o.shape[1]).expand(len(L_o), -1, -1)
+
+
+def loops_F(module, V, L_o, mask, softmax=True, query_norm=False):
+    """Eqs. (5)-(8) with loops -> F (B,P,K)."""
+    D, tokens = 3, L_o.shape[1]
+    first, second = ((numpy(a)[0] * numpy(b)[0]).sum() for a, b in
+                     ((module.lambda_q1, module.lambda_k1), (module.lambda_q2, module.lambda_k2)))
+    lam = math.exp(first) - math.exp(second) + 0.8
+    F = np.zeros((2, 6, tokens))
+    for b in range(2):
+        Q = np.array([linear(module.f_q, numpy(V[b, p])) for p in range(6)])
+        K = np.array([linear(module.f_k, numpy(L_o[b, k])) for k in range(tokens)])
+        if query_norm:
+            Q = (Q - Q.mean(0)) / np.sqrt(Q.var(0) + 1e-5)
+        for p in range(6):
+            maps = []
+            for half in (range(D), range(D, 2 * D)):
+                S = [sum(Q[p, d] * K[k, d] for d in half) / math.sqrt(D) for k in range(tokens)]
+                if softmax:
+                    total = sum(math.exp(S[k]) for k in range(tokens) if mask[b, k])
+                    S = [math.exp(s) / total for s in S]
+                maps.append([s if mask[b, k] else 0 for k, s in enumerate(S)])
+            F[b, p] = np.array(maps[0]) - lam * np.array(maps[1])
+    return F
+
+
+def test_eq05_rows_and_widths():
+    module, V, L_o, mask = fusion(value_mult=2)
+    shapes = {}
+    for name in ("f_q", "f_k", "f_v"):
+        getattr(module, name).register_forward_hook(lambda m, x, y, name=name: shapes.update({name: tuple(y.shape)}))
+    assert module(V, L_o, mask).shape == (2, 6, 6)
+    assert shapes == {"f_q": (2, 6, 6), "f_k": (2, 5, 6), "f_v": (2, 5, 6)}
+    assert fusion()[0].f_v.out_features == 3                   # the default: H is as wide as one half
+
+
+def test_eq05_eq06_halves_of_queries_and_keys_meet_in_order(monkeypatch):
+    module, V, L_o, mask = fusion()
+    seen = []
+    plain = module.scores
+    monkeypatch.setattr(module, "scores", lambda Q, K, m: seen.append((Q, K)) or plain(Q, K, m))
+    module(V, L_o, mask)
+    for (Q, K), half in zip(seen, (slice(0, 3), slice(3, 6)), strict=True):
+        for b in range(2):
+            for p in range(6):
+                assert np.allclose(numpy(Q[b, p]), linear(module.f_q, numpy(V[b, p]))[half], atol=1e-5)
+            for k in range(5):
+                assert np.allclose(numpy(K[b, k]), linear(module.f_k, numpy(L_o[b, k]))[half], atol=1e-5)
+
+
+def test_eq07_lambda_is_the_difference_of_exponentials_plus_the_bias():
+    module = fusion(lambda_bias=0.3)[0]
+    for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+        assert vector.shape == (1, 3)
+        nn.init.normal_(vector)
+    first = sum(module.lambda_q1[0, d].item() * module.lambda_k1[0, d].item() for d in range(3))
+    second = sum(module.lambda_q2[0, d].item() * module.lambda_k2[0, d].item() for d in range(3))
+    assert abs(module.balance().item() - (math.exp(first) - math.exp(second) + 0.3)) < 1e-5
+
+
+@pytest.mark.parametrize("width", [128, 256, 512, 768, 1024])
+def test_eq07_lambda_stays_finite_and_moderate(width):
+    module = BilateralInformationFusion(1, 1, 1, width, token_hidden=1, channel_mult=1)
+    vectors = [module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2]
+    values = []
+    torch.manual_seed(0)
+    for _ in range(1000):
+        for vector in vectors:
+            vector.data = torch.randn(1, width) * 0.1
+        values.append(module.balance().item())
+    assert np.isfinite(values).all() and np.abs(values).max() < 10
+    assert 0.5 < np.median(values) < 1.1
+    fresh = torch.cat([BilateralInformationFusion(1, 1, 1, width, token_hidden=1, channel_mult=1).lambda_q1
+                       for _ in range(8)])
+    assert 0.09 < fresh.std() < 0.11                           # what a new module draws is what was drawn here
+    module.half()
+    assert module.balance().dtype == torch.float32
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("query_norm", [True, False])
+def test_eq08_difference_of_two_maps(softmax, query_norm):
+    module, V, L_o, mask = fusion(softmax=softmax, query_norm=query_norm)
+    for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+        nn.init.normal_(vector)
+    module.f_v = Rows()
+    F = module(V, L_o, mask)
+    assert np.allclose(numpy(F), loops_F(module, V, L_o, mask, softmax, query_norm), atol=1e-4)
+    if softmax:
+        assert torch.allclose(F.sum(-1), 1 - module.balance(), atol=1e-5)
+
+
+def test_eq09_values_are_weighted_by_F():
+    module, V, L_o, mask = fusion()
+    V_o, F = module(V, L_o, mask), loops_F(module, V, L_o, mask)
+    for b in range(2):
+        H = [linear(module.f_v, numpy(L_o[b, k])) for k in range(5)]
+        for p in range(6):
+            assert np.allclose(numpy(V_o[b, p]), sum(F[b, p, k] * H[k] for k in range(5)), atol=1e-5)
+
+
+def test_eq09_then_rms_norm_and_scale():
+    plain, V, L_o, mask = fusion()
+    normed = fusion(sublayer_norm=True, lambda_bias=0.8)[0]
+    normed.load_state_dict(plain.state_dict(), strict=False)
+    nn.init.normal_(normed.norm.weight)
+    V_o = numpy(plain(V, L_o, mask))
+    expected = V_o / np.sqrt((V_o ** 2).mean(-1, keepdims=True) + 1e-5) * numpy(normed.norm.weight) * 0.2
+    assert np.allclose(numpy(normed(V, L_o, mask)), expected, atol=1e-5)
+
+
+def test_lambda_zero_is_ordinary_attention():
+    module, V, L_o, mask = fusion(lambda_bias=0.0)
+    module.lambda_q2.data, module.lambda_k2.data = module.lambda_q1.data, module.lambda_k1.data
+    Q, K, H = module.f_q(V), module.f_k(L_o), module.f_v(L_o)
+    expected = nn.functional.scaled_dot_product_attention(Q[..., :3], K[..., :3], H, mask[:, None])
+    assert torch.allclose(module(V, L_o, mask), expected, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- MFR, Eqs. (10)-(13)
+
+
+@pytest.fixture
+def mfr():
+    torch.manual_seed(0)
+    return MultiModalFeatureReconstruction(positions=6, width=4, token_hidden=5, channel_mult=3), torch.randn(2, 6, 4)
+
+
+def test_eq10_eq11_tokens_mix_within_each_channel(mfr):
+    module, V_o = mfr
+    nn.init.zeros_(module.P_channel[2].weight)
+    nn.init.zeros_(module.P_channel[2].bias)
+    V_E = module(V_o)
+    for b in range(2):
+        for d in range(4):
+            O_TM = mlp(module.P_token, numpy(V_o[b, :, d]))
+            assert np.allclose(numpy(V_E[b, :, d]), numpy(V_o[b, :, d]) + O_TM, atol=1e-5)
+
+
+def test_eq12_eq13_channels_mix_within_each_token(mfr):
+    module, V_o = mfr
+    assert module.P_channel[0].out_features == 12              # "first increases channels"
+    O_loops = np.zeros((2, 6, 4))
+    for b in range(2):
+        V_E = np.stack([numpy(V_o[b, :, d]) + mlp(module.P_token, numpy(V_o[b, :, d])) for d in range(4)], 1)
+        for p in range(6):
+            O_loops[b, p] = V_E[p] + mlp(module.P_channel, V_E[p])
+    assert np.allclose(numpy(module(V_o)), O_loops, atol=1e-5)
+
+
+def test_reconstruction_without_its_output_layers_is_the_identity(mfr):
+    module, V_o = mfr
+    for layers in (module.P_token, module.P_channel):
+        nn.init.zeros_(layers[2].weight)
+        nn.init.zeros_(layers[2].bias)
+    assert torch.equal(module(V_o), V_o)
+
+
+# ------------------------------------------------------------------------------------------------------ loss, Eq. (14)
+
+
+@pytest.mark.parametrize("dice_sum", [False, True])
+def test_eq14_cross_entropy_and_dice(dice_sum):
+    model = build(dice_sum=dice_sum)
+    truth = masks(2)
+    torch.manual_seed(0)
+    logits = torch.randn(2, 1, 64, 64)
+    terms = model.criterion({"logits": logits}, {"masks": truth}, 0.0)
+    ce, dice = [], []
+    for b in range(2):
+        weighted = weights = 0.0
+        overlap, total = [0.0, 0.0], [0.0, 0.0]
+        for logit, y in zip(logits[b, 0].flatten().tolist(), truth[b].flatten().tolist(), strict=True):
+            p = 1 / (1 + math.exp(-logit))
+            w = 1.1 if y else 0.9
+            weighted += -w * math.log(p if y else 1 - p)
+            weights += w
+            for side, (q, z) in enumerate(((p, y), (1 - p, not y))):
+                overlap[side] += q * z
+                total[side] += q + z
+        ce.append(weighted / weights)
+        losses = [1 - (2 * o + 1e-6) / (t + 1e-6) for o, t in zip(overlap, total, strict=True)]
+        dice.append(sum(losses) if dice_sum else losses[0])
+    assert abs(terms["ce"].item() - 0.9 * np.mean(ce)) < 1e-5
+    assert abs(terms["dice"].item() - 0.1 * np.mean(dice) * (4 if dice_sum else 1)) < 1e-5
+    assert set(terms) == {"ce", "dice"}
+
+
+def test_eq14_any_division_into_micro_batches_is_the_same():
+    model, truth = build(dice_sum=True), masks(3)
+    logits = torch.randn(3, 1, 16, 16)
+    whole = sum(model.criterion({"logits": logits}, {"masks": truth}, 0.0).values())
+    parts = [sum(model.criterion({"logits": logits[part]}, {"masks": truth[part]}, 0.0).values())
+             for part in (slice(0, 1), slice(1, 3))]
+    assert torch.allclose(whole, parts[0] / 3 + parts[1] * 2 / 3, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- the base's modules
+
+
+def test_pixel_word_attention():
+    torch.manual_seed(0)
+    module, V, L = PixelWordAttention(5, 4), torch.randn(2, 6, 5), torch.randn(2, 3, 4)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    out = module(V, L, mask)
+    for b in range(2):
+        Q = np.array([linear(module.f_q, numpy(V[b, p])) for p in range(6)])
+        Q = (Q - Q.mean(0)) / np.sqrt(Q.var(0) + 1e-5)
+        K, H = ([linear(layer, numpy(L[b, k])) for k in range(3)] for layer in (module.f_k, module.f_v))
+        for p in range(6):
+            weights = [math.exp(Q[p] @ K[k] / math.sqrt(5)) * mask[b, k].item() for k in range(3)]
+            assert np.allclose(numpy(out[b, p]), sum(w * h for w, h in zip(weights, H, strict=True)) / sum(weights),
+                               atol=1e-4)
+
+
+def test_rotation_of_the_kernel_is_the_published_closed_form():
+    for degrees in (0.0, 10.0, 40.0, -25.0):
+        R = numpy(rotation(torch.tensor([math.radians(degrees)]).float())[0])
+        assert np.allclose(R.sum(1), 1)
+        x, y = math.cos(math.radians(abs(degrees))), math.sin(math.radians(abs(degrees)))
+        a, b, c = x - y, x * y, x + y
+        corner, edge = R[0].reshape(3, 3), R[1].reshape(3, 3)       # what the top left, the top middle place reads
+        if degrees < 0:                                             # the other way round: the mirrored picture
+            corner, edge = corner.T, edge[:, ::-1]
+        assert np.allclose(corner, [[a, 1 - a, 0], [0, 0, 0], [0, 0, 0]], atol=1e-6)
+        assert np.allclose(edge, [[0, x - b, b], [0, 1 - c + b, y - b], [0, 0, 0]], atol=1e-6)
+        for quarter in range(4):                                    # all corners and all edges are turned copies
+            place = np.rot90(np.arange(9).reshape(3, 3), -quarter)
+            assert np.allclose(R[place[0, 0]][place].ravel(), R[0])
+            assert np.allclose(R[place[0, 1]][place].ravel(), R[1])
+        assert R[4, 4] == 1
+
+
+def test_rotated_convolution_turns_and_scales_by_image():
+    torch.manual_seed(0)
+    module, features = RotatedConv(4).eval(), torch.randn(2, 4, 5, 6)
+    route = module.norm(module.local(features).permute(0, 2, 3, 1)).relu().mean((1, 2))
+    nn.init.normal_(module.theta.weight, std=5)
+    out = module(features)
+    for b in range(2):
+        alpha = 1 / (1 + math.exp(-(module.alpha.weight @ route[b] + module.alpha.bias).item()))
+        raw = (module.theta.weight @ route[b]).item()
+        theta = raw / (1 + abs(raw)) * math.radians(40)
+        assert abs(theta) > 0.05
+        kernel = torch.einsum("ts,ois->oit", rotation(torch.tensor([theta]))[0], module.kernel.flatten(2))
+        expected = alpha * nn.functional.conv2d(features[b:b + 1], kernel.view(4, 4, 3, 3), padding=1)
+        assert torch.allclose(out[b:b + 1], expected, atol=1e-5)
+
+
+def test_intra_scale_interaction_weighs_places():
+    torch.manual_seed(0)
+    module, features = IntraScaleInteraction().eval(), torch.randn(2, 5, 4, 6)
+    out = module(features)
+    weight = out / features
+    assert out.shape == features.shape
+    assert torch.allclose(weight, weight[:, :1].expand_as(weight), atol=1e-4)
+    assert (weight > 0).all() and (weight < 1).all()
+    x = features.mean(1, keepdim=True)
+    scale = 1 / math.sqrt(1 + 1e-5)
+    for k, last in ((0, torch.relu), (1, torch.sigmoid)):
+        point, deep, _ = module.rounds[k]
+        inner = deep[0][0].weight.item() * x * scale
+        conv = nn.functional.conv2d(inner, deep[1][0].weight, padding=1) * scale
+        x = last(point[0].weight.item() * x * scale + conv + x * scale)
+    assert torch.allclose(weight[:, :1], x, atol=1e-4)
+
+
+def test_cross_scale_attention_keeps_heads_and_tokens_apart():
+    torch.manual_seed(0)
+    module, features = CrossScaleAttention(6, side=5, heads=2, key=3).eval(), torch.randn(2, 6, 5, 5)
+    module.out = nn.Identity()
+    assert module.to_map.in_features == 25 + 9 + 4
+    out = module(features)
+    x = module.norm(features)
+    tokens = torch.cat([m.flatten(2) for m in (x, *(layer(x) for layer in module.coarser))], 2)     # (2,6,38)
+    for b in range(2):
+        heads = []
+        for a in range(2):
+            rows = slice(12 * a, 12 * a + 12)
+            qkv = torch.stack([module.qkv(tokens[b, :, n])[rows] for n in range(38)]) / math.sqrt(1 + 1e-5)
+            q, k, v = qkv[:, :3], qkv[:, 3:6], qkv[:, 6:]
+            own = slice(6 * a, 6 * a + 6)
+            mixed = (q @ k.T / math.sqrt(3)).softmax(-1) @ v                                        # (38,6)
+            mixed = module.to_map.weight @ mixed + module.to_map.bias[:, None]                      # (25,6)
+            image = nn.functional.hardswish(v[:25]).T.reshape(1, 6, 5, 5)
+            local = nn.functional.conv2d(image, module.local.weight[own], module.local.bias[own], padding=1, groups=6)
+            heads.append(mixed + local[0].flatten(1).T)
+        expected = module.to_out(torch.cat(heads, 1)).T.reshape(6, 5, 5)
+        assert torch.allclose(out[b], expected, atol=1e-4)
+
+
+def test_cross_scale_interaction_gates_each_map_by_the_shared_one():
+    torch.manual_seed(0)
+    widths = [8, 16, 32, 64]
+    module = CrossScaleInteraction(widths, side=2, heads=2, key=4).eval()
+    features = [torch.randn(1, width, side, side) for width, side in zip(widths, (16, 8, 4, 2), strict=True)]
+    out = module(features)
+    assert [f.shape for f in out] == [f.shape for f in features]
+    x = module.reduce(torch.cat([nn.functional.avg_pool2d(f, f.shape[-1] // 2) for f in features], 1))
+    x = x + module.attentions[0](x)
+    x = x + torch.cat([layer(part) for layer, part in zip(module.per_scale, x.split([2, 4, 8, 16], 1), strict=True)], 1)
+    x = x + module.attentions[1](x)
+    x = module.expand(x + module.across(x)).split(widths, 1)
+    for i in range(4):
+        weight = (module.weight[i](x[i]) / 6 + 0.5).clamp(0, 1)
+        weight, shift = (nn.functional.interpolate(m, features[i].shape[-2:], mode="bilinear")
+                         for m in (weight, module.shift[i](x[i])))
+        assert torch.allclose(out[i], module.local[i](features[i]) * weight + shift, atol=1e-5)
+
+
+def test_decoder_norms():
+    features = [torch.randn(2, width, side, side) for width, side in ((4, 16), (8, 8), (16, 4), (32, 2))]
+    for norm, kind in (("batch", nn.BatchNorm2d), ("tanh", icipnet.TanhNorm)):
+        decoder = Decoder([4, 8, 16, 32], 8, rotated=True, norm=norm, dropout=0.0)
+        assert sum(isinstance(module, kind) for module in decoder.modules()) == 6
+        assert decoder(features).shape == (2, 1, 16, 16)
+    layer, x = icipnet.TanhNorm(3), torch.randn(1, 3, 2, 2)
+    for parameter, value in ((layer.alpha, 0.5), (layer.scale, 2.0), (layer.shift, 1.0)):
+        nn.init.constant_(parameter, value)
+    assert torch.allclose(layer(x), 2 * torch.tanh(x / 2) + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+def test_documented_shapes():
+    model = build().eval()
+    pictures, tokens, text_mask, image_index = inputs(images=2, per_image=3)
+    seen = {}
+    for i, stage in enumerate(model.stages):
+        stage.register_forward_hook(lambda m, args, out, i=i: seen.update({i: (args[0].shape, args[1], out[1].shape)}))
+    outputs = model(pictures, tokens, text_mask, image_index)
+    assert list(outputs) == ["logits"]
+    assert outputs["logits"].shape == (6, 1, 16, 16) and outputs["logits"].dtype == torch.float32
+    for i, (channels, side) in enumerate(zip(TINY.widths, TINY.sides, strict=True)):
+        assert seen[i] == ((6, side ** 2, channels), (side, side), (6, side ** 2, channels))
+    assert TINY.sides == [16, 8, 4, 2]
+    assert Config().sides == [120, 60, 30, 15] and Config().widths == [128, 256, 512, 1024]
+
+
+def test_swin_stage_by_stage_is_transformers_own():
+    model = build().eval()
+    for stage in model.stages[:3]:
+        for gate in (stage.gate, stage.visual_gate):
+            nn.init.zeros_(gate.layers[2].weight)
+    pictures, tokens, text_mask, _ = inputs()
+    seen = []
+    model.stages[3].register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        model(pictures, tokens, text_mask)
+        pixels = (pictures / 255 - model.mean) / model.std
+        assert torch.equal(seen[0], model.swin(pixels, always_partition=True).last_hidden_state)
+    nn.init.ones_(model.stages[0].gate.layers[2].weight)           # the words act before the stages are merged
+    model(pictures, tokens, text_mask)
+    assert not torch.allclose(seen[0], seen[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"softmax": False}, {"icip": False}, {"bif": False}])
+def test_padding_and_batch_mates_change_nothing(changes):
+    model = build(**changes).eval()
+    pictures, tokens, text_mask, image_index = inputs(images=2, per_image=2)
+    with torch.no_grad():
+        logits = model(pictures, tokens, text_mask, image_index)["logits"]
+        assert torch.equal(logits, model(pictures, tokens, text_mask, image_index)["logits"])
+        other = torch.where(text_mask, tokens, 9)
+        assert torch.allclose(model(pictures, other, text_mask, image_index)["logits"], logits, atol=1e-5)
+        longer = [nn.functional.pad(value, (0, 3)) for value in (tokens, text_mask)]
+        assert torch.allclose(model(pictures, *longer, image_index)["logits"], logits, atol=1e-5)
+        for number in range(4):
+            image = image_index[number]
+            one = model(pictures[image:image + 1], tokens[number:number + 1], text_mask[number:number + 1])["logits"]
+            assert torch.allclose(one, logits[number:number + 1], atol=1e-5)
+        words = tokens.clone()
+        words[0, 1] = 4 if words[0, 1] != 4 else 5
+        assert (model(pictures, words, text_mask, image_index)["logits"][0] - logits[0]).abs().max() > 1e-6
+
+
+# Zero by construction: a constant under a softmax over keys, or before a norm over positions or batch
+INERT = [
+    r"\.k_proj\.bias", r"\.attention\.self\.key\.bias", r"stages\.\d\.attention\.f_[qk]\.bias", r"stages\.\d\.W\.bias",
+    r"stages\.\d\.attention\.reconstruct\.P_channel\.2\.bias",
+    r"stages\.\d\.intra_scale\.rounds\.\d\.(0\.0|1\.0\.[01]|1\.1\.1)\.weight",     # one channel, scaled by batch norms
+    r"cross_scale\.(reduce|expand\.[01])\.bias", r"cross_scale\.(local|weight|shift)\.\d\.0\.bias",
+    r"cross_scale\.attentions\.\d\.(coarser\.\d\.0|local|to_out|out\.2)\.bias",
+    r"cross_scale\.(across|per_scale\.\d)\.[015]\.bias"]
+WITH_CROSS_SCALE = [r"norms\.\d\.bias"]                         # its batch norms take away what is the same everywhere
+WITHOUT_BIF = [r"stages\.\d\.attention\.f_v\.bias", r"bert\.encoder\.layer\.1\.output\.LayerNorm\.bias"]
+
+
+@pytest.mark.parametrize("changes, inert", [({}, INERT + WITH_CROSS_SCALE),
+                                            ({"icip": False, "bif": False, **PLAIN}, INERT + WITHOUT_BIF)])
+def test_every_parameter_learns_from_both_terms(changes, inert):
+    model = build(image_size=96, dice_weight=0.5, **changes).train()
+    icipnet.xavier(model)                                      # std 0.02 lets hardly anything through so narrow layers
+    groups = model.param_groups(RECIPE)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    pictures, tokens, text_mask, _ = inputs(images=4, size=96)
+    tokens[0, :3] = torch.tensor([2, 1, 3])
+    outputs = model(pictures, tokens, text_mask)
+    for term in model.criterion(outputs, {"masks": masks(4, 96)}, 0.5).values():
+        model.zero_grad()
+        term.backward(retain_graph=True)
+        weak = {name for name, parameter in model.named_parameters() if parameter.grad.abs().max() < 1e-6}
+        unexplained = {name for name in weak if not any(re.search(pattern + "$", name) for pattern in inert)}
+        assert not unexplained, unexplained
+
+
+def test_a_single_expression_trains():
+    pictures, tokens, text_mask, _ = inputs(images=1, size=96)
+    model = ICIPNet(dataclasses.replace(Config.tiny(), vocab_size=40)).train()
+    sum(model.criterion(model(pictures, tokens, text_mask), {"masks": masks(1, 96)}, 0.0).values()).backward()
+    assert [len(attention.coarser) for attention in model.cross_scale.attentions] == [1, 1]
+
+
+def test_what_is_frozen():
+    pictures, tokens, text_mask, _ = inputs()
+    for freeze in (False, True):
+        model = build(freeze=freeze, bert_layers=3, bert_trained_layers=2, bert_embeddings=False, dropout=0.1).train()
+        model.param_groups(RECIPE)
+        learning = {name for name, parameter in model.bert.named_parameters() if parameter.requires_grad}
+        assert {name.rsplit("layer.", 1)[-1][0] for name in learning} == (set() if freeze else {"0", "1"})
+        assert not model.bert.encoder.layer[2].training and not model.bert.embeddings.training
+        assert model.bert.encoder.layer[0].training is not freeze
+        sum(model.criterion(model(pictures, tokens, text_mask), {"masks": masks()}, 0.0).values()).backward()
+        for name, parameter in model.named_parameters():
+            frozen = name.startswith("bert.") and name.removeprefix("bert.") not in learning
+            assert (parameter.grad is None) is frozen, name
+
+
+def test_another_input_size_is_refused_with_the_remedy():
+    pictures, tokens, text_mask, _ = inputs(size=96)
+    with pytest.raises(ValueError, match="576 visual tokens.*for 256.*image_size"):
+        build()(pictures, tokens, text_mask)
+    with pytest.raises(ValueError, match=r"\(3, 3\).*2 x 2.*image_size"):
+        build(bif=False)(pictures, tokens, text_mask)
+    assert build(bif=False, **PLAIN)(pictures, tokens, text_mask)["logits"].shape == (2, 1, 24, 24)
+    assert build(image_size=96)(pictures, tokens, text_mask)["logits"].shape == (2, 1, 24, 24)
+
+
+@pytest.mark.parametrize("bif", [True, False])
+def test_mixed_precision_stays_near_full_precision(bif):
+    model = build(bif=bif).eval()
+    pictures, tokens, text_mask, _ = inputs()
+    with torch.no_grad():
+        full = model(pictures, tokens, text_mask)["logits"]
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(pictures, tokens, text_mask)["logits"]
+    assert half.dtype == torch.float32 and (half - full).abs().max() < 0.1 * full.abs().max()
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(pictures, tokens, text_mask)
+    sum(model.criterion(outputs, {"masks": masks()}, 0.0).values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_tiny_overfits_a_handful():
+    model = build().train()
+    pictures, tokens, text_mask, image_index = inputs(images=2, per_image=2)
+    truth = masks(4)
+    optimizer = torch.optim.AdamW(model.param_groups({**RECIPE, "lr": 3e-3}))
+    for _ in range(40):
+        loss = sum(model.criterion(model(pictures, tokens, text_mask, image_index), {"masks": truth}, 0.0).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    prediction = icipnet.resize(model(pictures, tokens, text_mask, image_index)["logits"], truth)[:, 0] > 0
+    iou = (prediction & truth).sum((1, 2)) / (prediction | truth).sum((1, 2))
+    assert iou.min() > 0.7, iou
+
+
+@pytest.mark.parametrize("table, row", [(table, row) for table in ABLATIONS for row in ABLATIONS[table]])
+def test_every_ablation_row_builds_and_runs(table, row):
+    model = build(**ABLATIONS[table][row]).eval()
+    switches = ABLATIONS[table][row]
+    assert (model.stages[0].icip is not None) is switches["icip"]
+    assert isinstance(model.stages[0].attention, BilateralInformationFusion) is switches["bif"]
+    if switches["icip"]:
+        assert len(model.stages[0].icip.prompts) == switches["prompts"]
+    pictures, tokens, text_mask, _ = inputs()
+    assert torch.isfinite(model(pictures, tokens, text_mask)["logits"]).all()
+    assert len(ABLATIONS["III"]) == len(ABLATIONS["IV"]) == 4
+
+
+@pytest.mark.parametrize("changes", [{"bif_width": "stage", "value_mult": 2}, {"decoder_norm": "tanh"}, PLAIN,
+                                     {"sublayer_norm": False, "query_norm": False}])
+def test_other_choices_run(changes):
+    pictures, tokens, text_mask, _ = inputs()
+    model = build(**changes)
+    assert model(pictures, tokens, text_mask)["logits"].shape == (2, 1, 16, 16)
+    if "bif_width" in changes:
+        assert [stage.attention.width_out for stage in model.stages] == [2 * width for width in TINY.widths]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"bif_width": "C"}, "bif_width=C: expected D or stage"), ({"decoder_norm": "layer"}, "expected batch or tanh"),
+    ({"depths": (1, 1)}, "expected four numbers"), ({"prompts": 0}, "expected at least 1, or icip=False")])
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+# --------------------------------------------------------------------------------------------------------- paper size
+
+
+def on_meta(**changes):
+    with torch.device("meta"):
+        return ICIPNet(Config(**changes))
+
+
+# In the authors' code the last stage has gates (and the intra-scale block) that lead nowhere; here they are not built.
+DEAD_GATE, DEAD_BLOCK = 2 * 1024 ** 2, 38
+
+
+def test_parameter_counts_part_by_part():
+    model = on_meta()
+    base = [(stage.gate, stage.visual_gate, stage.intra_scale) for stage in model.stages]
+    assert count(model.swin) == 86_876_536
+    assert count(model.norms) == 3_840
+    assert sum(count(gate) for gate, _, _ in base) == 2_785_280 - DEAD_GATE
+    assert sum(count(gate) for _, gate, _ in base) == 2_785_280 - DEAD_GATE
+    assert sum(count(block) for _, _, block in base) == 152 - DEAD_BLOCK
+    assert count(model.cross_scale) == 9_492_246
+    assert count(model.decoder) == 20_670_981
+    assert count(model.bert) == 108_891_648
+    assert count(model.stages) - sum(count(*parts) for parts in base) == 36_478_645
+    assert count(model) - count(model.bert) == 159_092_960 - 2 * DEAD_GATE - DEAD_BLOCK
+    assert [stage.attention.reconstruct.P_token[0].in_features for stage in model.stages] == [14400, 3600, 900, 225]
+
+
+def test_parameter_counts_of_the_bases():
+    lavt = on_meta(icip=False, bif=False, **PLAIN)
+    assert count(lavt) - count(lavt.bert) == 118_847_866 - DEAD_GATE
+    assert count(lavt.decoder) == 20_651_010
+    assert sum(count(stage) - count(stage.gate) for stage in lavt.stages) == 8_531_200
+    rmsin = on_meta(icip=False, bif=False)
+    assert count(rmsin) - count(rmsin.bert) == 131_145_515 - 2 * DEAD_GATE - DEAD_BLOCK
+    assert count(on_meta(decoder_norm="tanh").decoder) == 20_670_987
+
+
+def test_parameter_groups_are_the_codes():
+    model = on_meta()
+    decayed, plain = model.param_groups(RECIPE)
+    assert (len(plain["params"]), sum(p.numel() for p in plain["params"]), plain["weight_decay"]) == (136, 258_296, 0.0)
+    assert decayed["weight_decay"] == 0.01 and decayed["lr"] == plain["lr"] == 3e-5
+    layers = count(*model.bert.encoder.layer[:10])
+    assert sum(p.numel() for p in decayed["params"]) == count(model) - count(model.bert) + layers - 258_296
+
+
+def test_one_forward_at_paper_size():
+    torch.manual_seed(0)
+    model = ICIPNet(Config()).eval()
+    tokens = torch.randint(1000, 3000, (1, 20))
+    with torch.no_grad():
+        logits = model(torch.randint(0, 256, (1, 3, 480, 480), dtype=torch.uint8), tokens, tokens > 0)["logits"]
+    assert logits.shape == (1, 1, 120, 120) and torch.isfinite(logits).all() and logits.std() > 0
+
+
+# --------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+def test_word_tokenizer():
+    words = icipnet.tokenizer(dataclasses.replace(TINY, text_length=6), ["red", "ship", ","])
+    tokens, text_mask = words(["Red ship, zebra", "ship"])
+    assert tokens.tolist() == [[2, 4, 5, 6, 1, 3], [2, 5, 3, 0, 0, 0]]
+    assert text_mask.tolist() == [[True] * 6, [True] * 3 + [False] * 3]
+    assert len(words) == 7 and words.words == ["red", "ship", ","]
+    assert torch.equal(pickle.loads(pickle.dumps(words))(["ship"])[0], words(["ship"])[0])
+    with pytest.raises(ValueError, match="needs a vocabulary"):
+        icipnet.tokenizer(TINY)
+
+
+SMALL_SWIN = {"window_size": 4, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "ship", "##s"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder as a user would fill it: both backbones as published (Swin with classifier, BERT with its heads)."""
+    root = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(3)
+    SwinForImageClassification(SwinConfig(**SMALL_SWIN)).save_pretrained(root / "swin-base-patch4-window12-384-in22k")
+    bert = BertConfig(vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                      intermediate_size=32)
+    BertForPreTraining(bert).half().save_pretrained(root / "bert-base-uncased")
+    BertTokenizer(vocab={word: k for k, word in enumerate(VOCABULARY)}).save_pretrained(root / "bert-base-uncased")
+    return root
+
+
+def test_weights_from_a_folder(folder, capsys):
+    model = build(pretrained=str(folder), vocab_size=len(VOCABULARY))
+    assert model.load_pretrained() == {"swin.": "microsoft/swin-base-patch4-window12-384-in22k",
+                                       "bert.": "google-bert/bert-base-uncased"}
+    printed = capsys.readouterr().out
+    assert f"{len(model.swin.state_dict())} tensors" in printed and f"{len(model.bert.state_dict())} tensors" in printed
+    reference = SwinModel.from_pretrained(folder / "swin-base-patch4-window12-384-in22k", add_pooling_layer=False)
+    for name, tensor in model.swin.state_dict().items():
+        assert torch.equal(tensor, reference.state_dict()[name]), name
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    tokens, text_mask = icipnet.tokenizer(model.config)(["Red ships", "red"])
+    assert tokens.shape == (2, 20) and tokens[0, :5].tolist() == [2, 5, 6, 7, 3]
+    assert text_mask.sum(1).tolist() == [5, 3]
+
+
+def microsoft_names(swin):
+    """The tensors of transformers' Swin under the names of Microsoft's files, with what those hold besides."""
+    file, state = {}, swin.state_dict()
+    for name, tensor in state.items():
+        name = name.replace("embeddings.patch_embeddings.projection", "patch_embed.proj")
+        name = name.replace("embeddings.norm", "patch_embed.norm").replace("encoder.layers", "layers")
+        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
+        name = name.replace("attention.relative_position_bias.", "attn.").replace("attention.o_proj", "attn.proj")
+        name = re.sub("^layernorm", "norm", name)
+        if ".attention.q_proj." in name:
+            parts = [state[key] for part in "qkv" for key in
+                     [name.replace("layers.", "encoder.layers.", 1).replace("q_proj", f"{part}_proj")]]
+            file[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+        elif "_proj." not in name:
+            file[name] = tensor
+    file["head.weight"], file["head.bias"] = torch.zeros(9, 128), torch.zeros(9)
+    file["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+    file["layers.0.blocks.0.attn_mask"] = torch.zeros(4, 16, 16)
+    return file
+
+
+def test_weights_in_microsofts_naming(folder, tmp_path):
+    torch.manual_seed(4)
+    source = SwinModel(SwinConfig(**SMALL_SWIN), add_pooling_layer=False)
+    path = tmp_path / "swin_base_patch4_window12_384_22k.pth"
+    torch.save({"model": microsoft_names(source)}, path)
+    model = build(image_backbone=path.name, weights_dir=str(tmp_path), pretrained="hub",
+                  text_backbone=str(folder / "bert-base-uncased"), vocab_size=len(VOCABULARY))
+    model.load_pretrained()
+    pixels = torch.randn(1, 3, 64, 64)
+    source.layernorm = nn.Identity()
+    with torch.no_grad():
+        expected = source.eval()(pixels, always_partition=True).last_hidden_state
+        assert torch.equal(model.swin.eval()(pixels, always_partition=True).last_hidden_state, expected)
+
+
+def test_wrong_weights_are_named(folder, tmp_path):
+    def load(**changes):
+        return build(**{"pretrained": str(folder), "vocab_size": len(VOCABULARY), **changes}).load_pretrained()
+
+    with pytest.raises(ValueError, match="swin-base.*does not fit embed, depths, swin_heads, window"):
+        load(window=6)
+    with pytest.raises(ValueError, match="bert-base-uncased.*does not fit width"):
+        load(bert_layers=1, bert_trained_layers=1)
+    with pytest.raises(FileNotFoundError, match="no such folder; put huggingface.co/microsoft/swin"):
+        load(pretrained=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no such file; Microsoft's swin_base"):
+        load(image_backbone="swin_base_patch4_window12_384_22k.pth")
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: not reached on the hub.*HF_ENDPOINT.*pretrained=DIR"):
+        load(pretrained="hub", image_backbone="nobody/nothing")
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="broken.pth: damaged"):
+        load(pretrained=str(tmp_path), image_backbone="broken.pth")
+    with pytest.raises(ValueError, match="a vocabulary of 8 words, expected vocab_size=40"):
+        icipnet.tokenizer(dataclasses.replace(TINY, pretrained=str(folder)))

@@ -1,0 +1,751 @@
+"""models/prompt_ris.py against the paper: Eqs. (1)-(6) and (9) here, (7) and (8) in test_losses.py."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, SamModel
+
+import data
+import evaluate
+import metrics
+import models
+import train
+from losses import instance_contrastive_loss
+from models import prompt_ris
+from models.prompt_ris import ABLATIONS, RECIPE, RECIPE_FOR, RECIPE_TINY, Config, PromptRIS
+
+WORDS = ["the", "red", "ship", "left", "of", "harbour"]
+SENTENCES = ["the red ship", "ship", "red ship left of the harbour", "harbour", "left ship", "the ship", "red", "of"]
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.setitem(models.PAPERS, "prompt_ris", "PromptRIS")
+
+
+def small(**changes):
+    """The tiny architecture once more shrunk; CLIP's position table is for another grid than the image's."""
+    return replace(Config.tiny(), **{
+        "image_size": 32, "clip_size": 24, "clip_native": 16, "text_length": 8, "clip_text_positions": 10,
+        "vocab_size": 10, "clip_width": 16, "clip_heads": 2, "clip_ffn": 24, "clip_layers": 2, "clip_text_width": 12,
+        "clip_text_heads": 2, "clip_text_ffn": 20, "sam_width": 16, "sam_heads": 2, "sam_ffn": 24, "sam_layers": 2,
+        "sam_window": 3, "sam_global": (1,), "sam_prompt_width": 16, "sam_mask_channels": 16, "sam_decoder_heads": 2,
+        "sam_decoder_ffn": 24, "prompts": 3, "cmp_heads": 2, "decoder_width": 8, "decoder_heads": 2, "decoder_ffn": 16,
+        "text_heads": 2, "text_ffn": 16, **changes})
+
+
+def build(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = PromptRIS(small(**changes))
+    for name, parameter in model.named_parameters():        # nothing may hide behind a norm that does nothing yet
+        if parameter.ndim == 1 and "sam" not in name:
+            nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.2)
+    model.requires_grad_(True)
+    return model.eval()
+
+
+def batch_of(config, images=2, each=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    side, count = config.image_size, images * each
+    tokens, text_mask = prompt_ris.tokenizer(config, WORDS)((SENTENCES * count)[:count])
+    masks = torch.zeros(count, side, side, dtype=torch.bool)
+    for i in range(count):
+        y, x = (torch.randint(0, side // 2, (2,), generator=generator)).tolist()
+        masks[i, y:y + side // 2, x:x + side // 3] = True
+    return {"images": torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator),
+            "tokens": tokens, "text_mask": text_mask, "masks": masks,
+            "image_index": torch.arange(count) // each, "instance": torch.arange(count) // 2}
+
+
+def run(model, batch):
+    return model(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
+
+
+def softmax(values):
+    exps = [math.exp(value - max(values)) for value in values]
+    return [value / sum(exps) for value in exps]
+
+
+def attend(module, queries, keys, values, mask=None):
+    """Multi-head attention of one sequence, (Q,C) on (K,D), one query, head and key at a time."""
+    q, k, v = module.to_q(queries), module.to_k(keys), module.to_v(values)
+    width = q.shape[1] // module.heads
+    mixed = torch.zeros_like(q)
+    for a in range(module.heads):
+        part = slice(a * width, (a + 1) * width)
+        for i in range(len(q)):
+            open_keys = [j for j in range(len(k)) if mask is None or mask[j]]
+            weights = softmax([(q[i, part] @ k[j, part]).item() / math.sqrt(width) for j in open_keys])
+            mixed[i, part] = sum(w * v[j, part] for w, j in zip(weights, open_keys, strict=True))
+    return module.to_out(mixed)
+
+
+def cross_block(block, queries, keys, values, mask=None):
+    x = block.norm1(queries + attend(block.attention, queries, keys, values, mask))
+    return block.norm2(x + block.ffn[2](block.ffn[0](x).clamp(min=0)))
+
+
+# --------------------------------------------------------------------------------------------------- paper's equations
+
+
+@torch.no_grad()
+def test_eq01_both_directions_read_what_came_in():
+    model = build()
+    F_I, F_T = torch.randn(2, 9, 16), torch.randn(2, 8, 12)
+    text_mask = torch.arange(8) < torch.tensor([[5], [8]])
+    S = model.decoder(F_I, F_T, text_mask)
+    assert S.shape == (2, 1, 3, 3)
+    for m in range(2):
+        image, text = F_I[m] @ model.decoder.image_projection.weight.T, F_T[m] @ model.decoder.text_projection.weight.T
+        new_image = cross_block(model.decoder.to_image, image, text, text, text_mask[m])
+        new_text = cross_block(model.decoder.to_text, text, image, image)
+        expected = [(new_image[n] @ new_text[text_mask[m].sum() - 1]).item() / math.sqrt(8) for n in range(9)]
+        assert S[m].flatten().tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@torch.no_grad()
+def test_eq02_response_is_the_inner_product_with_eos():
+    decoder = build().decoder
+
+    class Through(nn.Module):
+        def forward(self, queries, keys, values, mask=None):
+            return queries
+
+    decoder.to_image, decoder.to_text = Through(), Through()
+    F_I, F_T = torch.randn(1, 12, 16)[:, :9], torch.randn(1, 8, 12)
+    for length in (2, 6):
+        S = decoder(F_I, F_T, (torch.arange(8) < length)[None])
+        for y in range(3):
+            for x in range(3):
+                patch = decoder.image_projection.weight @ F_I[0, 3 * y + x]
+                eos = decoder.text_projection.weight @ F_T[0, length - 1]
+                product = sum(a * b for a, b in zip(patch.tolist(), eos.tolist(), strict=True))
+                assert S[0, 0, y, x].item() == pytest.approx(product / math.sqrt(8), rel=1e-4, abs=1e-6)
+
+
+def test_eq03_point_is_drawn_by_gumbel_softmax_and_its_gradient_is_the_soft_one():
+    model = build(tau=0.7).train()
+    S_C = (2 * torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    torch.manual_seed(5)
+    P_point, M = model.point_prompt(S_C)
+    torch.manual_seed(5)
+    noise = -torch.empty(3, 256).exponential_().log()
+    soft = torch.stack([torch.tensor(softmax(row)) for row in ((S_C.detach().flatten(1) + noise) / 0.7).tolist()])
+    chosen = soft.argmax(1)
+    E = model.positions()
+    for m in range(3):
+        assert M[m].argmax() == chosen[m] and M[m].sum().item() == pytest.approx(1, abs=1e-5)
+        torch.testing.assert_close(M[m].detach().round(), F.one_hot(chosen[m], 256).float())
+        e_p = sum(M[m, i].item() * E[i] for i in range(256))
+        torch.testing.assert_close(P_point[m, 0] - model.sam.prompt_encoder.point_embed[1].weight[0], e_p,
+                                   rtol=1e-4, atol=1e-5)
+    v = torch.randn(16)
+    (P_point[1, 0] @ v).backward()
+    value = (E @ v).double()
+    p = soft[1].double()
+    expected = p * (value - (p * value).sum()) / 0.7                            # softmax's Jacobian
+    torch.testing.assert_close(S_C.grad[1].flatten().double(), expected, rtol=1e-3, atol=1e-6)
+    assert S_C.grad[0].abs().max() == 0
+
+
+@torch.no_grad()
+def test_eq03_inference_takes_the_highest_cell_as_sam_itself_encodes_it():
+    model = build()
+    for row, column in ((2, 11), (15, 0)):
+        S_C = torch.zeros(1, 1, 16, 16)
+        S_C[0, 0, row, column] = 1.0
+        P_point, M = model.point_prompt(S_C)
+        assert M.sum() == 1 and M[0, row * 16 + column] == 1
+        # cell (row, column) of the 16 x 16 grid over 32 pixels; SAM adds half a pixel to what it is given
+        pixel = torch.tensor([[[[2 * column + 0.5, 2 * row + 0.5]]]])
+        box = torch.zeros(1, 1, 4)                          # with a box SAM appends no padding point
+        sparse, _ = model.sam.prompt_encoder(pixel, torch.ones(1, 1, 1, dtype=torch.long), box, None)
+        torch.testing.assert_close(P_point[0, 0], sparse[0, 0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_eq03_sharp_logits_make_training_and_inference_agree():
+    model = build()
+    S_C = torch.randn(2, 1, 16, 16) * 1000
+    sampled = prompt_ris.point_map(S_C.flatten(1), 1.0, sample=True)
+    assert torch.equal(sampled.argmax(1), prompt_ris.point_map(S_C.flatten(1), 1.0, sample=False).argmax(1))
+    torch.testing.assert_close(model.train().point_prompt(S_C)[0], model.eval().point_prompt(S_C)[0])
+
+
+@torch.no_grad()
+def test_eq04_tokens_and_the_first_mask():
+    model = build()
+    F_IS, positions = torch.randn(2, 16, 4, 4), torch.randn(1, 16, 4, 4)
+    P_mask, P_point, P_text = torch.randn(2, 16, 4, 4), torch.randn(2, 1, 16), torch.randn(2, 8, 16)
+    S = model.decode(F_IS, positions, P_mask, P_point, P_text)
+    sam = model.sam.mask_decoder
+    for m in range(2):
+        tokens = torch.cat((sam.iou_token.weight, sam.mask_tokens.weight, P_point[m], P_text[m]))
+        out, image = sam.transformer(point_embeddings=tokens[None, None], image_positional_embeddings=positions,
+                                     image_embeddings=(P_mask[m] + F_IS[m])[None], attention_similarity=None)[:2]
+        image = image[0, 0].T.reshape(1, 16, 4, 4)
+        image = F.gelu(sam.upscale_layer_norm(sam.upscale_conv1(image)))
+        image = F.gelu(sam.upscale_conv2(image))[0]                              # (2,16,16)
+        weights = sam.output_hypernetworks_mlps[0](out[0, 0, 1])                 # the first mask token follows T_iou
+        S_low = sum(weights[c] * image[c] for c in range(2))
+        expected = F.interpolate(S_low[None, None], (32, 32), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(S[m:m + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def prompts_by_hand(prompter, features, mask=None):
+    tokens, features = prompter.norm_tokens(prompter.tokens), prompter.norm_features(features)
+    return attend(prompter.attention, tokens, features, features, mask)
+
+
+@torch.no_grad()
+def test_eq05_words_read_what_the_patches_say():
+    model = build()
+    cmp, text, image = model.cmp[0], model.clip_text.encoder.layers[0], model.clip_image.encoder.layers[0]
+    F_T, F_I, text_mask = torch.randn(2, 8, 12), torch.randn(2, 10, 16), torch.arange(8) < torch.tensor([[5], [8]])
+    new_T, _ = cmp(F_T, F_I, text, image, text_mask)
+    for m in range(2):
+        T_V2L = prompts_by_hand(cmp.v2l, F_I[m, 1:])                             # patches, without [CLS]
+        assert T_V2L.shape == (3, 12)
+        mask = torch.zeros(11, 11)
+        for i in range(11):
+            for j in range(11):
+                if j >= 3 and j > i:
+                    mask[i, j] = -math.inf                                       # causal among the words alone
+        whole = text(torch.cat((T_V2L, F_T[m]))[None], mask[None, None])         # CLIP's own layer
+        torch.testing.assert_close(new_T[m], whole[0, 3:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_eq06_patches_read_what_the_words_say():
+    model = build()
+    cmp, text, image = model.cmp[0], model.clip_text.encoder.layers[0], model.clip_image.encoder.layers[0]
+    F_T, F_I, text_mask = torch.randn(2, 8, 12), torch.randn(2, 10, 16), torch.arange(8) < torch.tensor([[5], [8]])
+    _, new_I = cmp(F_T, F_I, text, image, text_mask)
+    for m in range(2):
+        T_L2V = prompts_by_hand(cmp.l2v, F_T[m], text_mask[m])
+        assert T_L2V.shape == (3, 16)
+        whole = image(torch.cat((T_L2V, F_I[m]))[None], None)                    # [T_L2V; c; F_I]
+        torch.testing.assert_close(new_I[m], whole[0, 3:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_eq05_eq06_chain_through_every_layer_from_the_embeddings():
+    """Eqs. (5)-(6): F^0 are the embeddings; each layer has prompters of its own and both read the states before it."""
+    model = build()
+    assert len(model.cmp) == model.config.clip_layers == 2
+    batch = batch_of(model.config, images=1, each=2)
+    pixels = prompt_ris.normalised(batch["images"], 24, prompt_ris.CLIP_MEAN, prompt_ris.CLIP_STD)
+    F_T = model.clip_text.embeddings(batch["tokens"])
+    F_I = model.clip_image.pre_layrnorm(model.clip_image.embeddings(pixels, interpolate_pos_encoding=True))
+    F_I = F_I.expand(2, -1, -1)
+    causal = torch.full((8, 8), -math.inf).triu(1)
+    causal = torch.cat((torch.zeros(8, 3), causal), 1)
+    causal = torch.cat((torch.zeros(3, 11), causal))
+    for i in range(2):
+        T_V2L = torch.stack([prompts_by_hand(model.cmp[i].v2l, F_I[m, 1:]) for m in range(2)])
+        T_L2V = torch.stack([prompts_by_hand(model.cmp[i].l2v, F_T[m], batch["text_mask"][m]) for m in range(2)])
+        F_T = model.clip_text.encoder.layers[i](torch.cat((T_V2L, F_T), 1), causal[None, None])[:, 3:]
+        F_I = model.clip_image.encoder.layers[i](torch.cat((T_L2V, F_I), 1), None)[:, 3:]
+    got_T, got_I = model.encode(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
+    torch.testing.assert_close(got_T, model.clip_text.final_layer_norm(F_T), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got_I, model.clip_image.post_layernorm(F_I[:, 1:]), rtol=1e-4, atol=1e-5)
+
+
+def seg_by_hand(logits, truth):
+    """Mean over expressions of cross-entropy plus Dice with squares, pixel by pixel."""
+    total = 0.0
+    for S, y in zip(logits.flatten(1).tolist(), truth.flatten(1).tolist(), strict=True):
+        p = [1 / (1 + math.exp(-s)) for s in S]
+        bce = -sum(math.log(a) if b else math.log(1 - a) for a, b in zip(p, y, strict=True)) / len(p)
+        dice = 2 * sum(a * b for a, b in zip(p, y, strict=True)) / (sum(a * a for a in p) + sum(y))
+        total += bce + 1 - dice
+    return total / len(logits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"icl_size": 16}, {"icl": False}, {"sam": False}])
+def test_eq09_sum_of_three_losses_on_the_maps_that_the_paper_names(changes):
+    model = build(**changes)
+    batch = batch_of(model.config)
+    outputs = run(model, batch)
+    outputs = {name: 3 * value if "logits" in name else value for name, value in outputs.items()}
+    terms = model.criterion(outputs, batch, 0.0)
+    rows = [(2 * i + 1) * 32 // 6 for i in range(3)]                             # centres of the 3 x 3 cells
+    coarse = batch["masks"][:, rows][:, :, rows]
+    expected = {"clip_seg": seg_by_hand(outputs["coarse_logits"], coarse)}
+
+    def contrast(S, y):
+        return instance_contrastive_loss(S, y[:, None], batch["image_index"], batch["instance"]).mean().item()
+
+    icl = contrast(outputs["coarse_logits"], coarse)
+    if model.config.sam:
+        expected["sam_seg"] = seg_by_hand(outputs["logits"], batch["masks"])
+        S, y = outputs["logits"], batch["masks"]
+        if model.config.icl_size:
+            S, y = F.interpolate(S, (16, 16), mode="bilinear", align_corners=False), y[:, 1::2, 1::2]
+        icl += contrast(S, y)
+    if model.config.icl:
+        expected["icl"] = icl
+        assert icl > 0.001
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=2e-3)
+
+
+# ------------------------------------------------------------------------------------------ what else the paper claims
+
+
+def test_paper_size_counts_and_shapes():
+    with FakeTensorMode():
+        model = PromptRIS(Config()).eval()
+
+        def count(*parts):
+            return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+        assert (count(model.clip_image), count(model.clip_text)) == (85_799_424, 63_165_952)
+        assert (count(model.sam), count(model.sam.vision_encoder)) == (93_735_728, 89_670_912)
+        assert (count(model.cmp), count(model.decoder), count(model.text_prompts)) == (40_461_312, 6_959_104, 2_237_184)
+        learn = {}
+        for phase in ("clip", "joint"):
+            model.start_phase(phase)
+            learn[phase] = sum(p.numel() for group in model.param_groups(RECIPE) for p in group["params"])
+        assert learn == {"clip": 40_461_312 + 6_959_104, "joint": 40_461_312 + 6_959_104 + 2_237_184}
+        outputs = model(torch.zeros(1, 3, 1024, 1024, dtype=torch.uint8), torch.zeros(4, 22, dtype=torch.long),
+                        torch.ones(4, 22, dtype=torch.bool), torch.zeros(4, dtype=torch.long))
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {
+        "logits": (4, 1, 1024, 1024), "coarse": (4, 1, 30, 30), "coarse_logits": (4, 1, 30, 30),
+        "image_index": (4,), "point": (4, 1, 256, 256)}
+
+
+@torch.no_grad()
+def test_documented_shapes_and_one_pass_of_sam_per_image():
+    model, seen = build(), []
+    model.sam.vision_encoder.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    batch = batch_of(model.config)
+    outputs = run(model, batch)
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {
+        "logits": (8, 1, 32, 32), "coarse": (8, 1, 3, 3), "coarse_logits": (8, 1, 3, 3), "image_index": (8,),
+        "point": (8, 1, 16, 16)}
+    assert seen == [(2, 3, 32, 32)]
+    for name in model.MAPS:
+        assert outputs[name].min() >= 0 and outputs[name].max() <= 1
+    model.start_phase("clip")
+    outputs = run(model, batch)
+    assert torch.equal(outputs["logits"], outputs["coarse_logits"]) and "point" not in outputs and len(seen) == 1
+    assert set(model.diagnose(outputs, batch["masks"])) == {"coarse_iou", "mistaken"}
+
+
+@torch.no_grad()
+def test_without_prompting_the_towers_are_clip():
+    model = build(v2l=False, l2v=False)
+    assert not list(model.cmp.parameters())
+    batch = batch_of(model.config, images=2, each=1)
+    F_T, F_I = model.encode(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
+    model.clip_text.eos_token_id = 3
+    text = model.clip_text(batch["tokens"], attention_mask=batch["text_mask"].long()).last_hidden_state
+    pixels = prompt_ris.normalised(batch["images"], 24, prompt_ris.CLIP_MEAN, prompt_ris.CLIP_STD)
+    image = model.clip_image(pixels, interpolate_pos_encoding=True).last_hidden_state
+    real = batch["text_mask"]
+    torch.testing.assert_close(F_T[real], text[real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(F_I, model.clip_image.post_layernorm(image[:, 1:]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_and_a_batch_is_its_parts():
+    model = build()
+    batch = batch_of(model.config)
+    whole = run(model, batch)
+    other = run(model, batch | {"tokens": torch.where(batch["text_mask"], batch["tokens"], 7)})
+    for name in ("logits", "coarse"):
+        torch.testing.assert_close(other[name], whole[name], rtol=1e-4, atol=1e-6)
+    for i in range(8):
+        one = model(batch["images"][i // 4][None], batch["tokens"][i:i + 1], batch["text_mask"][i:i + 1])
+        torch.testing.assert_close(one["logits"], whole["logits"][i:i + 1], rtol=1e-4, atol=1e-5)
+        assert torch.equal(one["point"], whole["point"][i:i + 1])
+
+
+@torch.no_grad()
+def test_text_prompts_read_words_and_then_the_image():
+    model = build()
+    F_T, features, positions = torch.randn(2, 8, 12), torch.randn(2, 16, 16), torch.randn(1, 16, 16)
+    text_mask = torch.arange(8) < torch.tensor([[5], [8]])
+    P_text = model.text_prompts(F_T, features, positions, text_mask)
+    part = model.text_prompts
+    assert P_text.shape == (2, 8, 16) and len(part.cross_blocks) == 2
+    for m in range(2):
+        words = part.projection(F_T[m])
+        for k in range(2):
+            words = part.norms[k](words + attend(part.self_attentions[k], words, words, words, text_mask[m]))
+            words = cross_block(part.cross_blocks[k], words, features[m] + positions[0], features[m])
+        torch.testing.assert_close(P_text[m], words, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_without_any_prompt_it_is_sam_with_no_mask():
+    """Table 5's first row: the words cannot matter, and SAM's own decoder gives the same."""
+    model = build(mask_prompt=False, point_prompt=False, text_prompt=False)
+    batch = batch_of(model.config)
+    logits = run(model, batch)["logits"]
+    torch.testing.assert_close(logits[:1].expand(4, -1, -1, -1), logits[:4])
+    features = model.sam.vision_encoder(prompt_ris.normalised(batch["images"], 32, prompt_ris.SAM_MEAN,
+                                                              prompt_ris.SAM_STD)).last_hidden_state
+    _, no_mask = model.sam.prompt_encoder(None, None, None, None)
+    nothing = model.sam.prompt_encoder.not_a_point_embed.weight.expand(2, 1, 1 + 8, -1)
+    low = model.sam.mask_decoder(features, model.sam.get_image_wide_positional_embeddings().expand(2, -1, -1, -1),
+                                 nothing, no_mask.expand(2, -1, -1, -1), multimask_output=False)[0][:, 0]
+    torch.testing.assert_close(logits[::4], prompt_ris.resize(low, 32), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompt_dropout_is_per_kind_and_expression():
+    model = build(prompt_dropout=0.3).train()
+    P_mask, P_point, P_text = torch.ones(4000, 16, 4, 4), torch.ones(4000, 1, 16), torch.ones(4000, 8, 16)
+    text_mask = (torch.arange(8) < 5).expand(4000, -1)
+    dropped = model.drop(P_mask, P_point, P_text, text_mask)
+    no_mask, no_point = model.sam.prompt_encoder.no_mask_embed.weight, model.sam.prompt_encoder.not_a_point_embed.weight
+    gone = [(kind == nothing).flatten(1).all(1) for kind, nothing in (
+        (dropped[0], no_mask[:, :, None, None]), (dropped[1], no_point), (dropped[2], no_point))]
+    for k, one in enumerate(gone):
+        assert abs(one.float().mean() - 0.3) < 0.04
+        assert abs((one & gone[k - 1]).float().mean() - 0.09) < 0.03
+    assert (dropped[2][:, 5:] == no_point).all() and (dropped[2][~gone[2]][:, :5] == 1).all()
+    kept = model.eval().drop(P_mask, P_point, P_text, text_mask)
+    assert all((kind == 1).all() for kind in (kept[0], kept[1], kept[2][:, :5]))
+
+
+def test_the_final_mask_teaches_the_response_map_through_the_point_alone():
+    model = build(freeze=True, mask_prompt=False, text_prompt=False, prompt_dropout=0.0)
+    model.param_groups(RECIPE)
+    model.train()
+    batch = batch_of(model.config)
+    outputs = run(model, batch)
+    outputs["coarse_logits"].retain_grad()
+    model.criterion(outputs, batch, 0.0)["sam_seg"].backward()
+    assert outputs["coarse_logits"].grad.abs().max() > 1e-9
+    assert all(parameter.grad is None for tower in (model.clip_image, model.clip_text, model.sam)
+               for parameter in tower.parameters())
+    assert not model.sam.training and not model.clip_text.training and model.decoder.training
+
+
+KEY_BIASES = ("k_proj.bias",)                       # they cancel in the softmax
+
+
+@pytest.mark.parametrize(("phase", "term", "reached"), [
+    ("clip", "clip_seg", ("clip_image", "clip_text", "cmp", "decoder")),
+    ("clip", "icl", ("clip_image", "clip_text", "cmp", "decoder")),
+    ("joint", "sam_seg", ("clip_image", "clip_text", "cmp", "decoder", "sam", "text_prompts")),
+    ("joint", "icl", ("clip_image", "clip_text", "cmp", "decoder", "sam", "text_prompts")),
+])
+def test_every_term_reaches_what_it_should(phase, term, reached):
+    model = build(seed=1, prompt_dropout=0.4)
+    model.start_phase(phase)
+    model.param_groups(RECIPE)
+    model.train()
+    batch = batch_of(model.config)
+    if term == "icl":
+        batch["masks"] = torch.ones_like(batch["masks"])                         # no weight is zero
+    torch.manual_seed(2)
+    (1e3 * model.criterion(run(model, batch), batch, 0.0)[term]).backward()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+        elif name.startswith(reached) and not name.endswith(KEY_BIASES):
+            assert parameter.grad.abs().max() > 1e-6, name
+    learn = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learn == set(reached)
+
+
+def test_what_learns_and_what_is_frozen():
+    towers = {"clip_image", "clip_text", "sam"}
+    for changes, expected in (({"freeze": True}, set()), ({"freeze": False}, towers),
+                              ({"freeze": True, "freeze_clip": False}, {"clip_image", "clip_text"})):
+        model = build(**changes)
+        groups = model.param_groups({"lr": 1e-4, "weight_decay": 0.01})
+        learn = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {name.split(".")[0] for name in learn} & towers == expected
+        assert sum(len(group["params"]) for group in groups) == len(learn)
+        assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim <= 1 for p in groups[1]["params"])
+        assert [group["weight_decay"] for group in groups] == [0.01, 0]
+        # in a step of the run each of them has a gradient, as DDP needs it
+        batch = batch_of(model.config)
+        sum(model.train().criterion(run(model, batch), batch, 0.0).values()).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == (name in learn), name
+
+
+@torch.no_grad()
+def test_diagnose_tells_when_one_object_is_taken_for_another():
+    model = build()
+    masks = torch.zeros(4, 32, 32, dtype=torch.bool)
+    masks[0, :8], masks[1, 8:16], masks[2, :8], masks[3, 16:] = True, True, True, True
+    answers = torch.stack([masks[1], masks[1], masks[0], masks[0]])             # another's, right, right, right
+    outputs = {"logits": answers[:, None].float() - 0.5, "coarse_logits": masks[:, None, ::4, ::4].float() - 0.5,
+               "image_index": torch.tensor([0, 0, 0, 1]), "point": torch.zeros(4, 1, 16, 16)}
+    for i, row in enumerate((0, 6, 3, 9)):
+        outputs["point"][i, 0, row, 3] = 1
+    figures = model.diagnose(outputs, masks)
+    assert figures["mistaken"].tolist() == [1, 0, 0, 0]
+    assert figures["point_hit"].tolist() == [1, 1, 1, 1]
+    assert figures["coarse_iou"].min() > 0.7
+
+
+def test_low_precision_keeps_the_response_map_in_float32():
+    model = build().train()
+    batch = batch_of(model.config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = run(model, batch)
+    assert outputs["coarse_logits"].dtype == outputs["logits"].dtype == outputs["point"].dtype == torch.float32
+    assert sum(model.criterion(outputs, batch, 0.0).values()).isfinite()
+
+
+# -------------------------------------------------------------------------------------------------- tables and training
+
+
+def test_nineteen_rows_each_of_which_runs():
+    rows = [(table, row) for table, changes in ABLATIONS.items() for row in changes]
+    assert len(rows) == 19
+    names = {field.name for field in fields(Config)}
+    shapes = {name: value.shape for name, value in build().state_dict().items()}
+    for table, row in rows:
+        changes = {name: value for name, value in ABLATIONS[table][row].items() if name in names}
+        assert set(ABLATIONS[table][row]) - names <= {"phases"}
+        model = build(**changes)
+        if table == "5":                                    # dropped at inference of one trained model
+            assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+        model.param_groups(RECIPE)
+        batch = batch_of(model.config, images=1)
+        terms = model.train().criterion(run(model, batch), batch, 0.0)
+        assert set(terms) == {"clip_seg", *["sam_seg"] * model.config.sam, *["icl"] * model.config.icl}
+        sum(terms.values()).backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_recipe_is_the_papers():
+    assert (RECIPE["epochs"], RECIPE["batch_size"], RECIPE["per_image"], RECIPE["lr"]) == (50, 64, 4, 1e-4)
+    assert train.phase_starts(RECIPE) == [(0, "clip"), (20, "joint")]
+    steps = [train.factor(RECIPE, epoch, 50) for epoch in (0, 20, 49)]
+    assert steps == pytest.approx([1, 0.6 ** 0.9, 0.02 ** 0.9])
+    for dataset in ("refsegrs", "rrsisd", "risbench"):
+        assert RECIPE_FOR[dataset] == {"per_image": 0, "icl": False}
+    config_fields = {field.name for field in fields(Config)}
+    assert not config_fields & {*RECIPE, *RECIPE_TINY}
+
+
+def test_phase_change_keeps_the_optimiser_state_of_what_goes_on_learning():
+    model = build()
+    model.start_phase("clip")
+    device = torch.device("cpu")
+    first = train.make_optimizer(model, RECIPE, device)
+    batch = batch_of(model.config)
+    sum(model.train().criterion(run(model, batch), batch, 0.0).values()).backward()
+    first.step()
+    model.start_phase("joint")
+    second = train.make_optimizer(model, RECIPE, device, old=first)
+    went_on = dict(first.state)
+    assert len(went_on) > 50 and not any(name.startswith("sam") for name, p in model.named_parameters() if p in went_on)
+    for parameter, state in went_on.items():
+        assert second.state[parameter] is state
+    learning = [p for group in second.param_groups for p in group["params"]]
+    assert len(learning) > len(went_on)
+    with pytest.raises(ValueError, match="phases: sam is unknown"):
+        model.start_phase("sam")
+
+
+def test_the_phase_travels_with_the_weights():
+    model, other = build(), build(seed=1)
+    model.start_phase("clip")
+    models.load_own_state(other, *models.own_state(model), "here")
+    assert other.phase == "clip" and other.coarse_only
+    model.start_phase("joint")
+    models.load_own_state(other, *models.own_state(model), "here")
+    assert other.phase == "joint" and not other.coarse_only
+
+
+class StopAt(train.StopRequest):
+    """Asks to stop once `steps` steps have asked."""
+
+    steps = 1
+
+    def __init__(self):
+        self.count = 0
+
+    @property
+    def asked(self):
+        self.count += 1
+        return self.count if self.count >= self.steps else None
+
+
+def test_interrupted_and_resumed_in_each_phase_equals_uninterrupted(tmp_path, monkeypatch):
+    shapes = [f"{field.name}={getattr(small(), field.name)!r}" for field in fields(Config)
+              if getattr(small(), field.name) != getattr(Config.tiny(), field.name) and field.name != "vocab_size"]
+
+    def go(name, *words):
+        args = train.arguments(["--model", "prompt_ris", "--device", "cpu", "--workers", "0", "--limit", "24",
+                                "--output", str(tmp_path / name), "--epochs", "4", "--batch-size", "4", *words,
+                                "--set", *shapes, "text_length=10", "phases={'clip': 0.5, 'joint': 0.5}"])
+        train.train(args, evaluate.Processes(0, 1, torch.device("cpu")))
+
+    def state(name):
+        return torch.load(tmp_path / name / "resume.pt", weights_only=True)
+
+    go("whole")
+    monkeypatch.setattr(train, "StopRequest", StopAt)
+    for words, phase in (((), False), (("--resume",), True)):
+        with pytest.raises(train.Stopped):
+            go("parts", *words)
+        assert state("parts")["model"]["_extra_state"].item() is phase
+        monkeypatch.setattr(StopAt, "steps", 6)                     # the second stop is in the second phase
+    monkeypatch.undo()
+    models.PAPERS.setdefault("prompt_ris", "PromptRIS")
+    torch.manual_seed(99)
+    go("parts", "--resume")
+    whole, parts = state("whole"), state("parts")
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][name]), name
+    for number, moments in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, parts["optimizer"]["state"][number][key]) for key, value in moments.items())
+    assert models.load(tmp_path / "whole").phase == "joint"
+
+
+def test_groups_of_four_stay_whole_over_processes_and_accumulation():
+    samples = [data.Sample(f"{i}-{j}", i, 0, f"thing {j}", "train", f"{i}", f"{i}-{j % 2}", None, None)
+               for i in range(12) for j in range(5)]
+    for world, micro_batch in ((1, 6), (2, 4), (2, 6), (3, 16)):
+        sampler = data.TrainSampler(samples, batch_size=24, micro_batch=micro_batch, per_image=4, seed=0, world=world)
+        for step in range(sampler.steps):
+            groups = [numbers for rank in sampler.plan(0, step) for micro in rank for numbers in micro]
+            assert all(len(numbers) == 4 and len({samples[n].image_id for n in numbers}) == 1 for numbers in groups)
+            assert len({samples[numbers[0]].image_id for numbers in groups}) == len(groups) == 6
+
+
+def test_accumulation_over_groups_gives_the_gradient_of_the_whole():
+    """In eval mode, where nothing is drawn: the mean over two groups is that of each alone, ICL included."""
+    model, grads = build(), []
+    batch = batch_of(model.config)
+    for parts in ([slice(0, 8)], [slice(0, 4), slice(4, 8)]):
+        model.zero_grad()
+        for part in parts:
+            rows = slice(0, 2) if part.stop - part.start == 8 else slice(part.start // 4, part.stop // 4)
+            some = {name: value[rows] if name == "images" else value[part] for name, value in batch.items()}
+            some["image_index"] = some["image_index"] - some["image_index"].min()
+            (sum(model.criterion(run(model, some), some, 0.0).values()) / len(parts)).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_image_and_instance_accuracy_by_hand():
+    """4.4: mean over images (instances) of the mean IoU of their samples."""
+    rows = [("a", "a1", 1.0), ("a", "a1", 0.5), ("a", "a2", 0.0), ("b", "b1", 0.8)]
+    lines = [{"id": str(k), "image": image, "expression": "x", "instance": instance, "category": None,
+              "category_source": None, "intersection": round(100 * iou), "union": 100, "iou": iou}
+             for k, (image, instance, iou) in enumerate(rows)]
+    summary = metrics.summarize(lines, bootstrap=0)
+    assert summary["ImgAcc"] == pytest.approx(100 * (0.5 + 0.8) / 2)
+    assert summary["InstAcc"] == pytest.approx(100 * (0.75 + 0.0 + 0.8) / 3)
+    assert summary["mIoU"] == pytest.approx(100 * 2.3 / 4)
+
+
+def test_overfits_two_images():
+    model = build(seed=3, prompt_dropout=0.0, image_size=48, clip_size=48, sam_window=3)
+    torch.manual_seed(0)
+    batch = batch_of(model.config)
+    batch["masks"] = torch.zeros(8, 48, 48, dtype=torch.bool)
+    for i in range(8):
+        batch["masks"][i, 12 * (i % 4):12 * (i % 4) + 12, 6 * (i // 4):6 * (i // 4) + 30] = True
+    batch["instance"] = torch.arange(8)
+    for phase, steps in (("clip", 100), ("joint", 150)):
+        model.start_phase(phase)
+        optimizer = torch.optim.AdamW(model.param_groups({"lr": 4e-3, "weight_decay": 0.0}))
+        model.train()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            sum(model.criterion(run(model, batch), batch, 0.0).values()).backward()
+            optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        outputs = run(model, batch)
+        intersection, union = metrics.intersection_union(outputs["logits"] > 0, batch["masks"][:, None])
+        figures = model.diagnose(outputs, batch["masks"])
+    assert (intersection / union).mean() > 0.7
+    assert figures["mistaken"].sum() == 0 and figures["point_hit"].mean() > 0.7
+
+
+# ----------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+def test_word_tokenizer_marks_begin_end_and_padding():
+    words = prompt_ris.tokenizer(small(), WORDS)
+    tokens, text_mask = words(["The RED ship", "a ship of the red harbour left of the ship"])
+    assert len(words) == 10 and words.words == WORDS
+    assert tokens[0].tolist() == [2, 4, 5, 6, 3, 0, 0, 0] and text_mask.sum(1).tolist() == [5, 8]
+    assert tokens[1].tolist() == [2, 1, 6, 8, 4, 5, 9, 3]                        # cut, [EOS] kept, an unknown word
+    with pytest.raises(ValueError, match="needs a vocabulary"):
+        prompt_ris.tokenizer(small())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Small CLIP and SAM as their authors' folders would be, with a tokenizer."""
+    letters = [chr(code) for code in range(97, 123)]
+    vocabulary = {one: k for k, one in enumerate([*letters, *(f"{a}</w>" for a in letters), "<|startoftext|>",
+                                                  "<|endoftext|>"])}
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path / "clip-vit-base-patch16")
+    model = build(vocab_size=len(vocabulary))
+    clip = CLIPModel(CLIPConfig(text_config=model.clip_text.config.to_dict(),
+                                vision_config=model.clip_image.config.to_dict(), projection_dim=8))
+    clip.save_pretrained(tmp_path / "clip-vit-base-patch16")
+    torch.manual_seed(7)
+    sam = SamModel(model.sam.config)
+    nn.init.normal_(sam.prompt_encoder.no_mask_embed.weight)
+    sam.save_pretrained(tmp_path / "sam-vit-base")
+    return tmp_path, clip, sam, len(vocabulary)
+
+
+def test_published_weights_load_strictly_and_stay_out_of_exports(folder, capsys):
+    path, clip, sam, words = folder
+    config = small(pretrained=str(path), vocab_size=words, freeze=True)
+    model = PromptRIS(config)
+    sources = model.load_pretrained()
+    assert "tensors loaded" in capsys.readouterr().out
+    for name, value in clip.vision_model.state_dict().items():
+        assert torch.equal(model.clip_image.state_dict()[name], value)
+    for name, value in clip.text_model.state_dict().items():
+        assert torch.equal(model.clip_text.state_dict()[name], value)
+    for name, value in sam.state_dict().items():
+        assert torch.equal(model.sam.state_dict()[name], value)
+    assert torch.equal(model.decoder.image_projection.weight, clip.visual_projection.weight)
+    assert torch.equal(model.decoder.text_projection.weight, clip.text_projection.weight)
+    model.param_groups(RECIPE)
+    models.remember_sources(model, sources)
+    kept, left_out = models.own_state(model)
+    assert {name.split(".")[0] for name in kept} == {"cmp", "decoder", "text_prompts", "_extra_state"}
+    assert {name.split(".")[0] for name in left_out} == {"clip_image", "clip_text", "sam"}
+    with pytest.raises(ValueError, match="does not fit decoder_width"):
+        PromptRIS(replace(config, decoder_width=16)).load_pretrained()
+    with pytest.raises(ValueError, match="does not fit image_size and the sam_ fields"):
+        PromptRIS(replace(config, sam_layers=1)).load_pretrained()
+
+
+def test_clips_own_tokenizer_is_read_by_its_mask(folder):
+    path, _, _, words = folder
+    config = small(pretrained=str(path), vocab_size=words)
+    tokens, text_mask = prompt_ris.tokenizer(config)(["ab", "abcdefghijklm"])
+    start, end = words - 2, words - 1
+    assert tokens[0].tolist() == [start, 0, 26 + 1, end, end, end, end, end]     # it pads with [EOS]
+    assert text_mask[0].tolist() == [True] * 4 + [False] * 4
+    assert tokens[1][[0, -1]].tolist() == [start, end] and text_mask[1].all()
+    with pytest.raises(ValueError, match="expected vocab_size=10"):
+        prompt_ris.tokenizer(small(pretrained=str(path)))
+
+
+def test_missing_weights_are_named_with_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="clip-vit-base-patch16: no such folder; put the files of"):
+        prompt_ris.tokenizer(small(pretrained=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="HF_ENDPOINT .* pretrained=DIR"):
+        PromptRIS(small(pretrained="hub", clip_backbone="nobody/no-such-clip")).load_pretrained()
+    with pytest.raises(ValueError, match="must be multiples of"):
+        small(clip_size=25)
+    with pytest.raises(ValueError, match="text_length=11"):
+        small(text_length=11)

@@ -1,0 +1,765 @@
+"""RS2-SAM 2 against its paper: every equation by plain loops, BEiT-3 against its description, DESIGN's contract."""
+
+import dataclasses
+import math
+import pickle
+
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from losses import boundary_loss
+from models import rs2sam2
+from models.rs2sam2 import BEiT3, BidirectionalHierarchicalFusion, Config, MaskPromptGenerator, RS2SAM2, TextGate
+
+SMALL = dataclasses.replace(
+    Config.tiny(), image_size=64, text_length=8, vocab_size=20, beit_size=32, beit_width=16, beit_layers=2, beit_ffn=32,
+    beit_positions=12, sam_width=16, sam_heads=2, sam_mlp=24, gate_heads=2, mpg_heads=2)
+RECIPE = {**rs2sam2.RECIPE, **rs2sam2.RECIPE_TINY}
+M, L = 3, 8
+
+
+def build(seed=0, lively=False, **changes):
+    """A small model; lively: weights so large that attention is far from uniform and nothing is nearly zero."""
+    torch.manual_seed(seed)
+    model = RS2SAM2(dataclasses.replace(SMALL, **changes)).eval()
+    if lively:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = 0.2 if parameter.ndim > 1 else 0.05
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+            if model.config.boundary_loss:
+                model.text_weight.bias.fill_(3.0)
+    return model
+
+
+def example(seed=0, size=64):
+    """images (M,3,S,S), tokens and text_mask (M,L) with 8, 5 and 3 words, masks (M,S,S)."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (M, 3, size, size), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(4, 20, (M, L), generator=generator)
+    text_mask = torch.arange(L) < torch.tensor([8, 5, 3])[:, None]
+    masks = torch.zeros(M, size, size, dtype=torch.bool)
+    for m in range(M):
+        masks[m, 8 * m:8 * m + 20, 10:34] = True
+    return images, tokens.where(text_mask, 1), text_mask, masks
+
+
+def randomised(module, seed=0, scale=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return module.eval()
+
+
+def linear(layer, x):
+    """One vector through a Linear by loops."""
+    return torch.stack([sum(w * v for w, v in zip(row, x, strict=True)) + b
+                        for row, b in zip(layer.weight, layer.bias, strict=True)])
+
+
+def attention(layer, queries, keys, values, allowed=None):
+    """Multi-head attention of one sample, Q vectors over K, by loops over heads, queries and keys."""
+    q, k, v = ([linear(to, x) for x in xs] for to, xs in
+               ((layer.to_q, queries), (layer.to_k, keys), (layer.to_v, values)))
+    d = len(q[0]) // layer.heads
+    read = []
+    for query in q:
+        heads = []
+        for a in range(layer.heads):
+            part = slice(a * d, (a + 1) * d)
+            weights = [math.exp(query[part].dot(key[part]).item() / math.sqrt(d))
+                       if allowed is None or allowed[j] else 0.0 for j, key in enumerate(k)]
+            heads.append(sum(w / sum(weights) * value[part] for w, value in zip(weights, v, strict=True)))
+        read.append(linear(layer.to_out, torch.cat(heads)))
+    return torch.stack(read)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+# ------------------------------------------------------------------------------------------------------------- BEiT-3
+
+
+def small_beit3(seed=0):
+    torch.manual_seed(seed)
+    return randomised(BEiT3(size=8, patch=4, width=8, layers=2, heads=2, ffn=12, positions=12, vocab_size=20), seed)
+
+
+@torch.no_grad()
+def test_eq01_the_stream_is_class_token_patches_and_words_each_at_its_place():
+    beit3 = small_beit3()
+    pixels, (_, tokens, text_mask, _) = torch.randn(M, 3, 8, 8), example()
+    U_0 = beit3.embed(pixels, tokens, text_mask)
+    assert list(U_0) == ["A", "B"] and U_0["A"].shape == (M, 5, 8) and U_0["B"].shape == (M, L, 8)
+    proj, tables = beit3.vision_embed.proj, beit3.encoder.embed_positions
+    for m in range(M):
+        expected = [beit3.vision_embed.cls_token[0, 0] + tables["A"].weight[2]]
+        for n in range(4):                                                    # patches row by row
+            y, x = 4 * (n // 2), 4 * (n % 2)
+            patch = pixels[m, :, y:y + 4, x:x + 4]
+            projected = torch.stack([(w * patch).sum() for w in proj.weight]) + proj.bias
+            expected.append(projected + tables["A"].weight[3 + n])
+        torch.testing.assert_close(U_0["A"][m], torch.stack(expected))
+        for n in range(L):                                                    # words start at row 2 of their own table
+            word = beit3.text_embed.weight[tokens[m, n]] + tables["B"].weight[2 + n]
+            torch.testing.assert_close(U_0["B"][m, n], word if text_mask[m, n] else torch.zeros(8))
+
+
+def described_beit3(state, streams, masks, heads=2):
+    """BEiT-3 as its description has it, position by position. streams {"A", "B"}: lists of vectors; -> the same."""
+    def norm(name, x):
+        x = (x - x.mean()) / torch.sqrt(x.var(unbiased=False) + 1e-5)
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def dense(name, x):
+        return state[f"{name}.weight"] @ x + state[f"{name}.bias"]
+
+    tokens = [(branch, x) for branch in streams for x in streams[branch]]
+    allowed = [keep for branch in streams for keep in masks[branch]]
+    d = len(tokens[0][1]) // heads
+    for layer in range(2):
+        at = f"encoder.layers.{layer}."
+        normed = [norm(f"{at}self_attn_layer_norm.{b}", x) for b, x in tokens]
+        q, k, v = ([dense(f"{at}self_attn.{p}_proj.{b}", x) for (b, _), x in zip(tokens, normed, strict=True)]
+                   for p in "qkv")
+        after = []
+        for (branch, x), query in zip(tokens, q, strict=True):
+            mixed = []
+            for a in range(heads):
+                part = slice(a * d, (a + 1) * d)
+                weights = [math.exp(query[part].dot(key[part]).item() / math.sqrt(d)) * keep
+                           for key, keep in zip(k, allowed, strict=True)]
+                mixed.append(sum(w * value[part] for w, value in zip(weights, v, strict=True)) / sum(weights))
+            mixed = norm(f"{at}self_attn.inner_attn_ln.{branch}", torch.cat(mixed))
+            x = x + dense(f"{at}self_attn.out_proj.{branch}", mixed)
+            hidden = gelu(dense(f"{at}ffn.{branch}.fc1", norm(f"{at}final_layer_norm.{branch}", x)))
+            hidden = norm(f"{at}ffn.{branch}.ffn_layernorm", hidden)
+            after.append((branch, x + dense(f"{at}ffn.{branch}.fc2", hidden)))
+        tokens = after
+    return {branch: torch.stack([norm(f"encoder.layer_norm.{b}", x) for b, x in tokens if b == branch])
+            for branch in streams}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["AB", "A", "B"], ids=["joint", "image only", "text only"])
+def test_beit3_is_what_its_description_says(given):
+    beit3 = small_beit3()
+    pixels, (_, tokens, text_mask, _) = torch.randn(M, 3, 8, 8), example()
+    inputs = {"pixels": pixels} if "A" in given else {}
+    inputs |= {"tokens": tokens, "text_mask": text_mask} if "B" in given else {}
+    image, words = beit3(**inputs)
+    assert (image is None) == ("A" not in given) and (words is None) == ("B" not in given)
+    U_0 = beit3.embed(**inputs)
+    for m in range(M):
+        keep = {"A": [True] * 5, "B": text_mask[m].tolist()}
+        expected = described_beit3(beit3.state_dict(), {b: U_0[b][m] for b in given}, {b: keep[b] for b in given})
+        if image is not None:
+            torch.testing.assert_close(image[m], expected["A"], rtol=1e-4, atol=1e-4)
+        if words is not None:
+            real = text_mask[m]
+            torch.testing.assert_close(words[m][real], expected["B"][real], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_has_no_influence_on_real_positions_of_beit3():
+    beit3 = small_beit3()
+    pixels, (_, tokens, text_mask, _) = torch.randn(M, 3, 8, 8), example()
+    image, words = beit3(pixels, tokens, text_mask)
+    other_image, other_words = beit3(pixels, tokens.where(text_mask, 7), text_mask)
+    torch.testing.assert_close(image, other_image, rtol=0, atol=0)
+    torch.testing.assert_close(words[text_mask], other_words[text_mask], rtol=0, atol=0)
+    alone, alone_words = beit3(pixels[1:2], tokens[1:2, :5])
+    torch.testing.assert_close(image[1:2], alone)
+    torch.testing.assert_close(words[1:2, :5], alone_words)
+
+
+def official_shapes(layers=24, D=1024, ffn=4096, vocab=64010, patch=16, rows=199, positions=1024):
+    """The published file's tensors, from the pattern list of its description."""
+    shapes = {"text_embed.weight": (vocab, D),
+              "vision_embed.cls_token": (1, 1, D), "vision_embed.mask_token": (1, 1, D),
+              "vision_embed.proj.weight": (D, 3, patch, patch), "vision_embed.proj.bias": (D,),
+              "encoder.embed_positions.A.weight": (rows, D), "encoder.embed_positions.B.weight": (positions, D)}
+    for w in "AB":
+        norms, dense = [f"encoder.layer_norm.{w}"], []
+        for n in range(layers):
+            at = f"encoder.layers.{n}."
+            dense += [(f"{at}self_attn.{p}_proj.{w}", D, D) for p in ("q", "k", "v", "out")]
+            dense += [(f"{at}ffn.{w}.fc1", ffn, D), (f"{at}ffn.{w}.fc2", D, ffn)]
+            norms += [f"{at}self_attn.inner_attn_ln.{w}", f"{at}self_attn_layer_norm.{w}", f"{at}final_layer_norm.{w}"]
+            shapes |= {f"{at}ffn.{w}.ffn_layernorm.{kind}": (ffn,) for kind in ("weight", "bias")}
+        shapes |= {f"{name}.{kind}": (D,) for name in norms for kind in ("weight", "bias")}
+        for name, rows_out, columns in dense:
+            shapes |= {f"{name}.weight": (rows_out, columns), f"{name}.bias": (rows_out,)}
+    return {f"beit3.{name}": shape for name, shape in shapes.items()}
+
+
+def test_beit3_has_the_published_files_names_shapes_and_size():
+    with torch.device("meta"):
+        large = BEiT3()
+    assert {f"beit3.{name}": tuple(value.shape) for name, value in large.state_dict().items()} == official_shapes()
+    assert len(official_shapes()) == 971
+    assert sum(parameter.numel() for parameter in large.parameters()) == 672_702_464
+    tiny = {f"beit3.{name}": tuple(value.shape) for name, value in small_beit3().state_dict().items()}
+    assert tiny == official_shapes(2, 8, 12, 20, 4, 7, 12)
+
+
+# ----------------------------------------------------------------------------------------------------------- equations
+
+
+def small_fusion(**options):
+    torch.manual_seed(0)
+    return randomised(BidirectionalHierarchicalFusion(8, 6, reduction=2, heads=2, **options), scale=0.4)
+
+
+def fusion_inputs():
+    generator = torch.Generator().manual_seed(1)
+    F_in, F_i = torch.randn(2, M, 2, 3, 8, generator=generator)
+    T_i = torch.randn(M, 5, 6, generator=generator)
+    text_mask = torch.arange(5) < torch.tensor([5, 3, 2])[:, None]
+    return F_in, F_i, T_i, text_mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("official", [False, True], ids=["paper", "official"])
+def test_eq02_image_and_words_read_each_other(official):
+    layer, (_, F_i, T_i, text_mask) = small_fusion(official=official), fusion_inputs()
+    F2, T2 = layer.interact(F_i, T_i, text_mask)
+    assert F2.shape == (M, 2, 3, 4) and T2.shape == (M, 5, 4)
+    for m in range(M):
+        F1 = [gelu(linear(layer.down, x)) for x in F_i[m].flatten(0, 1)]
+        T1 = [linear(layer.text_in, t) for t in T_i[m]]
+        expected = attention(layer.image_reads_text, F1, T1, T1, text_mask[m]) + torch.stack(F1)
+        torch.testing.assert_close(F2[m].flatten(0, 1), expected)
+        image = list(expected) if official else F1
+        torch.testing.assert_close(T2[m], attention(layer.text_reads_image, T1, image, image) + torch.stack(T1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("official", [False, True], ids=["paper", "official"])
+def test_eq03_text_is_blended_and_image_takes_two_branches(official):
+    layer = small_fusion(official=official, alpha_text=0.3, alpha_image=0.7)
+    F_in, F_i, T_i, text_mask = fusion_inputs()
+    norm, mlp = randomised(nn.LayerNorm(8)), randomised(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), seed=2)
+    F_out, T_next = layer(F_in, F_i, T_i, text_mask, norm, mlp)
+    F2, T2 = layer.interact(F_i, T_i, text_mask)
+    for m in range(M):
+        for n in range(5):
+            expected = (1 - 0.3) * T_i[m, n] + 0.3 * linear(layer.text_out, T2[m, n])
+            torch.testing.assert_close(T_next[m, n], expected)
+        for y in range(2):
+            for x in range(3):
+                F3 = F_in[m, y, x] + linear(layer.up, F2[m, y, x]) + F_i[m, y, x]
+                side = gelu(linear(layer.side[0], norm(F3) if official else F3))
+                expected = F3 + mlp(norm(F3)) + 0.7 * linear(layer.side[2], side)
+                torch.testing.assert_close(F_out[m, y, x], expected)
+
+
+def test_eq03_coefficients_are_the_papers():
+    assert Config().alpha_text == 0.2 and Config().alpha_image == 0.5
+    layer = build().fusion[0]
+    assert layer.alpha_text == 0.2 and layer.alpha_image == 0.5
+
+
+@torch.no_grad()
+def test_structures_of_table_4_drop_the_text_update_and_the_text():
+    F_in, F_i, T_i, text_mask = fusion_inputs()
+    norm, mlp = nn.LayerNorm(8), nn.Linear(8, 8)
+    uni = small_fusion(structure="uni")
+    bi = small_fusion(structure="bi")
+    bi.load_state_dict(uni.state_dict(), strict=False)
+    F_uni, T_uni = uni(F_in, F_i, T_i, text_mask, norm, mlp)
+    F_bi, T_bi = bi(F_in, F_i, T_i, text_mask, norm, mlp)
+    torch.testing.assert_close(F_uni, F_bi)
+    assert T_uni is T_i and (T_bi - T_i).abs().max() > 0.01
+    linear_only = small_fusion(structure="linear")
+    F1 = F.gelu(linear_only.down(F_i))
+    torch.testing.assert_close(linear_only.interact(F_i, None, None)[0], F1)
+    assert not [name for name, _ in linear_only.named_parameters() if "text" in name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [64, 96])
+def test_hand_run_hiera_with_closed_fusion_is_transformers_own(size):
+    model = build(lively=True, image_size=size, hiera_windows=(8, 4, 6, 2))
+    for layer in model.fusion:
+        for closed in (layer.up, layer.side[-1]):
+            nn.init.zeros_(closed.weight)
+            nn.init.zeros_(closed.bias)
+    pixels, T = torch.randn(M, 3, size, size), torch.randn(M, L, 16)
+    features = model.encode_image(pixels, T, example()[2])
+    expected = model.sam.vision_encoder(pixels).fpn_hidden_states
+    for feature, other, stride in zip(features, expected, (4, 8, 16), strict=True):
+        assert feature.shape == (M, 16, size // stride, size // stride)
+        torch.testing.assert_close(feature, other, rtol=0, atol=0)
+    assert torch.equal(build(fusion="none").encode_image(pixels, None, None)[2],
+                       build(zero_init=True).encode_image(pixels, T, example()[2])[2])
+
+
+@torch.no_grad()
+def test_fusion_layers_pass_the_words_on_from_block_to_block():
+    model = build(lively=True)
+    seen = []
+    for layer in model.fusion:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs))
+    T_0 = torch.randn(M, L, 16)
+    model.encode_image(torch.randn(M, 3, 64, 64), T_0, example()[2])
+    T = T_0
+    for layer, (F_in, F_i, T_i, text_mask, norm, mlp), block in zip(
+            model.fusion, list(seen), model.sam.vision_encoder.backbone.blocks, strict=True):
+        torch.testing.assert_close(T_i, T)
+        assert F_in.shape == F_i.shape and F_i.shape[-1] == block.dim_out
+        assert norm is block.layer_norm2 and mlp is block.mlp
+        T = layer(F_in, F_i, T_i, text_mask, norm, mlp)[1]
+
+
+@torch.no_grad()
+def test_eq04_the_feature_is_multiplied_by_what_it_read():
+    torch.manual_seed(0)
+    gate = randomised(TextGate(6, 2))
+    feature, positions, T = torch.randn(M, 6, 2, 3), torch.randn(1, 6, 2, 3), torch.randn(M, 5, 6)
+    text_mask = torch.arange(5) < torch.tensor([5, 3, 2])[:, None]
+    F_en = gate(feature, positions, T, text_mask)
+    assert F_en.shape == feature.shape
+    for m in range(M):
+        queries = [feature[m, :, y, x] + positions[0, :, y, x] for y in range(2) for x in range(3)]
+        read = attention(gate.attention, queries, T[m], T[m], text_mask[m])
+        for n in range(6):
+            y, x = divmod(n, 3)
+            torch.testing.assert_close(F_en[m, :, y, x], read[n] * feature[m, :, y, x])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_attention", [True, False], ids=["w MHCA", "w/o MHCA"])
+def test_eq05_pseudo_mask_of_class_token_and_patches(with_attention):
+    torch.manual_seed(0)
+    generator = randomised(MaskPromptGenerator(6, heads=2, layers=1, attention=with_attention))
+    V_cls, V = torch.randn(M, 1, 6), torch.randn(M, 9, 6)
+    M_p = generator(V_cls, V)
+    assert M_p.shape == (M, 1, 3, 3)
+    for m in range(M):
+        token = V_cls[m, 0]
+        if with_attention:
+            token = attention(generator.attention, [token], V[m], V[m])[0] * token
+        token = linear(generator.linear, token)
+        for n in range(9):                                                    # R(V) lays the patches out row by row
+            value = linear(generator.mlp[0], V[m, n] * token)
+            torch.testing.assert_close(M_p[m, 0, n // 3, n % 3], 1 / (1 + torch.exp(-value[0])))
+
+
+def test_eq06_terms_carry_the_papers_weights():
+    model = build()
+    generator = torch.Generator().manual_seed(0)
+    logits, weight = torch.randn(M, 1, 16, 16, generator=generator), torch.randn(M, generator=generator)
+    masks = example()[3]
+    losses = model.criterion({"logits": logits, "text_weight": weight}, {"masks": masks}, 0.5)
+    assert set(losses) == {"ce", "dice", "tbl"}
+    full = F.interpolate(logits, (64, 64), mode="bilinear", align_corners=False)[:, 0]
+    ce = dice = tbl = 0.0
+    for m in range(M):
+        p, y = full[m].sigmoid(), masks[m].float()
+        w = 1.1 * y + 0.9 * (1 - y)
+        ce += -(w * (y * p.log() + (1 - y) * (1 - p).log())).sum() / w.sum() / M
+        dice += (1 - (2 * (p * y).sum() + 1) / ((p * p).sum() + (y * y).sum() + 1)) / M
+        tbl += boundary_loss(full[m][None, None], masks[m][None, None], weight[m:m + 1])[0] / M
+    torch.testing.assert_close(losses["ce"], 1.0 * ce)
+    torch.testing.assert_close(losses["dice"], 0.1 * dice)
+    torch.testing.assert_close(losses["tbl"], 0.2 * tbl)
+    assert set(build(boundary_loss=False).criterion({"logits": logits}, {"masks": masks}, 0.5)) == {"ce", "dice"}
+
+
+def test_eq07_the_weight_is_a_linear_of_the_first_word_and_the_boundary_moves_the_mask():
+    model = build(lively=True)
+    images, tokens, text_mask, masks = example()
+    outputs = model(images, tokens, text_mask)
+    T = model.beit3(rs2sam2.to_pixels(images, 32, *model.beit_statistics, "bicubic"), tokens, text_mask)[1]
+    T_s = model.text_projection(T[:, 0])
+    torch.testing.assert_close(outputs["text_weight"], model.text_weight(T_s)[:, 0])
+    logits = outputs["logits"].detach().requires_grad_()
+    for hard, reached in ((False, True), (True, False)):
+        model.config = dataclasses.replace(model.config, hard_boundary=hard)
+        weight = torch.ones(M, requires_grad=True)
+        term = model.criterion({"logits": logits, "text_weight": weight}, {"masks": masks}, 0.0)["tbl"]
+        gradients = torch.autograd.grad(term, (logits, weight), allow_unused=True)
+        assert (gradients[0] is not None and gradients[0].abs().max() > 1e-6) == reached
+        assert gradients[1].abs().min() > 1e-6
+
+
+def test_diagnose_reports_the_text_weight_and_the_pseudo_mask():
+    model = build()
+    masks = example()[3]
+    pseudo = F.interpolate(masks[:, None].float(), (16, 16))
+    outputs = {"logits": torch.where(masks[:, None], 9.0, -9.0), "pseudo_mask": pseudo,
+               "text_weight": torch.tensor([0.5, -0.25, 0.0])}
+    figures = model.diagnose(outputs, masks)
+    assert {name: value.shape for name, value in figures.items()} == dict.fromkeys(
+        ("text_weight", "boundary", "pseudo_mask_iou"), (M,))
+    torch.testing.assert_close(figures["text_weight"], torch.tensor([0.5, 0.25, 0.0]))
+    assert (figures["boundary"] < 1e-5).all() and (figures["pseudo_mask_iou"] > 0.7).all()
+    assert (model.diagnose({**outputs, "logits": -outputs["logits"]}, masks)["boundary"] < 1e-5).all()
+    shifted = {**outputs, "logits": outputs["logits"].roll(9, 2)}
+    assert (model.diagnose(shifted, masks)["boundary"] > 1e-3).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+@torch.no_grad()
+def test_decoder_gets_gated_feature_one_token_and_the_embedded_pseudo_mask():
+    model = build(lively=True)
+    images, tokens, text_mask, _ = example()
+    got = {}
+    model.sam.mask_decoder.register_forward_pre_hook(lambda _, args, kwargs: got.update(kwargs), with_kwargs=True)
+    outputs = model(images, tokens, text_mask)
+    V, T = model.beit3(rs2sam2.to_pixels(images, 32, *model.beit_statistics, "bicubic"), tokens, text_mask)
+    T_0 = model.text_projection(T)
+    pixels = rs2sam2.to_pixels(images, 64, *model.sam_statistics, "bilinear")
+    feature4, feature8, feature16 = model.encode_image(pixels, T_0, text_mask)
+    feature16 = feature16 + model.sam.no_memory_embedding.reshape(1, 16, 1, 1)
+    positions = model.sam.get_image_wide_positional_embeddings()
+    torch.testing.assert_close(got["image_embeddings"], model.gate(feature16, positions, T_0, text_mask))
+    torch.testing.assert_close(got["image_positional_embeddings"], positions)
+    torch.testing.assert_close(got["sparse_prompt_embeddings"], model.token_mlp(V[:, 0])[:, None, None])
+    M_p = model.prompt_generator(V[:, :1], V[:, 1:])
+    torch.testing.assert_close(outputs["pseudo_mask"], M_p)
+    up = F.interpolate(M_p, (16, 16), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(got["dense_prompt_embeddings"], model.sam.prompt_encoder.mask_embed(up))
+    for feature, conv, other in zip(got["high_resolution_features"], ("conv_s0", "conv_s1"), (feature4, feature8),
+                                    strict=True):
+        torch.testing.assert_close(feature, getattr(model.sam.mask_decoder, conv)(other))
+    assert got["multimask_output"] is False
+    without = build(lively=True, mpg=False, gate=False)
+    without.sam.mask_decoder.register_forward_pre_hook(lambda _, args, kwargs: got.update(kwargs), with_kwargs=True)
+    without(images, tokens, text_mask)
+    dense = without.sam.prompt_encoder.no_mask_embed.weight.reshape(1, 16, 1, 1).expand(1, 16, 4, 4)
+    torch.testing.assert_close(got["dense_prompt_embeddings"], dense)
+
+
+@torch.no_grad()
+def test_outputs_have_the_documented_shapes_and_training_mode_changes_nothing():
+    model = build(lively=True)
+    images, tokens, text_mask, _ = example()
+    outputs = model(images, tokens, text_mask)
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {
+        "logits": (M, 1, 16, 16), "pseudo_mask": (M, 1, 4, 4), "text_weight": (M,)}
+    assert all(name in outputs for name in model.MAPS)
+    assert outputs["pseudo_mask"].min() >= 0 and outputs["pseudo_mask"].max() <= 1
+    for name, value in model.train()(images, tokens, text_mask).items():
+        torch.testing.assert_close(value, outputs[name], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_padding_and_company_change_no_expressions_outputs():
+    model = build(lively=True)
+    images, tokens, text_mask, _ = example()
+    outputs = model(images, tokens, text_mask)
+    other = model(images, tokens.where(text_mask, 9), text_mask)
+    for name in outputs:
+        torch.testing.assert_close(outputs[name], other[name], rtol=0, atol=0)
+    for m, length in enumerate((8, 5, 3)):
+        alone = model(images[m:m + 1], tokens[m:m + 1, :length], text_mask[m:m + 1, :length])
+        for name in outputs:
+            torch.testing.assert_close(outputs[name][m:m + 1], alone[name], rtol=1e-4, atol=1e-4)
+    assert (outputs["logits"] - model(images, tokens.roll(1, 0), text_mask)["logits"]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_image_index_repeats_an_image_for_its_expressions():
+    model = build(lively=True)
+    images, tokens, text_mask, _ = example()
+    index = torch.tensor([1, 0, 1])
+    outputs = model(images[:2], tokens, text_mask, index)
+    expected = model(images[index], tokens, text_mask)
+    for name in outputs:
+        torch.testing.assert_close(outputs[name], expected[name])
+
+
+@torch.no_grad()
+def test_switches_for_released_weights():
+    images, tokens, text_mask, _ = example()
+    plain = build(lively=True)
+    logits = plain(images, tokens, text_mask)["logits"]
+    pair = build(lively=True, official_logits=True)(images, tokens, text_mask)["logits"]
+    torch.testing.assert_close(pair, 2 * logits - 1)                          # arg max of (1-m, m) is m > 0.5
+    assert (build(lively=True, official_fusion=True)(images, tokens, text_mask)["logits"] - logits).abs().max() > 1e-3
+    imagenet = build(official_pixels=True)
+    torch.testing.assert_close(imagenet.beit_statistics, plain.sam_statistics)
+    assert not any(getattr(Config(), name) for name in (
+        "official_fusion", "official_logits", "official_pixels", "hard_boundary", "zero_init"))
+
+
+@torch.no_grad()
+def test_pixels_of_the_two_encoders():
+    model = build()
+    grey = torch.full((1, 3, 64, 64), 51, dtype=torch.uint8)
+    beit = rs2sam2.to_pixels(grey, 32, *model.beit_statistics, "bicubic")
+    assert beit.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(beit, torch.full_like(beit, (0.2 - 0.5) / 0.5))
+    sam = rs2sam2.to_pixels(grey, 64, *model.sam_statistics, "bilinear")
+    for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        torch.testing.assert_close(sam[:, channel], torch.full((1, 64, 64), (0.2 - mean) / std))
+    edge = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    edge[..., 30:] = 255
+    sharp = rs2sam2.to_pixels(edge, 32, *model.beit_statistics, "bicubic")
+    assert sharp.min() >= -1 and sharp.max() <= 1                             # bicubic overshoot is cut as PIL cuts it
+
+
+def test_checkpointing_leaves_outputs_and_gradients_as_they_are():
+    images, tokens, text_mask, masks = example()
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(lively=True, checkpointing=checkpointing).train()
+        model.param_groups(RECIPE)
+        sum(model.criterion(model(images, tokens, text_mask), {"masks": masks}, 0.0).values()).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------- what learns
+
+
+def reached(model, term=None, least=1e-6):
+    """Names of the parameters whose gradient exceeds `least`, and of those that have one at all."""
+    images, tokens, text_mask, masks = example()
+    losses = model.criterion(model(images, tokens, text_mask), {"masks": masks}, 0.0)
+    model.zero_grad(set_to_none=True)
+    (losses[term] if term else sum(losses.values())).backward()
+    have = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name for name, gradient in have.items() if gradient.abs().max() > least}, set(have)
+
+
+def cancels(name):
+    """A key bias shifts all scores of a query alike where every key has it: the softmax does not see it."""
+    return name.endswith(("to_k.bias", "k_proj.bias")) and not name.startswith("beit3")
+
+
+VARIANTS = [{}, {"fusion": "uni"}, {"fusion": "linear"}, {"fusion": "none"}, {"gate": False}, {"mpg": False},
+            {"mpg_attention": False}, {"mpg_layers": 2}, {"official_fusion": True},
+            {"fusion": "none", "gate": False, "mpg": False, "boundary_loss": False}]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("freeze", [True, False], ids=["freeze", "all"])
+def test_all_that_learns_gets_a_gradient_and_nothing_else(changes, freeze):
+    model = build(lively=True, freeze=freeze, **changes).train()
+    groups = model.param_groups(RECIPE)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(
+        id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    large, have = reached(model, least=1e-9)
+    assert not have ^ learning, sorted(have ^ learning)
+    silent = {name for name in learning - large if not cancels(name)}
+    assert not silent, sorted(silent)
+    assert not [name for name in learning if name.startswith("sam.vision_encoder")] or not freeze
+
+
+def test_every_loss_term_reaches_what_it_should():
+    model = build(lively=True, freeze=False, lambda_dice=1.0, lambda_tbl=1.0, alpha_text=0.5).train()
+    model.param_groups(RECIPE)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for term in ("ce", "dice", "tbl"):
+        silent = {name for name in learning - reached(model, term)[0] if not cancels(name)}
+        expected = set() if term == "tbl" else {"text_weight.weight", "text_weight.bias"}     # they weigh (7) alone
+        assert not silent ^ expected, (term, sorted(silent ^ expected))
+
+
+def test_two_learning_rates_and_what_is_frozen():
+    model = build(freeze=True)
+    recipe = {**rs2sam2.RECIPE, **rs2sam2.RECIPE_FOR["refsegrs"]}
+    low, high = model.param_groups(recipe)
+    assert (low["lr"], high["lr"]) == (5e-5, 1e-4)
+    assert low["weight_decay"] == high["weight_decay"] == 0.01
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].split(".")[0] for p in high["params"]} == {"fusion", "gate", "prompt_generator"}
+    assert {names[id(p)].split(".")[0] for p in low["params"]} == {"beit3", "sam", "text_projection", "token_mlp",
+                                                                   "text_weight"}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name for name in frozen if not name.startswith("sam.vision_encoder.")} == {
+        name for name in names.values() if name.startswith((
+            "beit3.vision_embed.mask_token", "sam.prompt_encoder.point_embed", "sam.prompt_encoder.not_a_point_embed",
+            "sam.prompt_encoder.no_mask_embed", "sam.mask_decoder.iou_prediction_head",
+            "sam.mask_decoder.pred_obj_score_head", "sam.mask_decoder.output_hypernetworks_mlps.1",
+            "sam.mask_decoder.output_hypernetworks_mlps.2", "sam.mask_decoder.output_hypernetworks_mlps.3",
+            "fusion.4.text_reads_image", "fusion.4.text_out"))}
+
+
+def test_recipes_are_the_papers():
+    expected = {"epochs": 40, "lr": 1e-5, "lr_modules": 5e-5, "batch_size": 8, "drop_epochs": 10, "drop_factor": 0.1,
+                "schedule": "step", "select": "mIoU+oIoU", "protocol": "resized", "weight_decay": 0.01}
+    assert {key: rs2sam2.RECIPE[key] for key in expected} == expected
+    assert rs2sam2.RECIPE_FOR == {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert not fields & set(rs2sam2.RECIPE) and set(rs2sam2.RECIPE_TINY) <= set(rs2sam2.RECIPE)
+
+
+def test_ablations_are_the_thirteen_rows_of_tables_3_and_4():
+    assert [len(rows) for rows in rs2sam2.ABLATIONS.values()] == [5, 8]
+    for rows in rs2sam2.ABLATIONS.values():
+        for changes in rows.values():
+            dataclasses.replace(Config(), **changes)
+    full = Config()
+    assert dataclasses.replace(full, **rs2sam2.ABLATIONS["3"]["L_tbl+MMP+DHF"]) == full
+    for row in ("MPG w MHCA", "Bi", "w BC&BL"):
+        assert dataclasses.replace(full, **rs2sam2.ABLATIONS["4"][row]) == full
+    baseline = build(**rs2sam2.ABLATIONS["3"]["Baseline"])                     # SAM 2 and the union encoder
+    assert {name for name, _ in baseline.named_children()} == {"beit3", "sam", "token_mlp"}
+
+
+def test_paper_size_counts():
+    with torch.device("meta"):
+        model = RS2SAM2(Config())
+    def count(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+    assert count(model.fusion) == 30_331_560
+    assert sum(count(layer.side) for layer in model.fusion) == 8_929_944
+    assert count(model.prompt_generator) == 5_249_025 and count(model.gate) == 263_168
+    encoder = model.sam.vision_encoder
+    assert count(encoder.backbone) == 212_149_296 and count(encoder.neck) == 553_984
+    assert count(model.sam.prompt_encoder) == 6_220 and count(model.sam.mask_decoder) == 4_215_109
+    assert [layer.down.out_features for layer in model.fusion] == [36] * 2 + [72] * 6 + [144] * 36 + [288] * 4
+    learning = [parameter for group in model.param_groups(rs2sam2.RECIPE) for parameter in group["params"]]
+    assert not {id(parameter) for parameter in learning} & {id(parameter) for parameter in encoder.parameters()}
+    assert sum(parameter.numel() for parameter in learning) == 713_249_110
+
+
+def test_tiny_overfits_a_handful_of_samples():
+    torch.manual_seed(0)
+    model = RS2SAM2(dataclasses.replace(Config.tiny(), image_size=64, beit_size=32, vocab_size=20)).train()
+    optimizer = torch.optim.AdamW(model.param_groups(RECIPE), lr=2e-3)
+    images, tokens, text_mask, _ = example()
+    images = images // 4
+    masks = torch.zeros(M, 64, 64, dtype=torch.bool)
+    for m in range(M):                                                        # one image; the words tell the object
+        masks[m, 20 * m:20 * m + 16, 12 * m:12 * m + 24] = True
+        images[0, m, masks[m]] = 255
+    index = torch.zeros(M, dtype=torch.long)
+    for _ in range(240):
+        outputs = model(images[:1], tokens, text_mask, index)
+        sum(model.criterion(outputs, {"masks": masks}, 0.0).values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    logits = F.interpolate(model(images[:1], tokens, text_mask, index)["logits"], (64, 64), mode="bilinear")[:, 0]
+    iou = ((logits > 0) & masks).sum((1, 2)) / ((logits > 0) | masks).sum((1, 2))
+    assert iou.min() > 0.8, iou
+
+
+# ------------------------------------------------------------------------------------------- tokenizers, files, errors
+
+
+@pytest.fixture(scope="module")
+def words_file(tmp_path_factory):
+    """A SentencePiece file of 60 pieces, trained here."""
+    folder = tmp_path_factory.mktemp("spm")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"The {colour} {thing} on the {side} side of the harbour" for colour in (
+        "red", "blue", "white") for thing in ("Ship", "plane", "bridge", "tank") for side in ("left", "right")))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "beit3"), vocab_size=60, model_type="unigram", minloglevel=2,
+        hard_vocab_limit=False)
+    return folder / "beit3.model"
+
+
+def folder_config(folder, words_file, **changes):
+    (folder / "beit3.spm").write_bytes(words_file.read_bytes())
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(words_file)).get_piece_size()
+    return dataclasses.replace(SMALL, pretrained=str(folder), vocab_size=pieces + 2 + 8, **changes), pieces
+
+
+def test_pretrained_tokenizer_numbers_pieces_as_the_embedding_expects(tmp_path, words_file):
+    config, pieces = folder_config(tmp_path, words_file)
+    tokenize = pickle.loads(pickle.dumps(rs2sam2.tokenizer(config)))
+    assert len(tokenize) == pieces + 2
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(words_file))
+    tokens, text_mask = tokenize(["red", "the Ship 漢 on the left side of the harbour"])
+    assert tokens.shape == text_mask.shape == (2, 8) and tokens.dtype == torch.int64 and text_mask.dtype == torch.bool
+    ids = raw.encode("red")
+    assert tokens[0, :len(ids) + 2].tolist() == [0, *[piece + 1 for piece in ids], 2]
+    assert (tokens[0, len(ids) + 2:] == 1).all()                              # <pad>
+    assert torch.equal(text_mask, tokens != 1)
+    assert tokens[1, 0] == 0 and tokens[1, -1] == 2                           # cut, with </s> kept
+    assert 0 in raw.encode("漢") and 3 in tokenize(["漢"])[0]                  # <unk>
+    assert raw.encode("The") != raw.encode("the")                             # case kept
+    with pytest.raises(ValueError, match=r"beit3\.spm: \d+ tokens, expected vocab_size - 8 = 64002"):
+        rs2sam2.tokenizer(dataclasses.replace(config, vocab_size=64010))
+    (tmp_path / "beit3.spm").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match=r"beit3\.spm: damaged"):
+        rs2sam2.tokenizer(config)
+
+
+def test_word_tokenizer():
+    tokenize = pickle.loads(pickle.dumps(rs2sam2.tokenizer(SMALL, ["red", "ship", "the"])))
+    assert len(tokenize) == 7 and tokenize.words == ["red", "ship", "the"]
+    tokens, text_mask = tokenize(["The red ship", "blue " * 20])
+    assert tokens.tolist() == [[0, 6, 4, 5, 2, 1, 1, 1], [0, 3, 3, 3, 3, 3, 3, 2]]
+    assert text_mask.sum(1).tolist() == [5, 8]
+    with pytest.raises(ValueError, match="vocabulary"):
+        rs2sam2.tokenizer(SMALL)
+
+
+def test_official_files_are_read_back_strictly(tmp_path, words_file, capsys):
+    config, _ = folder_config(tmp_path, words_file)
+    torch.manual_seed(1)
+    source = RS2SAM2(dataclasses.replace(config, pretrained="none"))
+    source.sam.save_pretrained(tmp_path / "sam2-hiera-large")
+    tensors = {f"beit3.{name}": value.half() for name, value in source.beit3.state_dict().items()}
+    heads = {"mlm_head.weight": torch.zeros(2), "mim_head.bias": torch.zeros(2)}
+    path = tmp_path / "beit3_large_patch16_224.pth"
+    torch.save({"model": {**tensors, **heads}}, path)
+    model = build(pretrained=str(tmp_path), vocab_size=config.vocab_size)
+    sources = model.load_pretrained()
+    assert sources == {"beit3.": "beit3_large_patch16_224.pth", "sam.": "facebook/sam2-hiera-large"}
+    assert f"{path}: {len(tensors)} tensors loaded" in capsys.readouterr().out
+    for name, value in model.beit3.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, tensors[f"beit3.{name}"].float(), rtol=0, atol=0)
+    for name, value in model.sam.state_dict().items():
+        torch.testing.assert_close(value, source.sam.state_dict()[name], rtol=0, atol=0)
+    missing = {name: value for name, value in tensors.items() if name != "beit3.encoder.layers.1.ffn.B.fc2.weight"}
+    torch.save({"model": missing}, path)
+    with pytest.raises(ValueError, match=r"patch16_224\.pth: does not fit .*encoder\.layers\.1\.ffn\.B\.fc2\.weight"):
+        model.load_pretrained()
+    torch.save(tensors, path)
+    with pytest.raises(ValueError, match=r'patch16_224\.pth: expected a dict with the tensors under "model"'):
+        model.load_pretrained()
+    path.write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"patch16_224\.pth: damaged or no PyTorch weights file"):
+        model.load_pretrained()
+
+
+@pytest.mark.parametrize("pretrained", ["hub", "folder"])
+def test_missing_weights_are_named_with_their_place(tmp_path, pretrained):
+    config = dataclasses.replace(SMALL, pretrained="hub" if pretrained == "hub" else str(tmp_path),
+                                 weights_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"beit3_large_patch16_224\.pth.*addf400/files.*weights_dir"):
+        RS2SAM2(config).load_pretrained()
+    with pytest.raises(FileNotFoundError, match=r"beit3\.spm.*github\.com/addf400/files"):
+        rs2sam2.tokenizer(config)
+    if pretrained == "hub":
+        with pytest.raises(FileNotFoundError, match="facebook/sam2-hiera-large: not reached.*HF_ENDPOINT.*=DIR"):
+            rs2sam2.read_huggingface(rs2sam2.Sam2Model, config.sam_backbone, extra=())
+    else:
+        with pytest.raises(FileNotFoundError, match="sam2-hiera-large: no such folder"):
+            rs2sam2.find_weights(config, config.sam_backbone)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("fusion", "both"), ("hiera_blocks", (1, 1, 1)), ("image_size", 1000), ("beit_size", 220), ("hiera_width", 100),
+    ("text_length", 1024)])
+def test_wrong_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}="):
+        dataclasses.replace(Config(), **{field: value})
+
+
+def test_tiny_builds_small():
+    model = RS2SAM2(Config.tiny())
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+    assert Config.tiny().freeze is False and Config.tiny().pretrained == "none" and Config().freeze is True

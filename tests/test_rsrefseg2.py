@@ -1,0 +1,872 @@
+"""RSRefSeg 2: each equation against plain loops, the towers against transformers, and what the head promises."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import GemmaTokenizer, Sam2Model, SiglipModel
+
+import metrics
+import models
+from models import rsrefseg2
+from models.rsrefseg2 import ABLATIONS, RECIPE, RECIPE_TINY, Config, LoRALinear, RSRefSeg2
+
+N, M, L, G = 2, 3, 10, 4           # images, expressions, tokens, side of the small image's grid
+D_V, D_T, C, S = 32, 24, 16, 64    # widths: image and sentence, words, SAM's prompts; side of the large image
+
+
+SMALL = Config(                    # smaller than tiny, and no two widths equal that could be mistaken for each other
+    image_size=S, pretrained="none", text_length=L, vocab_size=30, vision_size=G * 8, patch=8, vision_width=D_V,
+    vision_layers=2, vision_heads=2, vision_mlp=48, text_width=D_T, text_layers=2, text_heads=2, text_mlp=40,
+    sam_width=8, sam_heads=1, sam_blocks=(1, 1, 2, 1), sam_windows=(4, 4, 2, 2), sam_global=(3,), sam_background=2,
+    prompt_width=C, decoder_heads=2, decoder_mlp=24, lora_text=2, lora_vision=3, lora_sam=4,
+    attention_width=12, heads=2, mlp_width=20, n_t=3, n_p=4)
+
+
+def small(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+def build(config=None, seed=0):
+    """A model in eval mode with every parameter drawn anew, so that no zero hides a term."""
+    torch.manual_seed(seed)
+    model = RSRefSeg2(config or small()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias") or "lora_A" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand_like(buffer))
+    return model
+
+
+def inputs(config=None, lengths=(4, 7, 3), index=(0, 1, 1), seed=1):
+    config = config or small()
+    generator = torch.Generator().manual_seed(seed)
+    side = config.image_size
+    images = torch.randint(0, 256, (max(index) + 1, 3, side, side), generator=generator, dtype=torch.uint8)
+    tokens = torch.zeros(len(lengths), config.text_length, dtype=torch.long)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.randint(3, 30, (length,), generator=generator)
+        row[length] = 2
+    return images, tokens, tokens != 0, torch.tensor(index)
+
+
+def batch_for(config=None, index=(0, 1, 1), seed=2):
+    side = (config or small()).image_size
+    masks = torch.zeros(len(index), side, side, dtype=torch.bool)
+    for k, mask in enumerate(masks):
+        mask[5 + 7 * k:23 + 9 * k, 3 + 5 * k:31] = True
+    return {"masks": masks, "image_index": torch.tensor(index)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+def close(a, b, tolerance=2e-5):
+    a, b = (torch.as_tensor(np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)).double() for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------ plain numpy versions of the layers, one item
+
+
+def array(tensor):
+    return tensor.detach().double().numpy()
+
+
+def linear(layer, x):
+    return x @ array(layer.weight).T + (0 if layer.bias is None else array(layer.bias))
+
+
+def norm(layer, x):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + layer.eps) * array(layer.weight) + array(layer.bias)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def perceptron(layers, x):
+    return linear(layers[2], gelu(linear(layers[0], x)))
+
+
+def attend(layer, queries, keys, values, mask=None):
+    """Attention of one item by loops over heads, queries and keys."""
+    q, k, v = linear(layer.to_q, queries), linear(layer.to_k, keys), linear(layer.to_v, values)
+    width = q.shape[-1] // layer.heads
+    mixed = np.zeros_like(q)
+    for head in range(layer.heads):
+        part = slice(head * width, (head + 1) * width)
+        for i in range(len(q)):
+            weights = np.array([math.exp(q[i, part] @ k[j, part] / math.sqrt(width)) if mask is None or mask[j] else 0.0
+                                for j in range(len(k))])
+            mixed[i, part] = sum(w * v[j, part] for j, w in enumerate(weights / weights.sum()))
+    return linear(layer.to_out, mixed)
+
+
+def self_layer(layer, x, position):
+    return norm(layer.norm, x + attend(layer.attention, x + position, x + position, x))
+
+
+def mlp_layer(layer, x):
+    return norm(layer.norm, x + perceptron(layer.mlp, x))
+
+
+def cross_layer(layer, x, context, position, context_position, mask=None):
+    x = norm(layer.norm, x + attend(layer.attention, x + position, context + context_position, context, mask))
+    return mlp_layer(layer.mlp, x)
+
+
+def upsampled(values, size):
+    """(g,g,...) -> (size,size,...), bilinear between cell centres, by loops."""
+    g = len(values)
+    result = np.zeros((size, size, *values.shape[2:]))
+    for y in range(size):
+        for x in range(size):
+            py, px = (max((k + 0.5) * g / size - 0.5, 0) for k in (y, x))
+            y0, x0 = int(py), int(px)
+            y1, x1 = min(y0 + 1, g - 1), min(x0 + 1, g - 1)
+            b, d = py - y0, px - x0
+            result[y, x] = ((1 - b) * (1 - d) * values[y0, x0] + (1 - b) * d * values[y0, x1]
+                            + b * (1 - d) * values[y1, x0] + b * d * values[y1, x1])
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- equations
+
+
+def test_eq01_the_sentence_reaches_sam_only_through_the_prompts(model):
+    images, tokens, text_mask, index = inputs()
+    outputs = model(images, tokens, text_mask, index)
+    pixels = images.double().numpy() / 255
+    with torch.no_grad():
+        small_pixels = F.interpolate(torch.tensor(pixels).float(), (G * 8, G * 8), mode="bilinear", antialias=True)
+        v = model.vision((small_pixels - 0.5) / 0.5).last_hidden_state
+        read = model.text(tokens)
+        words_only = torch.tensor([[k < n for k in range(L)] for n in (4, 7, 3)])
+        prompts = model.prompter(v[index], read.last_hidden_state, words_only, read.pooler_output)
+        normalised = [(pixels[:, k] - mean) / std for k, (mean, std) in enumerate(
+            [(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)])]
+        masks = model.generate(torch.tensor(np.stack(normalised, 1)).float(), index, prompts["p_sparse"],
+                               prompts["p_dense"])
+    close(outputs["logits"], masks, 1e-4)
+    close(outputs["p_dense"], prompts["p_dense"], 1e-4)
+
+
+def test_eq02_lora_adds_a_b_transposed(model):
+    layer = model.vision.encoder.layers[0].self_attn.q_proj
+    assert layer.lora_A.shape == (D_V, 3) and layer.lora_B.shape == (D_V, 3)
+    x = torch.randn(2, D_V)
+    W, A, B = array(layer.weight), array(layer.lora_A), array(layer.lora_B)
+    adapted = np.zeros_like(W)
+    for i in range(D_V):
+        for j in range(D_V):
+            adapted[i, j] = W[i, j] + sum(A[i, r] * B[j, r] for r in range(3))
+    close(layer(x), array(x) @ adapted.T + array(layer.bias))
+    fresh = LoRALinear(torch.nn.Linear(5, 7), 2)
+    assert not fresh.lora_A.any() and fresh.lora_B.any()
+
+
+def test_eq03_first_subspace_then_second(model):
+    prompter = model.prompter
+    v, words, sentence = torch.randn(M, G * G, D_V), torch.randn(M, L, D_T), torch.randn(M, D_V)
+    mask = torch.arange(L) < torch.tensor([[4], [7], [3]])
+    P = prompter(v, words, mask, sentence)
+    pe1, pe2 = prompter.text_positions
+    t1, t2 = prompter.decompose(words, mask, [pe1, pe2])
+    _, v1 = prompter.first(t1, v, pe1, prompter.image_position)[-1]
+    t2_prime, v2 = prompter.second(t2, v1, pe2, prompter.image_position)[-1]
+    p_sparse = prompter.sparse([(t2_prime, v2)] * 2, pe2, prompter.image_position)
+    p_dense = prompter.dense(v2.transpose(1, 2).unflatten(2, (G, G)), sentence)
+    for name, value in {"t1": t1, "t2": t2, "v2": v2, "p_sparse": p_sparse, "p_dense": p_dense}.items():
+        close(P[name], value)
+    assert P["t1"].shape == (M, 3, D_T) and P["v2"].shape == (M, G * G, D_V)
+    assert P["p_sparse"].shape == (M, 4, C) and P["p_dense"].shape == (M, 1, S // 4, S // 4)
+
+
+def test_eq04_decomposition(model):
+    module = model.prompter.decompose
+    words, n = torch.randn(1, L, D_T), 7
+    mask = torch.arange(L)[None] < n
+    pe1, pe2 = (array(pe) for pe in model.prompter.text_positions)
+    W, read = array(words[0]), [k < n for k in range(L)]
+    t1 = t2 = np.stack([W[0:3].mean(0), W[2:5].mean(0), W[4:7].mean(0)])     # three runs of seven words: 0-2, 2-4, 4-6
+    for k in range(2):
+        t1, t2 = self_layer(module.intra[k][0], t1, pe1), self_layer(module.intra[k][1], t2, pe2)
+        t1 = cross_layer(module.words[k][0], t1, W, pe1, 0, read)
+        t2 = cross_layer(module.words[k][1], t2, W, pe2, 0, read)
+        t1 = cross_layer(module.inter[k][0], t1, t2, pe1, pe2)
+        t2 = cross_layer(module.inter[k][1], t2, t1, pe2, pe1)
+    got = module(words, mask, list(model.prompter.text_positions))
+    close(got[0][0], t1)
+    close(got[1][0], t2)
+
+
+@pytest.mark.parametrize("n, runs", [(1, [(0, 1)] * 3), (2, [(0, 1), (0, 2), (1, 2)]), (5, [(0, 2), (1, 4), (3, 5)])])
+def test_eq04_runs_of_few_words(model, n, runs):
+    words = torch.randn(1, L, D_T)
+    pooled = model.prompter.decompose.pooled(words, torch.arange(L)[None] < n)
+    close(pooled[0], torch.stack([words[0, a:b].mean(0) for a, b in runs]))
+    adaptive = F.adaptive_avg_pool1d(words[0, :n].T, 3).T
+    close(pooled[0], adaptive)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_eq05_interaction(model, order):
+    module, which = getattr(model.prompter, order), int(order == "second")
+    pe_t, pe_v = model.prompter.text_positions[which], model.prompter.image_position
+    t, v = torch.randn(1, 3, D_T), torch.randn(1, G * G, D_V)
+    stages = module(t, v, pe_t, pe_v)
+    t, v = array(t[0]), array(v[0])
+    for k, stage in enumerate(stages):
+        t = self_layer(module.intra[k], t, array(pe_t))
+        v = cross_layer(module.cross[k], v, t, array(pe_v), array(pe_t))
+        close(stage[0][0], t)
+        close(stage[1][0], v)
+
+
+def test_eq06_sparse_prompts(model):
+    module, pe_t, pe_v = model.prompter.sparse, model.prompter.text_positions[1], model.prompter.image_position
+    t, v = torch.randn(1, 3, D_T), torch.randn(1, G * G, D_V)
+    got = module([(t, v)] * 2, pe_t, pe_v)
+    p, position = array(module.queries), array(module.position)
+    for k in range(2):
+        p = self_layer(module.intra[k], p, position)
+        p = cross_layer(module.text[k], p, array(t[0]), position, array(pe_t))
+        p = cross_layer(module.image[k], p, array(v[0]), position, array(pe_v))
+    close(got[0], perceptron(module.out, p))
+
+
+def test_eq07_dense_prompt(model):
+    module = model.prompter.dense
+    v, text = torch.randn(1, D_V, G, G), torch.randn(1, D_V)
+    conv, bn, _ = module.conv
+    weight, padded = array(conv.weight), np.pad(array(v[0]), ((0, 0), (1, 1), (1, 1)))
+    features = np.zeros((G, G, D_V))
+    for y in range(G):
+        for x in range(G):
+            features[y, x] = np.einsum("oikl,ikl->o", weight, padded[:, y:y + 3, x:x + 3])
+    features = (features - array(bn.running_mean)) / np.sqrt(array(bn.running_var) + bn.eps)
+    features = np.maximum(features * array(bn.weight) + array(bn.bias), 0)
+    F_dense = upsampled(features, S // 4)
+    F_dense = F_dense / np.linalg.norm(F_dense, axis=-1, keepdims=True)
+    t_sent = array(text[0]) / np.linalg.norm(array(text[0]))
+    close(module(v, text)[0, 0], F_dense @ t_sent)
+    assert module(v, text).abs().max() <= 1
+
+
+@pytest.mark.parametrize("g, size", [(4, 16), (3, 32), (5, 8), (4, 4)])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_eq07_cheap_norm_equals_upsampling_all_channels(g, size, align_corners):
+    features, text = torch.randn(2, 6, g, g, requires_grad=True), torch.randn(2, 6)
+    direct = F.interpolate(features, (size, size), mode="bilinear", align_corners=align_corners)
+    direct = torch.einsum("mdyx,md->myx", F.normalize(direct, dim=1), F.normalize(text, dim=-1))[:, None]
+    cheap = rsrefseg2.cosine_maps(features, text, size, align_corners)
+    close(cheap, direct)
+    weights = torch.randn_like(direct)
+    ours, theirs = (torch.autograd.grad((maps * weights).sum(), features)[0] for maps in (cheap, direct))
+    close(ours, theirs, 1e-4)
+
+
+def test_eq07_cells_of_zeros_stay_finite():
+    features = torch.zeros(1, 4, 3, 3, requires_grad=True)
+    maps = rsrefseg2.cosine_maps(features.relu(), torch.ones(1, 4), 8)
+    maps.sum().backward()
+    assert not maps.any() and torch.isfinite(features.grad).all()
+
+
+def two_way(decoder, tokens, image, positions):
+    """SAM's two-way transformer in the order of its paper, on one expression: tokens (T,C), image (P,C)."""
+    def attention(layer, q, k, v):
+        q, k, v = layer.q_proj(q), layer.k_proj(k), layer.v_proj(v)
+        heads = [torch.softmax(a @ b.T / math.sqrt(a.shape[-1]), -1) @ c for a, b, c in zip(
+            *(x.chunk(layer.num_attention_heads, -1) for x in (q, k, v)), strict=True)]
+        return layer.o_proj(torch.cat(heads, -1))
+
+    queries, keys = tokens, image
+    for i, layer in enumerate(decoder.transformer.layers):
+        if i == 0:
+            queries = layer.layer_norm1(attention(layer.self_attn, queries, queries, queries))
+        else:
+            q = queries + tokens
+            queries = layer.layer_norm1(queries + attention(layer.self_attn, q, q, queries))
+        read = attention(layer.cross_attn_token_to_image, queries + tokens, keys + positions, keys)
+        queries = layer.layer_norm2(queries + read)
+        queries = layer.layer_norm3(queries + layer.mlp(queries))
+        keys = layer.layer_norm4(keys + attention(layer.cross_attn_image_to_token, keys + positions, queries + tokens,
+                                                  queries))
+    last = attention(decoder.transformer.final_attn_token_to_image, queries + tokens, keys + positions, keys)
+    return decoder.transformer.layer_norm_final_attn(queries + last), keys
+
+
+@torch.no_grad()
+def test_eq08_the_first_mask_of_the_tokens_in_the_papers_order(model):
+    """T_filter, T_IoU, p_sparse concatenated as printed (and SAM 2.1's score token): the order makes no difference."""
+    sam, decoder = model.sam, model.sam.mask_decoder
+    I_2, index = torch.randn(N, 3, S, S), torch.tensor([0, 1, 1])
+    p_sparse, p_dense = torch.randn(M, 4, C), torch.rand(M, 1, S // 4, S // 4) * 2 - 1
+    logits = model.generate(I_2, index, p_sparse, p_dense)
+    assert logits.shape == (M, 1, S // 4, S // 4)
+    feature4, feature8, F_img = sam.vision_encoder(I_2).fpn_hidden_states
+    positions = sam.get_image_wide_positional_embeddings()[0].flatten(1).T
+    for m, n in enumerate(index):
+        F_dense = sam.prompt_encoder.mask_embed(p_dense[m:m + 1])[0]
+        image = F_img[n] + sam.no_memory_embedding.reshape(-1, 1, 1) + F_dense
+        F_out = torch.cat((decoder.mask_tokens.weight, decoder.iou_token.weight, p_sparse[m],
+                           decoder.obj_score_token.weight))
+        tokens, image = two_way(decoder, F_out, image.flatten(1).T, positions)
+        image = image.T.reshape(1, C, S // 16, S // 16)
+        image = decoder.upscale_conv1(image) + decoder.conv_s1(feature8[n:n + 1])
+        image = decoder.upscale_conv2(F.gelu(decoder.upscale_layer_norm(image))) + decoder.conv_s0(feature4[n:n + 1])
+        filters = decoder.output_hypernetworks_mlps[0](tokens[0])
+        close(logits[m, 0], torch.einsum("c,cyx->yx", filters, F.gelu(image[0])), 1e-4)
+
+
+def test_eq08_without_a_dense_prompt_sam_takes_its_own(model):
+    model = build(small(dense=False))
+    seen = {}
+    model.sam.mask_decoder.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    model(*inputs())
+    own = model.sam.prompt_encoder.no_mask_embed.weight[0]
+    close(seen["dense_prompt_embeddings"][0], own[:, None, None].expand(-1, S // 16, S // 16))
+
+
+def softplus(x):
+    return math.log1p(math.exp(-abs(x))) + max(x, 0)
+
+
+def test_eq09_terms_with_their_weights(model):
+    torch.manual_seed(3)
+    outputs, batch = model(*inputs()), batch_for()
+    terms = model.criterion(outputs, batch, 0.5)
+    assert list(terms) == ["ce", "dice", "ortho", "samp"]
+    alphas = {"ce": 2.0, "dice": 3.0, "ortho": 5.0, "dense": 7.0, "spat": 11.0, "samp": 13.0}
+    weighted, plain = (build(small(**{f"alpha_{name}": value(alpha) for name, alpha in alphas.items()})).criterion(
+        outputs, batch, 0.5) for value in (float, lambda alpha: 1.0))
+    assert weighted.keys() == alphas.keys()
+    for name, alpha in alphas.items():
+        close(weighted[name], alpha * plain[name])
+
+
+def test_eq10_cross_entropy_and_dice(model):
+    outputs, batch = model(*inputs()), batch_for()
+    terms = model.criterion(outputs, batch, 0.5)
+    ce, dice = [], []
+    for logits, mask in zip(array(outputs["logits"]), batch["masks"].numpy(), strict=True):
+        z = upsampled(logits[0], S)
+        p, y = 1 / (1 + np.exp(-z)), mask.astype(float)
+        ce.append(np.mean([softplus(a) - a * b for a, b in zip(z.ravel(), y.ravel(), strict=True)]))
+        dice.append(1 - (2 * (p * y).sum() + 1e-3) / ((p ** 2).sum() + (y ** 2).sum() + 1e-3))
+    close(terms["ce"], np.mean(ce))
+    close(terms["dice"], np.mean(dice))
+
+
+def test_eq11_squared_cosine_of_the_pooled_subspaces(model):
+    outputs = model(*inputs())
+    cosines = []
+    for t1, t2 in zip(array(outputs["t1"]), array(outputs["t2"]), strict=True):
+        a, b = t1.mean(0), t2.mean(0)
+        cosines.append((a @ b / np.linalg.norm(a) / np.linalg.norm(b)) ** 2)
+    close(model.criterion(outputs, batch_for(), 0.5)["ortho"], 0.5 * np.mean(cosines))
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+def text_vectors(model, outputs, name):
+    if name == "sent":
+        return array(outputs["sentence"])
+    return linear(model.match_t2, array(outputs["t2"]).mean(1))
+
+
+def image_features(outputs, name, index):
+    return array(outputs["v"])[index.numpy()] if name == "v" else array(outputs["v2"])
+
+
+@pytest.mark.parametrize("image", ["v", "v2"])
+@pytest.mark.parametrize("text", ["t2", "sent"])
+def test_eq12_samples_are_contrasted_within_the_batch(text, image):
+    model = build(small(nce_text=text, nce_image=image))
+    outputs, batch = model(*inputs()), batch_for()
+    side = S // G
+    shares = batch["masks"].double().numpy().reshape(M, G, side, G, side).mean((2, 4))
+    pooled = [unit(np.einsum("dyx,yx->d", v, share) / share.sum()) for v, share in zip(
+        image_features(outputs, image, batch["image_index"]), shares, strict=True)]
+    texts = [unit(t) for t in text_vectors(model, outputs, text)]
+    s = np.array([[a @ b for b in texts] for a in pooled]) / 0.07
+    losses = [(np.log(np.exp(s[i]).sum()) + np.log(np.exp(s[:, i]).sum())) / 2 - s[i, i] for i in range(M)]
+    close(model.criterion(outputs, batch, 0.5)["samp"], 0.5 * np.mean(losses), 1e-4)
+
+
+def test_eq12_the_temperature_is_bounded():
+    model = build()
+    outputs, batch = model(*inputs()), batch_for()
+    values = []
+    for scale in (100.0, 1e4):
+        with torch.no_grad():
+            model.nce_scale.fill_(math.log(scale))
+        values.append(model.criterion(outputs, batch, 0.5)["samp"].item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("text, image", [("sent", "v"), ("t2", "v2")])
+@pytest.mark.parametrize("kind", ["CE", "MIL"])
+def test_eq12_spatial_alignment(kind, text, image):
+    model = build(small(alpha_spat=0.5, spat=kind, spat_text=text, spat_image=image))
+    outputs, batch = model(*inputs()), batch_for()
+    losses = []
+    for v, t, mask in zip(image_features(outputs, image, batch["image_index"]), text_vectors(model, outputs, text),
+                          batch["masks"].numpy(), strict=True):
+        coarse = np.array([[unit(v[:, y, x]) @ unit(t) for x in range(G)] for y in range(G)]) / 0.07
+        if kind == "CE":
+            z = upsampled(coarse + model.spat_bias.item(), S)
+            losses.append(np.mean([softplus(a) - a * b for a, b in zip(z.ravel(), mask.ravel(), strict=True)]))
+        else:
+            side = S // G
+            touched = mask.reshape(G, side, G, side).any((1, 3))
+            losses.append(-math.log(np.exp(coarse)[touched].sum() / np.exp(coarse).sum()))
+    close(model.criterion(outputs, batch, 0.5)["spat"], 0.5 * np.mean(losses), 1e-4)
+
+
+def test_eq12_dense_prompt_as_a_logit():
+    model = build(small(alpha_dense=0.5))
+    outputs, batch = model(*inputs()), batch_for()
+    losses = []
+    for p_dense, mask in zip(array(outputs["p_dense"]), batch["masks"].numpy(), strict=True):
+        z = upsampled(p_dense[0], S)
+        losses.append(np.mean([softplus(a) - a * b for a, b in zip(z.ravel(), mask.ravel(), strict=True)]))
+    close(model.criterion(outputs, batch, 0.5)["dense"], 0.5 * np.mean(losses))
+
+
+def test_eq13_giou_is_the_mean_and_ciou_the_ratio_of_sums():
+    counts = [(10, 40), (30, 40), (90, 100)]
+    lines = [{"id": str(k), "image": str(k), "expression": "", "instance": str(k), "category": None,
+              "category_source": None, "intersection": a, "union": b, "iou": a / b} for k, (a, b) in enumerate(counts)]
+    summary = metrics.summarize(lines, bootstrap=0)
+    assert summary["mIoU"] == pytest.approx(100 * (0.25 + 0.75 + 0.9) / 3)
+    assert summary["oIoU"] == pytest.approx(100 * 130 / 180)
+
+
+# ------------------------------------------------------------------------------------------------------------- towers
+
+
+@torch.no_grad()
+def test_loops_over_the_towers_equal_transformers():
+    model = build(small(lora_text=0, lora_vision=0, lora_sam=0))
+    pixels, large = torch.randn(2, 3, G * 8, G * 8), torch.randn(2, 3, S, S)
+    _, tokens, _, _ = inputs()
+    assert torch.equal(rsrefseg2.image_tokens(model.vision, pixels), model.vision(pixels).last_hidden_state)
+    other = torch.randn(2, 3, 48, 48)
+    theirs = model.vision(other, interpolate_pos_encoding=True).last_hidden_state
+    assert torch.equal(rsrefseg2.image_tokens(model.vision, other), theirs)
+    words, sentence = rsrefseg2.text_tokens(model.text, tokens)
+    theirs = model.text(tokens)
+    assert torch.equal(words, theirs.last_hidden_state) and torch.equal(sentence, theirs.pooler_output)
+    theirs = model.sam.vision_encoder(large).fpn_hidden_states
+    for ours, other in zip(rsrefseg2.sam_pyramid(model.sam.vision_encoder, large), theirs, strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_recomputing_changes_no_gradient():
+    gradients = []
+    for recompute in (False, True):
+        model = build(small(recompute=recompute)).train()
+        model.param_groups(RECIPE)
+        sum(model.criterion(model(*inputs()), batch_for(), 0).values()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        close(gradients[1][name], gradient, 1e-6)
+
+
+def test_lora_on_every_attention_and_nothing_else(model):
+    paths = {path for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    expected = {f"{tower}.encoder.layers.{i}.self_attn.{name}" for tower in ("vision", "text") for i in range(2)
+                for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    expected |= {f"sam.vision_encoder.backbone.blocks.{i}.attn.{name}" for i in range(5) for name in ("qkv", "proj")}
+    assert paths == expected
+
+
+def test_merged_equals_unmerged():
+    model = build()
+    before = model(*inputs())
+    assert not any(isinstance(module, LoRALinear) for module in model.merge_lora().modules())
+    after = model(*inputs())
+    for name in ("logits", "p_dense", "t2"):
+        close(after[name], before[name], 1e-4)
+
+
+def count(module, learning=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning)
+
+
+def test_parameters_at_paper_size():
+    """Against the counts measured on the official prompter and on transformers' own towers."""
+    with torch.device("meta"):
+        model = RSRefSeg2(Config(pretrained="none"))
+        official = RSRefSeg2(Config(pretrained="none", **ABLATIONS["official"]["all"]))
+    lora = {tower: sum(p.numel() for name, p in getattr(model, tower).named_parameters() if "lora" in name)
+            for tower in ("vision", "text", "sam")}
+    assert lora == {"vision": 3_981_312, "text": 3_981_312, "sam": 2_610_432}
+    siglip = count(model.vision) + count(model.text) - lora["vision"] - lora["text"]
+    head = 15_238_352 + 2                   # SigLIP's image pooling, which III-B removes; its scale and bias
+    assert siglip + head == 1_136_555_698
+    assert count(model.sam.vision_encoder) - lora["sam"] == 212_703_280
+    assert count(model.sam.mask_decoder) == 4_215_109
+    assert count(official.prompter) == 82_773_312 + 2
+    assert count(model.prompter.decompose) == 37_840_384
+    model.param_groups(RECIPE)
+    decoder = model.sam.mask_decoder
+    silent = sum(map(count, (decoder.iou_prediction_head, decoder.pred_obj_score_head,
+                             *decoder.output_hypernetworks_mlps[1:])))
+    conv = 1152 * 1152 * 9 + 2 * 1152
+    prompter = 82_773_312 - (576 * 1152 * 9 * 2 + 576 + 1152 + 2 * 576) + conv
+    assert count(model.prompter) == prompter
+    assert count(model, True) == sum(lora.values()) + prompter + 4_215_109 - silent + 1
+
+
+def test_documented_shapes():
+    model = build(small(nce_image="v2"))
+    shapes = {name: tuple(value.shape) for name, value in model(*inputs()).items()}
+    q = S // 4
+    assert shapes == {"logits": (M, 1, q, q), "p_dense": (M, 1, q, q), "dense_prompt": (M, 1, q, q),
+                      "sentence": (M, D_V), "t1": (M, 3, D_T), "t2": (M, 3, D_T), "v": (N, D_V, G, G),
+                      "v2": (M, D_V, G, G)}
+    dense = model(*inputs())["dense_prompt"]
+    assert dense.amin() == 0 and dense.amax() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- learning
+
+
+def gradients(model, *terms):
+    """{name: largest gradient} of what learns, from the given terms of the criterion."""
+    model.zero_grad()
+    values = model.criterion(model(*inputs()), batch_for(), 0)
+    sum(values[term] for term in terms or values).backward()
+    return {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in model.named_parameters()}
+
+
+def test_gradients_reach_what_learns_and_nothing_frozen():
+    model = build()
+    model.param_groups(RECIPE)
+    assert all(p.requires_grad == ("lora" in name) for tower in (model.vision, model.text, model.sam.vision_encoder)
+               for name, p in tower.named_parameters())
+    assert not any(p.requires_grad for p in model.sam.prompt_encoder.parameters())
+    got = gradients(model)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert got[name] == 0 and p.grad is None, name
+        elif not name.endswith(("to_k.bias", "k_proj.bias")):          # cancels in the softmax
+            assert got[name] > 1e-8, name
+
+
+@pytest.mark.parametrize("term, reached, unreached", [
+    ("ce", ["vision", "text", "sam.vision_encoder", "prompter.sparse", "prompter.dense", "prompter.first"], []),
+    ("dice", ["vision", "text", "sam.vision_encoder", "prompter.sparse", "prompter.dense", "prompter.first"], []),
+    ("ortho", ["text", "prompter.decompose"], ["vision", "sam", "prompter.sparse", "prompter.first"]),
+    ("samp", ["vision", "text", "prompter.decompose", "nce_scale"], ["sam", "prompter.sparse", "prompter.second"]),
+])
+def test_each_term_reaches_its_part(term, reached, unreached):
+    model = build()
+    model.param_groups(RECIPE)
+    got = gradients(model, term)
+    largest = {part: max(value for name, value in got.items() if name.startswith(part)) for part in reached + unreached}
+    assert all(largest[part] > 1e-7 for part in reached), largest
+    assert all(largest[part] == 0 for part in unreached), largest
+
+
+def test_lora_of_rank_zero_freezes_a_tower():
+    model = build(small(lora_vision=0))
+    model.param_groups(RECIPE)
+    outputs = model(*inputs())
+    assert not outputs["v"].requires_grad and outputs["sentence"].requires_grad
+
+
+def test_prompt_encoder_may_learn():
+    model = build(small(train_prompt_encoder=True))
+    model.param_groups(RECIPE)
+    got = gradients(model)
+    reached = [name for name in got if name.startswith("sam.prompt_encoder") and got[name] > 0]
+    assert reached and all("mask_embed" in name for name in reached) and got["sam.no_memory_embedding"] > 0
+
+
+def changes_by_row():
+    return {f"{table}/{row}": changes for table, rows in ABLATIONS.items() for row, changes in rows.items()}
+
+
+def test_ablation_rows_are_those_printed():
+    rows = {table: list(names) for table, names in ABLATIONS.items()}
+    printed = {"VI": 18, "VII": 12, "VIII": 9, "IX": 11, "X": 3, "XI": 3, "XII": 3, "XIII": 12, "XIV": 4, "XV": 16,
+               "XVI": 12, "official": 1}
+    assert {table: len(names) for table, names in rows.items()} == printed
+    configs = {name: dataclasses.replace(Config(), **changes) for name, changes in changes_by_row().items()}
+    distinct = {config for name, config in configs.items() if not name.startswith("official")}
+    assert len(distinct) == 80
+    base = configs["X/cascaded+dense"]
+    assert sum(config == base for config in configs.values()) == 3 + 3 + 2 + 3 + 1 + 1 + 1 + 5 + 1 + 1
+    assert (base.lora_text, base.lora_vision, base.lora_sam, base.alpha_dice) == (16, 16, 32, 0.0)
+    assert configs["XVI/siglip2-p16-512+l"] == Config()
+    assert configs["XV/NCE-t2-v+dice"] == configs["XVI/siglip2-p14-384+s"]
+
+
+def distinct_rows():
+    seen = {}
+    for name, changes in changes_by_row().items():
+        seen.setdefault(dataclasses.replace(Config.tiny(), **changes), name)
+    return {name: config for config, name in seen.items()}
+
+
+@pytest.mark.parametrize("name", distinct_rows())
+def test_every_ablation_row_steps_in_the_tiny_preset(name):
+    """All that learns gets a gradient, so that DDP need not look for what does not."""
+    config = distinct_rows()[name]
+    torch.manual_seed(0)
+    model = RSRefSeg2(config).train()
+    model.param_groups(RECIPE | RECIPE_TINY)
+    images, tokens, text_mask, index = inputs(config, lengths=(4, 7), index=(0, 0))
+    outputs = model(images, tokens, text_mask, index)
+    loss = sum(model.criterion(outputs, batch_for(config, index=(0, 0)), 0).values())
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert not [key for key, p in model.named_parameters() if p.requires_grad != (p.grad is not None)]
+    model.diagnose(outputs, batch_for(config, index=(0, 0))["masks"])
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"interleave": True, "prompt_blocks": 1}, "must be equal"), ({"cascade": False}, "set alpha_ortho=0"),
+    ({"dense_text": "t3"}, "expected sent or t2"), ({"dense": False, "alpha_dense": 1.0}, "set alpha_dense=0"),
+    ({"image_size": 100}, "multiples of 32")])
+def test_contradicting_switches_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def test_interleaved_prompts_read_each_block_of_the_interaction():
+    paper, official = build(), build(small(interleave=True))
+    assert paper.state_dict().keys() == official.state_dict().keys()
+    seen = []
+    official.prompter.sparse.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    a, b = paper(*inputs()), official(*inputs())
+    assert torch.equal(a["t2"], b["t2"]) and not torch.allclose(a["logits"], b["logits"])
+    assert not torch.equal(seen[0][0][1], seen[0][1][1])
+
+
+def test_official_scale_and_bias():
+    plain, scaled = build(), build(small(dense_scale=True))
+    scaled.load_state_dict(plain.state_dict(), strict=False)
+    a, b = (model(*inputs())["p_dense"] for model in (plain, scaled))
+    dense = scaled.prompter.dense
+    close(b, a * dense.logit_scale.exp() + dense.logit_bias, 1e-4)
+
+
+def test_dynamic_multimask_is_off_unless_asked_for():
+    assert not build().sam.mask_decoder.dynamic_multimask_via_stability
+    assert build(small(dynamic_multimask=True)).sam.mask_decoder.dynamic_multimask_via_stability
+
+
+# ----------------------------------------------------------------------------------------------- batches, processes
+
+
+def test_neighbours_in_the_batch_and_padding_change_nothing(model):
+    images, tokens, text_mask, index = inputs()
+    together = model(images, tokens, text_mask, index)
+    for m in range(M):
+        alone = model(images[index[m]][None], tokens[m:m + 1], text_mask[m:m + 1])
+        for name in ("logits", "p_dense", "t2", "sentence"):
+            close(alone[name][0], together[name][m], 1e-4)
+    words = torch.randn(M, L, D_T)
+    mask = torch.arange(L) < torch.tensor([[4], [7], [3]])
+    v, sentence = torch.randn(M, G * G, D_V), torch.randn(M, D_V)
+    noisy = torch.where(mask[..., None], words, 1e3 * torch.randn_like(words))
+    a, b = (model.prompter(v, w, mask, sentence) for w in (words, noisy))
+    for name in a:
+        close(a[name], b[name], 1e-6)
+
+
+def test_eos_is_no_word(model):
+    images, tokens, text_mask, index = inputs(lengths=(4, 9, 3))
+    *_, read = model.encode(torch.randn(1, 3, G * 8, G * 8), tokens, text_mask)
+    assert read.sum(1).tolist() == [4, 9, 3] and read[1, 8] and not read[1, 9]
+
+
+def test_padding_to_the_longest_makes_neighbours_matter():
+    model = build(small(pad_to_longest=True))
+    images, tokens, text_mask, index = inputs()
+    together = model(images, tokens, text_mask, index)
+    alone = model(images[:1], tokens[:1], text_mask[:1])
+    assert not torch.allclose(alone["sentence"], together["sentence"][:1], atol=1e-3)
+
+
+def test_images_are_encoded_once(model):
+    images, tokens, text_mask, index = inputs()
+    sizes = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+             for module in (model.vision.embeddings, model.sam.vision_encoder.backbone.patch_embed)]
+    model(images, tokens, text_mask, index)
+    for hook in hooks:
+        hook.remove()
+    assert sizes == [N, N]
+
+
+def contrast_on(rank, folder, data):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rows = slice(0, 3) if rank == 0 else slice(3, 5)
+    images, texts = (data[name][rows].requires_grad_() for name in ("images", "texts"))
+    scale = data["scale"].requires_grad_()
+    losses = rsrefseg2.contrast(images, texts, scale)
+    (losses.mean() * len(losses) * 2 / 5).backward()                # as train.py weights an unequal share
+    found = {"losses": losses.detach(), "images": images.grad, "texts": texts.grad, "scale": scale.grad}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_two_processes_contrast_like_one(tmp_path):
+    """Values and gradients, with three samples on one process and two on the other."""
+    data = {"images": torch.randn(5, 6), "texts": torch.randn(5, 6), "scale": torch.tensor(5.0)}
+    fork = torch.multiprocessing.get_context("fork")                # spares each the imports
+    running = [fork.Process(target=contrast_on, args=(rank, tmp_path, data), daemon=True) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    assert [process.exitcode for process in running] == [0, 0]
+    one = {name: value.clone().requires_grad_() for name, value in data.items()}
+    losses = rsrefseg2.contrast(one["images"], one["texts"], one["scale"])
+    losses.mean().backward()
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    close(torch.cat([part["losses"] for part in parts]), losses)
+    for name in ("images", "texts"):           # a process's gradient carries its factor 2, which DDP's mean takes away
+        close(torch.cat([part[name] for part in parts]) / 2, one[name].grad)
+    close(sum(part["scale"] for part in parts) / 2, one["scale"].grad)
+
+
+def test_the_log_says_what_accumulation_does_to_the_contrast(capsys):
+    model = build()
+    model.param_groups({**RECIPE, "batch_size": 8, "micro_batch": 8})
+    assert capsys.readouterr().out == ""
+    model.param_groups({**RECIPE, "batch_size": 64, "micro_batch": 8})
+    assert "contrasts the 8 expressions" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ text, files, pictures
+
+
+def test_words_to_tokens():
+    tokenizer = rsrefseg2.tokenizer(small(), ["red", "ship", "the"])
+    assert len(tokenizer) == 6 and tokenizer.words == ["red", "ship", "the"]
+    tokens, text_mask = tokenizer(["The red ship", "ship, " * 20])
+    assert tokens[0, :5].tolist() == [5, 3, 4, 2, 0] and text_mask.sum(1).tolist() == [4, 10]
+    assert tokens[1, -1] == 2 and tokens[1, 1] == 1
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder as `pretrained` takes it: SigLIP with its tokenizer and SAM 2, tiny, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("published")
+    source = small(lora_text=0, lora_vision=0, lora_sam=0, vision_width=40, text_width=24, text_length=16)
+    clip, sam = rsrefseg2.tower_configs(source)
+    clip.vision_config.vision_use_head = True
+    torch.manual_seed(5)
+    SiglipModel(clip).save_pretrained(folder / "clip")
+    Sam2Model(sam).save_pretrained(folder / "sam")
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{k:02X}>" for k in range(256)), "▁",
+              *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {piece: k for k, piece in enumerate(pieces)}
+    words = GemmaTokenizer(vocab=vocabulary, merges=[], padding_side="left", add_bos_token=False, add_eos_token=True,
+                           model_input_names=["input_ids"])
+    words.save_pretrained(folder / "clip")
+    return folder
+
+
+def test_published_towers_are_loaded_whole(published, capsys):
+    config = small(pretrained=str(published), clip="any/clip", sam="any/sam", dense_scale=True)
+    model = RSRefSeg2(config).eval()
+    sources = model.load_pretrained()
+    assert sources == {"vision.": str(published / "clip"), "text.": str(published / "clip"),
+                       "sam.": str(published / "sam")}
+    assert capsys.readouterr().out.count("tensors loaded") == 2
+    clip, sam = SiglipModel.from_pretrained(published / "clip"), Sam2Model.from_pretrained(published / "sam")
+    pixels = torch.randn(1, 3, G * 8, G * 8)
+    close(rsrefseg2.image_tokens(model.vision, pixels), clip.vision_model(pixels).last_hidden_state)
+    assert torch.equal(model.prompter.dense.logit_scale, clip.logit_scale)
+    for name, tensor in sam.state_dict().items():
+        own = model.sam.state_dict()
+        assert torch.equal(own[name], tensor), name
+    assert model.prompter.image_position.shape == (G * G, 40)      # the width of the tower, not of Config
+    model.param_groups(RECIPE)
+    models.remember_sources(model, sources)
+    kept, left_out = models.own_state(model)
+    assert {name for name in kept if name.startswith(("vision.", "text."))} == {
+        name for name in model.state_dict() if "lora" in name and name.startswith(("vision.", "text."))}
+    assert "sam.mask_decoder.conv_s0.weight" in kept and "sam.prompt_encoder.mask_embed.conv1.weight" in left_out
+
+
+def test_published_tokenizer_lower_case_right_padding_eos_kept(published):
+    tokenizer = rsrefseg2.tokenizer(small(pretrained=str(published), clip="any/clip"))
+    tokens, text_mask = tokenizer(["Ab", "the ship at the pier"])
+    assert tokens.shape == (2, L) and text_mask.sum(1).tolist() == [3, L]
+    assert tokens[0, 2] == 1 and tokens[1, -1] == 1 and not tokens[0, 3:].any()
+    assert torch.equal(tokens[:1], tokenizer(["aB"])[0])
+
+
+def test_missing_weights_are_named(published, tmp_path):
+    with pytest.raises(FileNotFoundError, match="put the files of huggingface.co/any/other there"):
+        RSRefSeg2(small(pretrained=str(published), clip="any/other"))
+    with pytest.raises(FileNotFoundError, match="HF_ENDPOINT"):
+        RSRefSeg2(small(pretrained="hub", clip="nobody/nothing-of-this-name"))
+    with pytest.raises(ValueError, match="needs a vocabulary"):
+        rsrefseg2.tokenizer(small())
+
+
+def test_diagnose_tells_where_from_how(model):
+    side = S // 4
+    dense, logits = torch.zeros(4, 1, side, side), torch.full((4, 1, side, side), -1.0)
+    masks = torch.zeros(4, S, S, dtype=torch.bool)
+    masks[:, 16:32, 16:32] = True
+    dense[:, :, 5, 5] = 1                                   # within the object, but for the second
+    dense[1] = 0
+    dense[1, :, 12, 12] = 1
+    logits[0, :, 4:8, 4:8] = 1                              # right; elsewhere a small part of the object
+    logits[1:, :, 4:6, 4:6] = 1
+    dense[3, :, 12, 4] = 0.5                                # half as much lies outside
+    got = model.diagnose({"dense_prompt": dense, "logits": logits}, masks)
+    assert got["dense_peak"].tolist() == [1, 0, 1, 1]
+    assert got["localisation_error"].tolist() == [0, 1, 0, 0]
+    assert got["boundary_error"].tolist() == [0, 0, 1, 1]
+    close(got["dense_mass"], [1, 0, 1, 2 / 3], 1e-3)
+    assert build(small(dense=False)).diagnose({}, masks) == {}
+
+
+def test_overfits_a_handful():
+    config = dataclasses.replace(Config.tiny(), image_size=64, vision_size=64)
+    torch.manual_seed(0)
+    model = RSRefSeg2(config).train()
+    optimizer = torch.optim.AdamW(model.param_groups({**RECIPE, **RECIPE_TINY}))
+    images = torch.full((1, 3, 64, 64), 90, dtype=torch.uint8)
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    for k, (colour, rows, columns) in enumerate(((0, slice(8, 24), slice(8, 28)), (1, slice(36, 56), slice(30, 50)))):
+        images[0, colour, rows, columns] = 250
+        masks[k, rows, columns] = True
+    tokens = torch.tensor([[3, 5, 2], [4, 5, 2]])
+    tokens = F.pad(tokens, (0, config.text_length - 3))
+    batch = {"masks": masks, "image_index": torch.zeros(2, dtype=torch.long)}
+    for step in range(40):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1, (step + 1) / 10)
+        outputs = model(images, tokens, tokens != 0, batch["image_index"])
+        sum(model.criterion(outputs, batch, 0).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    prediction = F.interpolate(outputs["logits"], (64, 64), mode="bilinear", align_corners=False)[:, 0] > 0
+    iou = (prediction & masks).flatten(1).sum(1) / (prediction | masks).flatten(1).sum(1)
+    assert iou.min() > 0.7, iou

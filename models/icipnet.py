@@ -4,61 +4,68 @@ Paper
     Ren, Wang, Xu, Yang, Wang. Image-Conditioned Instance Prompt Network for Referring Remote Sensing Image
     Segmentation. arXiv:2605.24532, 2026, https://arxiv.org/abs/2605.24532
     At each stage of a Swin Transformer, prompts gather what the image shows (ICIP) and stand beside the words; the
-    pixels read both through two attention maps, one subtracted from the other, and the result is mixed over positions
-    and over channels (BIF). A convolutional decoder draws the mask from the four fused maps.
+    visual tokens read both through two attention maps, one subtracted from the other, and the result is mixed over
+    tokens and over channels (BIF). A convolutional decoder draws the mask from the four fused maps. Trained and scored
+    on RefSegRS and RRSIS-D.
 Official
-    github.com/Ren-by/ICIPNet; it cannot be built: the module of (10)-(13), the lines of (2)-(4) and several attributes
-    are missing. It serves here as evidence for layout and widths. No code was copied.
+    github.com/Ren-by/ICIPNet; it cannot be built: the class of (10)-(13), the lines of (2)-(4) and several attributes
+    are missing. The calls that stand show layout and widths, no more is taken from it. No code was copied.
 Shapes
-    N images, M expressions, B either, S image side; L text tokens with padding, the paper's N
+    N images, M expressions, B whichever of the two, S image side
     i           stage 1..4 of stride s = 4, 8, 16, 32; h,w = S/s; P = h*w positions; C its width 128, 256, 512, 1024
-    D           width 768 of words and prompts;  m prompts per stage, the paper's M_i;  n = m+L
+    D           width 768 of words and prompts;  m prompts per stage, the paper's M_i
+    L           as a size, words with padding, the paper's N; as a tensor, the words themselves (B,L,D);  n = m+L
     V, V_hat    visual tokens (B,P,C) and (B,P,D);  T, T_o prompts (B,m,D);  L_o prompts and words (B,n,D)
-    A, alpha    (B,P,m);  Q (B,P,2D), K (B,n,2D), H (B,n,D);  F (B,P,n);  V_o, V_E, O (B,P,D)
+    A, alpha    (B,P,m);  Q (B,P,2D), K (B,n,2D), H (B,n,D);  F (B,P,n);  V_o, O_TM, V_E, O_CM, O (B,P,D)
+    lambda_v    one number per stage;  G the width of a half of Q
 Equations
     (1) - (4)    ImageConditionedInstancePrompt.forward, with the concatenation [T_o; L]
     (5) (6)      BilateralInformationFusion.forward
     (7)          BilateralInformationFusion.balance
-    (8) (9)      BilateralInformationFusion.forward
+    (8) (9)      BilateralInformationFusion.forward, a map of (8) in .scores
     (10) - (13)  MultiModalFeatureReconstruction.forward
     (14)         ICIPNet.criterion
 Departs from the paper
+    network      the text names ICIP, BIF and a "lightweight", a "standard" decoder; Table III's base is RMSIN, so its
+                 parts are on: intra_scale, cross_scale, rotated; all three False: the text's, with LAVT's decoder
     (1)          a vector t is D wide, as (2) and the concatenation need, and so is L; the text says C_i and C
-    (5)          Q has P rows, K and H have n, not M_i; H is D wide, as (9)-(13) need (value_mult=2: 2D, as printed)
-    (8)          each map is a softmax over the real ones of the n tokens, as in [16], which III-B1 follows;
-                 softmax=False: as printed, padded tokens zero
-    (13)         O has P rows, not M_i+N
+    (5)          Q has P rows, K and H have n, not M_i; O has P rows, not M_i+N
+    (5)          H is D wide, as (12) and (13) need; value_mult=2: 2D, as (5) prints it, and O likewise
+    (5)          Q passes an instance norm over positions (code); query_norm=False: none, as printed
+    (7)          lambda^i, "layer-wise dynamic": 0.8 at each stage (code); [16]: lambda_bias=(0.2, 0.356, 0.471, 0.556)
+    (8)          each map is a softmax over prompts and real words (code), as in [16], which III-B1 follows;
+                 softmax=False: as printed, padded words zero
+    (9)          V_o passes an RMS norm and the factor 1 - lambda^i (code, [16]); sublayer_norm=False: as printed
 Departs from the official code
-    width        D per half of Q and K at every stage, as in the paper; bif_width="stage": C, as in the code
+    width        D per half of Q and K at every stage, as the paper's 768; bif_width="stage": C for all of BIF, as there
     (4)          T_o joins the words; there the raw T does
     (7)          std 0.1, as in [16]; there 1, with which exp() overflows in 1 of 200 draws at width 1024
-    (10)-(13)    learned; there the weights are drawn anew in every forward
-    CE           normalised per expression, there over the batch, so that any division into micro-batches is the same
-    Dice         mean over expressions, of the foreground; dice_sum=True: its sum over both classes and a batch of 4
+    (10)-(13)    built once and learned; there built, with random weights, in every forward
+    CE           a mean of per-expression means, so that any division into micro-batches gives the same; there over the
+                 batch. Dice likewise, of the foreground; dice_sum=True: the sum over both classes and a batch of 4
     logits       resized with align_corners=False
     stage 4      no gates and no intra-scale interaction: what they feed is not read (4,194,342 weights there)
+    BERT         no dropout in the layers that do not learn
 Departs from RMSIN's code
-    cross-scale  attention heads and tokens keep their axes, which two reshapes there scramble: the linear layer back to
-                 h*w tokens mixes tokens; one residual round the grouped feed-forward, there two
+    cross-scale  heads and tokens keep their axes, so that `to_map` mixes tokens; two reshapes there scramble them.
+                 One residual round the feed-forward of each scale, there two
     sizes        the coarsest map's, there 15 x 15; a coarser copy of one place only is left out
-Silent in the paper (code: taken from the official code)
-    network      Table III's base is RMSIN: intra_scale, cross_scale, rotated; all False: LAVT's shell, plain decoder
+Silent (code: as the official code has it; LAVT, RMSIN: as theirs; unmarked: our choice)
     Table III    ICIP alone: the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L
-    f            two linear layers C-C-D with GELU; weights of ICIP and BIF xavier-uniform
-    (1)          a table per stage, shared by all images, normal with std 0.02: A neither saturates nor vanishes
-    mask         padded words get no weight
-    Q            instance norm over positions (code); query_norm=False: none
-    (7)          lambda^i 0.8 at each stage (code); one number per stage, [16] would take 0.2, 0.356, 0.471, 0.556
-    (8)          G_i is the width of one half; one head
-    (9)          then RMS norm and the factor 1 - lambda^i (code, [16]); sublayer_norm=False: neither
-    (10) (12)    hidden widths 256 (code) and 2D, GELU in both; no norms, no dropout
-    O to V       linear D-C, instance norm, times GELU(linear V), linear, GELU: the fused map; V + tanh gate * fused
-                 goes on, LayerNorm(fused) to the decoder (code, LAVT's)
-    decoder      RMSIN's with batch norm, Table III's base; decoder_norm="tanh": the code's unannounced DyT
-    BERT         layers 0-9 learn, layers 10, 11 and embeddings do not (code); freeze=True: none does, as Fig. 2 shows
-    training     at 480, 20 tokens with [CLS] and [SEP], power 0.9, drop-path 0.3, class weights 0.9/1.1, no decay on
-                 norms and position biases, selection by validation oIoU (code); mixed precision (code: none)
-    prompts      8, as IV-B states; the ablations of Table III use 5
+    f            two linear layers C-C-D with GELU
+    (1)          a normal draw with std 0.02, so that A neither saturates nor vanishes
+    (7) (8)      the four vectors and lambda_v are each stage's own; one head (code); G_i is the width of one half, [16]
+    (10) (12)    hidden widths 256 (code) and 2D; GELU also in (12); no norms, no dropout
+    starts       Xavier-uniform in f, f_q, f_k, f_v, W, zero biases (code); PyTorch's in MFR; std 0.02 in gates (LAVT)
+    O to V       linear W D-C, instance norm, times GELU(linear V), linear, GELU: the fused map. V, the gated fused map
+                 and the gated intra-scale V, summed, go on to the next stage; LayerNorm(fused) goes through the
+                 cross-scale interaction to the decoder (LAVT, RMSIN, code)
+    decoder      with batch norm (LAVT, RMSIN); decoder_norm="tanh": DyT (code)
+    BERT         the text says pre-trained, Fig. 2 draws it frozen: freeze=True; the default is the code's: layers 0-9
+                 learn, layers 10, 11 and the embeddings do not
+    training     at 480, 20 tokens with [CLS] and [SEP], power 0.9, drop-path 0.3, class weights 0.9/1.1, Dice with
+                 epsilon 1e-6, decay on all but Swin's norms and position biases and the four output norms, selection by
+                 validation oIoU (code); mixed precision
 Omits
     the code's black squares on a fifth of the training images, which the paper does not mention
 """
@@ -98,6 +105,7 @@ class Config:
     swin_heads: tuple[int, ...] = (4, 8, 16, 32)
     window: int = 12
     drop_path: float = 0.3                          # official code
+    init_std: float = 0.02                          # of random weights: Swin's, BERT's, the gates'
     vocab_size: int = 30522                         # BERT-base
     bert_layers: int = 12
     bert_heads: int = 12
@@ -108,8 +116,8 @@ class Config:
     icip: bool = True                               # Table III
     bif: bool = True                                # Table III
     prompts: int = 8                                # IV-B: M_i, the same at each stage
-    bif_width: str = "D"                            # width of a half of Q and K: D, or "stage": C_i (official code)
-    value_mult: int = 1                             # H is value_mult times as wide; 2: Eq. (5) as printed
+    bif_width: str = "D"                            # of a half of Q and K, of H and of O; "stage": C_i (official code)
+    value_mult: int = 1                             # H and O are value_mult times as wide; 2: Eq. (5) as printed
     query_norm: bool = True                         # official code: instance norm on Q
     softmax: bool = True                            # False: Eq. (8) as printed
     sublayer_norm: bool = True                      # official code, [16]: RMS norm, 1 - lambda^i after Eq. (9)
@@ -160,17 +168,16 @@ class Config:
                    cross_heads=4, cross_key=8, decoder_width=32, router_dropout=0.0)
 
 
-RECIPE = {                                          # IV-A1 where not marked
-    "epochs": 40, "batch_size": 4, "lr": 3e-5, "weight_decay": 0.01,
-    "schedule": "poly", "power": 0.9, "warmup": 0.0,            # power, no warm-up: official code
-    "micro_batch": 4, "clip": 0.0, "precision": "bf16",         # precision: our choice
-    "per_image": 0, "protocol": "resized", "empty": "zero",     # official code
-    "select": "oIoU", "phases": None,                           # select: official code
+RECIPE = {
+    "epochs": 40, "batch_size": 4, "lr": 3e-5, "weight_decay": 0.01,            # IV-A1, for AdamW
+    "schedule": "poly", "power": 0.9, "warmup": 0.0, "clip": 0.0,               # IV-A1: poly; the rest official code
+    "micro_batch": 4, "precision": "bf16", "phases": None,                      # our choice: precision
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "oIoU",   # official code; III-B4: resized
 }
 RECIPE_FOR = {}                                     # IV-A1: one recipe for both data sets
 RECIPE_TINY = {"epochs": 20, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 1.0,
                "clip": 1.0, "per_image": 4}
-ABLATIONS = {
+ABLATIONS = {                                       # both on RefSegRS; III is scored on its val split, IV on test
     "III": {row: {"icip": icip, "bif": bif, "prompts": 5} for row, icip, bif in (
         ("Base", False, False), ("+ICIP", True, False), ("+BIF", False, True), ("Full", True, True))},
     "IV": {"Base": {"icip": False, "bif": False},
@@ -300,20 +307,18 @@ def read_microsoft_swin(path):
 
 
 def read_huggingface(kind, source, extra):
-    """Tensors of a published checkpoint in float32; names that begin with one of `extra` may be in it besides."""
-    _, info = loaded = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
-    unknown = [name for name in info["unexpected_keys"] if not name.startswith(extra)]
-    if info["missing_keys"] or unknown:
-        raise ValueError(f"{source}: not the weights of a {kind.__name__}: missing {sorted(info['missing_keys'])[:3]}, "
-                         f"unknown {sorted(unknown)[:3]}")
-    return {name: value for name, value in loaded[0].state_dict().items() if not name.startswith(extra)}
+    """Tensors of a published checkpoint in float32, as the file names them but for those that begin with `extra`."""
+    model, info = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+    tensors = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
+    tensors |= dict.fromkeys(info["unexpected_keys"])
+    return {name: value for name, value in tensors.items() if not name.startswith(extra)}
 
 
 def load_strictly(module, tensors, source, fields):
     """All of `tensors` into `module` and nothing left over; `fields` are named if it does not fit."""
     own = module.state_dict()
     wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
-    wrong += [name for name in own if not wrong and own[name].shape != tensors[name].shape]
+    wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
         raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
                          f"of another shape, the first {wrong[:2]}")
@@ -348,7 +353,7 @@ class ImageConditionedInstancePrompt(nn.Module):
 
     Fits any pair of encoders: V (B,P,C) visual tokens; L (B,L,D) words; text_mask (B,L), True = a real token
     -> L_o (B,m+L,D) and its mask (B,m+L).
-    As A lies in [-1,1], alpha is never far from 1/P, nor T_o from T + the mean of V_hat.
+    As A lies in [-1,1], no position weighs more than e^2 times another: T_o is T + a tilted mean of the whole image.
     """
 
     def __init__(self, channels, width, prompts):
@@ -359,7 +364,7 @@ class ImageConditionedInstancePrompt(nn.Module):
     def forward(self, V, L, text_mask):
         T = self.prompts.expand(len(V), -1, -1)  # Eq. (1)                      # (B,m,D)
         V_hat = self.f(V)                                                       # (B,P,D)
-        # alpha differs little from place to place: float32, or the differences are lost
+        # alpha differs little from place to place while the prompts are small: float32, or the differences are lost
         with torch.autocast(V.device.type, enabled=False):
             V_hat, T = V_hat.float(), T.float()
             A = torch.tanh(V_hat @ T.mT)  # Eq. (2)                             # (B,P,m)
@@ -370,7 +375,10 @@ class ImageConditionedInstancePrompt(nn.Module):
 
 
 class MultiModalFeatureReconstruction(nn.Module):
-    """III-B2, MFR: mixes over the tokens, then over the channels. (B,P,D) -> (B,P,D), for one number P of tokens."""
+    """III-B2, MFR (there also BFR): mixes over the tokens, then over the channels.
+
+    (B,P,D) -> (B,P,D), for one number P of tokens, to which its weights are tied.
+    """
 
     def __init__(self, positions, width, token_hidden=256, channel_mult=2):
         super().__init__()
@@ -380,8 +388,8 @@ class MultiModalFeatureReconstruction(nn.Module):
     def forward(self, V_o):
         built_for = self.P_token[0].in_features
         if V_o.shape[1] != built_for:
-            raise ValueError(f"got {V_o.shape[1]} visual tokens, the token mixture of Eq. (10) has weights for "
-                             f"{built_for}: it is tied to one input size; build the model for this one (image_size)")
+            raise ValueError(f"got {V_o.shape[1]} visual tokens; the token mixture of Eq. (10) has weights for "
+                             f"{built_for}: build it for the positions of this input size")
         O_TM = self.P_token(V_o.mT).mT  # Eq. (10)
         V_E = V_o + O_TM  # Eq. (11)
         O_CM = self.P_channel(V_E)  # Eq. (12)
@@ -415,8 +423,8 @@ class BilateralInformationFusion(nn.Module):
         return first.exp() - second.exp() + self.lambda_bias  # Eq. (7)
 
     def scores(self, Q, K, text_mask):
-        """One of the two maps of Eq. (8), (B,P,n), float32; G is the width of Q."""
-        S = (Q @ K.mT).float() / math.sqrt(Q.shape[-1])
+        """One of the two maps of Eq. (8), (B,P,n), in float32, for the sake of exp(); G is the width of Q."""
+        S = ((Q / math.sqrt(Q.shape[-1])) @ K.mT).float()
         if not self.softmax:
             return S.masked_fill(~text_mask[:, None], 0)
         return S.masked_fill(~text_mask[:, None], -math.inf).softmax(-1)
@@ -452,14 +460,14 @@ class PixelWordAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """What of `tokens` (B,P,C) is let through, each channel by itself."""
+    """What of `tokens` (B,P,C) is let through: a factor in (-1,1) for each channel of each token."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, init_std=0.02):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(channels, channels, bias=False), nn.ReLU(),
                                     nn.Linear(channels, channels, bias=False), nn.Tanh())
         for layer in self.layers[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=init_std)
 
     def forward(self, tokens):
         return self.layers(tokens) * tokens
@@ -505,16 +513,16 @@ class StageFusion(nn.Module):
         self.visual = nn.Linear(channels, channels)
         self.project = nn.Linear(channels, channels)
         last = i == 3
-        self.gate = None if last else Gate(channels)
+        self.gate = None if last else Gate(channels, c.init_std)
         self.intra_scale = None if last or not c.intra_scale else IntraScaleInteraction()
-        self.visual_gate = None if self.intra_scale is None else Gate(channels)
+        self.visual_gate = None if self.intra_scale is None else Gate(channels, c.init_std)
 
     def forward(self, V, size, L, text_mask):
         """V (M,P,C), size (h,w), L (M,L,D), text_mask (M,L) -> V for the next stage, the fused map, both (M,P,C)."""
         L_o = L
         if self.icip is not None:
             L_o, text_mask = self.icip(V, L, text_mask)                         # (M,m+L,D), (M,m+L)
-        O = self.attention(V, L_o, text_mask)  # noqa: E741                     # (M,P,D)
+        O = self.attention(V, L_o, text_mask)  # noqa: E741                     # (M,P,D), without BIF (M,P,C)
         language = norm_over_positions(self.W(O))                               # (M,P,C)
         fused = functional.gelu(self.project(functional.gelu(self.visual(V)) * language))           # (M,P,C)
         after = V
@@ -548,10 +556,6 @@ class CrossScaleAttention(nn.Module):
         self.out = nn.Sequential(nn.BatchNorm2d(channels), nn.Hardswish(), nn.Conv2d(channels, channels, 1))
 
     def forward(self, features):
-        if features.shape[-2:] != (self.side, self.side):
-            raise ValueError(f"got a coarsest map of {tuple(features.shape[-2:])}, the cross-scale interaction has "
-                             f"weights for {self.side} x {self.side}: it is tied to one input size; build the model "
-                             "for this one (image_size)")
         x = self.norm(features)
         maps = [x, *(layer(x) for layer in self.coarser)]
         tokens = torch.cat([rearrange(m, "b c h w -> b (h w) c") for m in maps], 1)                 # (B,n,C)
@@ -697,10 +701,10 @@ class ICIPNet(nn.Module):
         self.bert = BertModel(BertConfig(
             vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.bert_layers,
             num_attention_heads=c.bert_heads, intermediate_size=c.bert_ffn, hidden_dropout_prob=c.dropout,
-            attention_probs_dropout_prob=c.dropout), add_pooling_layer=False)
+            attention_probs_dropout_prob=c.dropout, initializer_range=c.init_std), add_pooling_layer=False)
         self.swin = SwinModel(SwinConfig(
             window_size=c.window, embed_dim=c.embed, depths=list(c.depths), num_heads=list(c.swin_heads),
-            drop_path_rate=c.drop_path), add_pooling_layer=False)
+            drop_path_rate=c.drop_path, initializer_range=c.init_std), add_pooling_layer=False)
         self.swin.layernorm = nn.Identity()                                     # it serves the classifier only
         self.stages = nn.ModuleList(StageFusion(c, i) for i in range(4))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in c.widths)
@@ -746,6 +750,11 @@ class ICIPNet(nn.Module):
 
     def forward(self, images, tokens, text_mask, image_index=None):
         """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": (M,1,S/4,S/4) float32}."""
+        c, size = self.config, tuple(images.shape[-2:])
+        if (c.bif or c.cross_scale) and size != (c.image_size, c.image_size):
+            tied = "the token mixture of Eq. (10)" if c.bif else "the cross-scale interaction"
+            raise ValueError(f"got images of {size[0]} x {size[1]}: {tied} ties the model to image_size="
+                             f"{c.image_size}; resize them, or build and train a model for another image_size")
         L = self.encode_text(tokens, text_mask)                                 # (M,L,D)
         pixels = (images / 255 - self.mean) / self.std                          # (N,3,S,S)
         V, (h, w) = self.swin.embeddings(pixels)                                # (N,P,C)
@@ -760,7 +769,7 @@ class ICIPNet(nn.Module):
             if stage.downsample is not None:
                 V = stage.downsample(V, (h, w))                                 # (M,P/4,2C)
                 h, w = (h + 1) // 2, (w + 1) // 2
-        if self.config.cross_scale:
+        if c.cross_scale:
             features = self.cross_scale(features)                               # four of (M,C,h,w)
         return {"logits": self.decoder(features)}                               # (M,1,S/4,S/4)
 

@@ -582,10 +582,12 @@ def test_what_is_frozen():
 
 def test_another_input_size_is_refused_with_the_remedy():
     pictures, tokens, text_mask, _ = inputs(size=96)
-    with pytest.raises(ValueError, match="576 visual tokens.*for 256.*image_size"):
+    with pytest.raises(ValueError, match=r"96 x 96: the token mixture of Eq. \(10\) ties.*image_size=64.*build and"):
         build()(pictures, tokens, text_mask)
-    with pytest.raises(ValueError, match=r"\(3, 3\).*2 x 2.*image_size"):
+    with pytest.raises(ValueError, match="96 x 96: the cross-scale interaction ties.*image_size=64; resize"):
         build(bif=False)(pictures, tokens, text_mask)
+    with pytest.raises(ValueError, match="got 7 visual tokens.*for 6: build it"):
+        MultiModalFeatureReconstruction(positions=6, width=4)(torch.randn(1, 7, 4))
     assert build(bif=False, **PLAIN)(pictures, tokens, text_mask)["logits"].shape == (2, 1, 24, 24)
     assert build(image_size=96)(pictures, tokens, text_mask)["logits"].shape == (2, 1, 24, 24)
 

@@ -1,20 +1,26 @@
-"""RS2-SAM 2: SAM 2 made to read: text inside its image encoder, a pseudo-mask and a class token as its prompts.
+"""RS2-SAM 2: text inside SAM 2's image encoder; a pseudo-mask and a class token as SAM 2's prompts.
 
 Paper
     Rong, Lan, Zhang, Zhang. Customized SAM 2 for Referring Remote Sensing Image Segmentation. arXiv:2503.07266, 2025.
-    A union encoder (BEiT-3) reads image and words together. A fusion layer (BHFM) in every block of SAM 2's frozen
-    image encoder lets image and words read each other; behind it a gate reads the words once more. A generator (MPG)
-    makes a pseudo-mask of the union encoder's patches, SAM 2's dense prompt; its class token is the sparse prompt.
+    A union encoder (BEiT-3) reads image and words together. A bidirectional hierarchical fusion module (BHFM) has a
+    layer in every block of SAM 2's frozen image encoder, in which image and words read each other, and a gate behind
+    it. A generator (MPG) makes a pseudo-mask, SAM 2's dense prompt, of the union encoder's class token and patches; the
+    class token itself is the sparse prompt. A boundary loss, weighted by the text, sharpens the mask.
 Official
-    the authors' repository (commit 7321e75, no licence), weights huggingface.co/ReeF2025/RS2-SAM2. No code was copied.
+    the authors' repository (commit 7321e75, no licence), below "the code"; weights huggingface.co/ReeF2025/RS2-SAM2.
+    No code was copied.
 Shapes
-    N images, M expressions, S image side (H_s = W_s), C width of SAM 2, D of BEiT-3, L words with padding (N_t)
-    d, r         width of a block of Hiera and the reduced one of its fusion layer, d/4; h,w its map
-    V_cls, V, T  class token (M,1,D), patches (M,N_p,D) on a grid (H_u/p, W_u/p), words (M,L,D)
-    T_i          words in front of block i (M,L,C), T_0 = Linear(T);  text_mask (M,L), True = a real word
-    F_in, F_i    a block's shortcut and its attention's output, un-windowed (M,h,w,d)
-    F            SAM 2's feature at stride 16 (M,C,S/16,S/16);  M_p pseudo-mask (M,1,H_u/p,W_u/p) in [0,1]
-    F1, F2, F3   F', F'', F''' of Eqs. (2), (3);  T1, T2 likewise
+    N images, M expressions, S image side (H_s = W_s, 1024), C width of SAM 2 (256)
+    H_u, p, N_p, D  side and patch of BEiT-3 (224, 16), the number of its patches (H_u/p)^2, its width (1024)
+    L            the paper's N_t, words with <s> and </s>, and padding;  text_mask (M,L), True = a real word
+    d, r         width of a block of Hiera, reduced width of its fusion layer, d/4;  h,w any map's sides
+    U_0          the stream {"A": V_0 (M,1+N_p,D), "B": T_0 (M,L,D)} in front of the union encoder
+    V_cls, V, T  class token (M,1,D), patches (M,N_p,D) and words (M,L,D) behind it
+    T_i          words in front of fusion layer i (M,L,C), in front of the first Linear(T), in the code `words`
+    F_in, F_i    a block's shortcut, as Hiera has it (where a stage begins, projected and pooled), and what its
+                 attention gave, un-windowed (M,h,w,d)
+    F1, F2, F3   F', F'', F''' of (2), (3);  T1, T2 likewise
+    feature      F of (4), the neck's map at stride 16 (M,C,S/16,S/16);  M_p pseudo-mask (M,1,H_u/p,H_u/p) in [0,1]
 Equations
     (1)          BEiT3.embed
     (2) (3)      BidirectionalHierarchicalFusion.interact, .forward
@@ -23,40 +29,47 @@ Equations
     (6)          RS2SAM2.criterion
     (7)          losses.py, boundary_loss
 Departs
-    padding      masked wherever words are read (BEiT-3, Eqs. 2, 4): so a batch changes nothing; the code has batch 1
-    (5)          V'_cls is MHCA(V_cls, V) * V_cls: the product stands in the paper's text and in the code, not in (5)
-    M_p          is resized at once to 4 * S/16, the prompt encoder's input size: by way of S x S it differs by <= 0.02
-    (7)          M_pre is the soft probability, so that the boundary moves the mask. The code thresholds it: no gradient
-                 reaches the logits and only the text weight learns (hard_boundary)
-    (7)          the text weight 0 is a trivial optimum of (7) as printed; `diagnose` reports |weight|, watch it
-    code: (2)    T2 attends to F1 as printed; in the code to F2 (official_fusion)
-    code: (3)    the side branch reads F3 as printed; in the code LN(F3) (official_fusion)
-    code: logits one logit m, cut at 0; the code's pair (1-m, m) is the logit 2m-1 (official_logits)
-    code: pixels BEiT-3 gets its own 0.5/0.5, bicubic; the code ImageNet's, bilinear (official_pixels)
-    code: (6)    lambda_ce 1 (code 0.9); Dice of [22], V-Net's, with squares (code: sums, over both classes)
-    code: drop   the rates fall in the last 10 epochs of any run; the code's RRSIS-D script has the rates of RefSegRS
-                 and never lets them fall
-Silent (choices are the official code's unless marked "ours")
-    F            the neck's map at stride 16, which 3.2 calls the final-layer feature
-    BHFM         in all 48 blocks, after un-windowing and before the shortcut is added; r = d/4, 4 heads, biases, exact
-                 GELU; no norm, positions or dropout; LN and MLP of (3) are the block's own frozen ones
-    T_i          C wide in every stage, with a projection of its own in each layer; the last one's T is read by nobody
-    (4)          8 heads; the query is F + SAM 2's dense positions; F includes the no-memory embedding; T is T_0
-    (5)          8 heads; "MLP layers" is one Linear and a sigmoid (mpg_layers)
-    no MPG       SAM 2's no-mask embedding (ours); "w/o MHCA": V_cls in place of V'_cls
+  From the paper:
+    padding      is masked wherever words are read: the rest of a batch changes nothing (the code: batch 1, no padding)
+    (4)          the query is F + SAM 2's dense positions, as in the code; T is `words`, the one projection from D to C
+    (5)          ends in a sigmoid, and "MLP layers" is one Linear (mpg_layers), as in the code; V'_cls is multiplied by
+                 V_cls, as 3.4's text and the code have it and the formula has not
+    M_p          is resized at once to 4 * S/16, the prompt encoder's input; by way of S x S it differs by <= 0.02
+    BEiT-3       is shown the S x S image, shrunk without aliasing, not the original: the loader hands over one size
+    batch        4.2's "unified batch size of 1" is read as 1 on each of its 8 cards
+  From the code; the switch in brackets gives its form:
+    (2)          T2 attends to F1; there to F2 (official_fusion)
+    (3)          the linear branch reads F3; there LN(F3) (official_fusion)
+    (7)          M_pre is the soft probability; there it is cut at 0.5: no gradient reaches the logits, only the text
+                 weight learns (hard_boundary)
+    logits       one logit m, cut at 0; there the pair (1-m, m), which is the logit 2m-1 (official_logits)
+    pixels       BEiT-3 gets its own statistics, 0.5/0.5, bicubic; there ImageNet's, bilinear (official_pixels)
+  From the code, for good:
+    (6)          lambda_ce 1, there 0.9; Dice of [22], V-Net's, with squares (dice_squared); there over both classes
+    rates        as 4.2; the code's script for RRSIS-D has those of RefSegRS and never lets them fall
+Silent (choices are the code's unless marked "ours")
+    BHFM         in all 48 blocks; r = d/4, 4 heads, each attention of (2) with its own weights, biases, exact GELU; no
+                 norm, positions or dropout; LN and MLP of (3) are the block's own, frozen
+    T_i          C wide in every stage, with projections of each layer's own; the last layer's T is read by nobody
+    (4), (5)     8 heads; F includes the no-memory embedding
+    (7)          differences to the pixel above and on the left, 0 where there is none; T_s is the word <s> of `words`.
+                 Weight 0 is an optimum: `diagnose` reports |weight|; near 0 the loss does nothing
     M_p          has no loss of its own; its probabilities enter where SAM 2 expects logits
     token MLP    Linear, ReLU, Linear on V_cls; the one sparse token: the "sparse embeddings" have no length
     decoder      single mask, its token 0; IoU and object scores are not read
-    T_s          the <s> word of T_0; Linear C -> 1, no activation
-    (6)          cross-entropy weighted 0.9/1.1 as in [19]; Dice eps 1, per expression (ours); at S x S
-    learning     all but SAM 2's image encoder (backbone and neck); what gets no gradient is left out (IoU and object
-                 heads, heads of masks 1-3, BEiT-3's mask token, point embeddings, the last layer's text update)
-    rates        the high one: fusion layers, gate, MPG; T_0's projection and T_s's Linear have the base rate
-    training     weight decay 0.01 on everything, no warm-up, no clipping, no augmentation; batch 8 (1 on each card)
-    selection    best mIoU + oIoU on val; scored at S x S
-    text         64 pieces with <s> and </s>, longer sentences are cut, case kept (ours: 64; the code has no limit)
-    init         the framework's defaults; zero_init starts with the fusion layers shut, as stock SAM 2 (ours, off)
+    (6), (7)     at S x S; cross-entropy weighted 0.9/1.1 as in [19]; Dice eps 1, all per expression (ours)
+    learning     all but SAM 2's image encoder (backbone and neck) and what gets no gradient: IoU and object heads,
+                 heads of masks 1-3, BEiT-3's mask token, embeddings of absent prompts, the last layer's text update
+    rates        the high one: fusion layers, gate, MPG; the two Linears on the text have the base rate
+    training     weight decay 0.01 on everything, bf16, no warm-up, no clipping, no augmentation
+    selection    best mIoU + oIoU on val; scored at S x S; an empty union counts 0
+    text         BEiT-3's own pieces in XLM-R's numbering, case kept, at most 64 (ours; the code has no limit)
+    init         PyTorch's defaults; zero_init shuts the fusion layers at the start, stock SAM 2 (ours, off); towers
+                 without published weights: Xavier (ours)
     other data   the recipe of RRSIS-D (ours)
+    Tables 3, 4  MMP = MPG; DHF = BHFMM = BHFM, its layers BL and its gate BC. Without MPG: SAM 2's no-mask embedding;
+                 w/o MHCA: V_cls for V'_cls; Linear: no words in (2), the rest of (3) as it is; Uni: T_i stays
+                 Linear(T). Baseline: recipe and loss (6) less L_tbl (all ours; its numbers in the paper are EVF-SAM's)
 Omits
     memory       SAM 2's, as the paper does; the tower is SAM 2.0's Hiera-L in the image model of transformers
 """
@@ -117,7 +130,6 @@ class Config:
     sam_heads: int = 8
     sam_mlp: int = 2048
     sam_mask_channels: int = 16
-    init_std: float = 0.02                          # SAM 2's weights where they are random
 
     fusion: str = "bi"                              # BHFM layers: Table 4's "bi", "uni", "linear", or "none" (w/o BL)
     gate: bool = True                               # Eq. (4); False: Table 4's w/o BC
@@ -174,16 +186,17 @@ class Config:
     def tiny(cls):
         return cls(image_size=96, pretrained="none", text_length=24, freeze=False, vocab_size=256,
                    beit_size=96, beit_patch=8, beit_width=64, beit_layers=3, beit_heads=4, beit_ffn=128,
-                   beit_positions=32, hiera_width=16, hiera_heads=1, hiera_blocks=(1, 1, 2, 1),
-                   hiera_windows=(8, 4, 6, 2), hiera_global=(3,), hiera_background=3, sam_width=48, sam_heads=4,
-                   sam_mlp=96, gate_heads=4, mpg_heads=4, init_std=0.1)
+                   beit_positions=32, hiera_width=32, hiera_heads=1, hiera_blocks=(1, 1, 2, 1),
+                   hiera_windows=(8, 4, 6, 2), hiera_global=(3,), hiera_background=3, sam_width=96, sam_heads=4,
+                   sam_mlp=192, fusion_reduction=2, gate_heads=4, mpg_heads=4,
+                   lambda_dice=1.0, background_weight=1.0, foreground_weight=1.0)      # Dice finds small objects sooner
 
 
 RECIPE = {                                          # 4.2 where not marked; RRSIS-D's
-    "epochs": 40, "batch_size": 8, "lr": 1e-5, "lr_modules": 5e-5,
+    "epochs": 40, "batch_size": 8, "micro_batch": 1, "lr": 1e-5, "lr_modules": 5e-5,
     "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,
-    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16",      # official code
-    "micro_batch": 1, "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,
+    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16",                      # official code
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,      # likewise
 }
 RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
 RECIPE_TINY = {"epochs": 20, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
@@ -263,15 +276,15 @@ def tokenizer(config, vocabulary=None):
 
 def find_weights(config, name):
     """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
-    is_file = name.endswith((".pth", ".spm"))
-    if config.pretrained == "hub" and not is_file:
+    is_file, hub = name.endswith((".pth", ".spm")), config.pretrained == "hub"
+    if hub and not is_file:
         return name
-    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
+    path = Path(config.weights_dir if hub else config.pretrained) / name.split("/")[-1]
     if path.exists():
         return str(path)
     if is_file:
         raise FileNotFoundError(f"{path}: no such file; download {name} from {BEIT3_PLACE} to there, "
-                                "or name its folder with --set weights_dir=DIR")
+                                f"or name its folder with --set {'weights_dir' if hub else 'pretrained'}=DIR")
     raise FileNotFoundError(f"{path}: no such folder; put the files of huggingface.co/{name} there, "
                             "or set pretrained=hub")
 
@@ -347,6 +360,19 @@ def run(function, *inputs, checkpointing):
     return function(*inputs)
 
 
+def start_from_scratch(*towers):
+    """Start towers that no published weights will fill: with transformers' own, std 0.02, small ones hardly learn.
+
+    Convolutions keep biases: without them SAM 2's mask embedding, which normalises, would not see how high a mask is.
+    """
+    for layer in (layer for tower in towers for layer in tower.modules()):
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.reset_parameters()
+
+
 class Attention(nn.Module):
     """Multi-head attention: queries (B,Q,C), keys and values (B,K,C) -> (B,Q,C); mask (B,K), True = may be read."""
 
@@ -354,6 +380,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        for layer in (self.to_q, self.to_k, self.to_v):                       # starts as nn.MultiheadAttention does
+            nn.init.xavier_uniform_(layer.weight, gain=2 ** -0.5)
+        for layer in (self.to_q, self.to_k, self.to_v, self.to_out):
+            nn.init.zeros_(layer.bias)
 
     def forward(self, queries, keys, values, mask=None):
         q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
@@ -463,7 +493,7 @@ class BEiT3(nn.Module):
         mask = None
         if text_mask is not None:
             mask = text_mask if pixels is None else F.pad(text_mask, (stream["A"].shape[1], 0), value=True)
-            mask = mask[:, None, None]                                                # (B,1,1,1+N_p+L)
+            mask = mask[:, None, None]                                                # (B,1,1,1+N_p+L), or L alone
         for layer in self.encoder.layers:
             stream = run(layer, stream, mask, checkpointing=self.checkpointing)
         stream = {branch: self.encoder.layer_norm[branch](x) for branch, x in stream.items()}
@@ -474,7 +504,7 @@ class BEiT3(nn.Module):
 
 
 class BidirectionalHierarchicalFusion(nn.Module):
-    """One layer of the module, in one block of Hiera: image and words read each other in a reduced width.
+    """The module's layer (BL) for one block of Hiera: image and words read each other in a reduced width.
 
     structure "uni" leaves the words as they were, "linear" is an adapter that reads none.
     """
@@ -503,14 +533,14 @@ class BidirectionalHierarchicalFusion(nn.Module):
         F1 = F.gelu(self.down(F_i))                                           # (M,h,w,r)
         if self.structure == "linear":
             return F1, None
-        size = dict(zip("hw", F1.shape[1:3], strict=True))
+        h = F1.shape[1]
         F1, T1 = rearrange(F1, "m h w r -> m (h w) r"), self.text_in(T_i)     # (M,h*w,r), (M,L,r)
-        F2 = self.image_reads_text(F1, T1, T1, text_mask) + F1
+        F2 = self.image_reads_text(F1, T1, T1, text_mask) + F1                # (M,h*w,r)
         T2 = None
         if self.structure == "bi":
             image = F2 if self.official else F1
             T2 = self.text_reads_image(T1, image, image) + T1  # Eq. (2)
-        return rearrange(F2, "m (h w) r -> m h w r", **size), T2
+        return rearrange(F2, "m (h w) r -> m h w r", h=h), T2
 
     def forward(self, F_in, F_i, T_i, text_mask, norm, mlp):
         """F_in, F_i (M,h,w,d), T_i (M,L,C), the block's own norm and MLP -> F_out (M,h,w,d), T_i+1 (M,L,C)."""
@@ -534,17 +564,17 @@ def attend(block, hidden):
 
 
 class TextGate(nn.Module):
-    """After the encoder the feature at stride 16 reads the original words and is multiplied by what it read."""
+    """The module's part behind the encoder (BC): the feature reads the original words, times what it read."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.attention = Attention(width, heads)
 
-    def forward(self, feature, positions, T, text_mask):
-        """feature F (M,C,h,w), positions (1,C,h,w), T (M,L,C), text_mask (M,L) -> F_en (M,C,h,w)."""
-        size = dict(zip("hw", feature.shape[-2:], strict=True))
-        queries = rearrange(feature + positions, "m c h w -> m (h w) c")
-        read = rearrange(self.attention(queries, T, T, text_mask), "m (h w) c -> m c h w", **size)
+    def forward(self, feature, positions, words, text_mask):
+        """feature (M,C,h,w), positions (1,C,h,w), words (M,L,C), text_mask (M,L) -> F_en (M,C,h,w)."""
+        queries = rearrange(feature + positions, "m c h w -> m (h w) c")      # (M,h*w,C)
+        read = self.attention(queries, words, words, text_mask)               # (M,h*w,C)
+        read = rearrange(read, "m (h w) c -> m c h w", h=feature.shape[-2])   # (M,C,h,w)
         return read * feature  # Eq. (4)
 
 
@@ -562,11 +592,10 @@ class MaskPromptGenerator(nn.Module):
         self.mlp = nn.Sequential(*hidden, nn.Linear(width, 1))
 
     def forward(self, V_cls, V):
-        """V_cls (M,1,D), V (M,N_p,D), a square grid row by row -> M_p (M,1,h,w) in [0,1]."""
+        """V_cls (M,1,D), V (M,N_p,D), a square grid of sides h = w, row by row -> M_p (M,1,h,w) in [0,1]."""
         if self.attention is not None:
             V_cls = self.attention(V_cls, V, V) * V_cls                       # V'_cls (M,1,D)
-        side = round(V.shape[1] ** 0.5)
-        V = rearrange(V, "m (h w) d -> m h w d", h=side)                      # R(V)
+        V = rearrange(V, "m (h w) d -> m h w d", h=round(V.shape[1] ** 0.5))  # R(V), (M,h,w,D)
         V = V * self.linear(V_cls)[:, None]                                   # V' (M,h,w,D)
         M_p = self.mlp(V).sigmoid()  # Eq. (5)
         return rearrange(M_p, "m h w 1 -> m 1 h w")
@@ -582,20 +611,19 @@ def sam2_config(c):
         embed_dim_per_stage=list(c.hiera_widths),
         num_attention_heads_per_stage=[c.hiera_heads * 2 ** stage for stage in range(4)],
         window_size_per_stage=list(c.hiera_windows), global_attention_blocks=list(c.hiera_global),
-        window_positional_embedding_background_size=[c.hiera_background] * 2, initializer_range=c.init_std)
+        window_positional_embedding_background_size=[c.hiera_background] * 2)
     vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=list(c.hiera_widths[::-1]),
-                              fpn_hidden_size=c.sam_width, initializer_range=c.init_std)
+                              fpn_hidden_size=c.sam_width)
     prompts = Sam2PromptEncoderConfig(hidden_size=c.sam_width, image_size=c.image_size,
                                       mask_input_channels=c.sam_mask_channels)
     # By default transformers picks another mask in eval mode than in training where it finds mask 0 unstable.
     decoder = Sam2MaskDecoderConfig(hidden_size=c.sam_width, mlp_dim=c.sam_mlp, num_attention_heads=c.sam_heads,
                                     iou_head_hidden_dim=c.sam_width, dynamic_multimask_via_stability=False)
-    return Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder,
-                      initializer_range=c.init_std)
+    return Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
 
 
 class RS2SAM2(nn.Module):
-    """Fig. 2: union encoder, image encoder with fusion layers, gate, prompts, mask decoder."""
+    """Fig. 2: union encoder, image encoder with fusion layers, gate, mask prompt generator, mask decoder."""
 
     MAPS = MAPS
 
@@ -608,6 +636,8 @@ class RS2SAM2(nn.Module):
                            heads=c.beit_heads, ffn=c.beit_ffn, positions=c.beit_positions, vocab_size=c.vocab_size,
                            checkpointing=c.checkpointing)
         self.sam = Sam2Model(sam2_config(c))
+        if c.pretrained == "none":
+            start_from_scratch(self.beit3, self.sam)
         if c.reads_text:
             self.text_projection = nn.Linear(c.beit_width, c.sam_width)
         if c.fusion != "none":
@@ -638,22 +668,28 @@ class RS2SAM2(nn.Module):
                       "hiera_width, hiera_blocks, hiera_windows, hiera_background, sam_width, sam_mlp")
         return {"beit3.": c.beit_backbone, "sam.": c.sam_backbone}
 
-    def block(self, number, hidden, T, text_mask):
-        """Block `number` of Hiera with its fusion layer: hidden (M,h,w,d), T (M,L,C) -> the same behind it."""
+    def train(self, mode=True):
+        super().train(mode)
+        if self.config.freeze:
+            self.sam.vision_encoder.eval()
+        return self
+
+    def block(self, number, hidden, T_i, text_mask):
+        """Hiera's block with its fusion layer: hidden (M,h,w,d), T_i (M,L,C) -> hidden (M,h',w',d'), T_i+1 (M,L,C)."""
         block = self.sam.vision_encoder.backbone.blocks[number]
         if self.config.fusion == "none":
-            return block(hidden), T
-        F_in, F_i = attend(block, hidden)
-        return self.fusion[number](F_in, F_i, T, text_mask, block.layer_norm2, block.mlp)
+            return block(hidden), T_i
+        F_in, F_i = attend(block, hidden)                                     # (M,h',w',d') each
+        return self.fusion[number](F_in, F_i, T_i, text_mask, block.layer_norm2, block.mlp)
 
-    def encode_image(self, pixels, T, text_mask):
-        """pixels (M,3,S,S), T (M,L,C) -> SAM 2's features at strides 4, 8, 16, (M,C,S/s,S/s)."""
+    def encode_image(self, pixels, words, text_mask):
+        """pixels (M,3,S,S), words (M,L,C) -> SAM 2's features at strides 4, 8, 16, (M,C,S/s,S/s)."""
         hiera, neck = self.sam.vision_encoder.backbone, self.sam.vision_encoder.neck
         hidden = hiera.patch_embed(pixels)                                    # (M,S/4,S/4,d)
         hidden = hidden + hiera._get_pos_embed(hidden.shape[1:3])
-        stages = []
+        T_i, stages = words, []
         for number in range(len(hiera.blocks)):
-            hidden, T = run(self.block, number, hidden, T, text_mask, checkpointing=self.config.checkpointing)
+            hidden, T_i = run(self.block, number, hidden, T_i, text_mask, checkpointing=self.config.checkpointing)
             if number in hiera.stage_ends:
                 stages.append(rearrange(hidden, "m h w d -> m d h w"))        # (M,d,S/s,S/s)
         # The neck's own forward also makes the positions of every level, which SAM 2 needs for its memory only.
@@ -664,7 +700,7 @@ class RS2SAM2(nn.Module):
     def forward(self, images, tokens, text_mask, image_index=None):
         """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> dict.
 
-        logits (M,1,S/4,S/4), above 0 is the mask. pseudo_mask (M,1,H_u/p,W_u/p) in [0,1]. text_weight (M,), for (7).
+        logits (M,1,S/4,S/4), above 0 is the mask. pseudo_mask (M,1,H_u/p,H_u/p) in [0,1]. text_weight (M,), for (7).
         What is switched off is absent.
         """
         c, decoder = self.config, self.sam.mask_decoder
@@ -674,21 +710,21 @@ class RS2SAM2(nn.Module):
         if image_index is not None:
             sam_pixels, beit_pixels = sam_pixels[image_index], beit_pixels[image_index]
 
-        V, T = self.beit3(beit_pixels, tokens, text_mask)                     # (M,1+N_p,D), (M,L,D)
-        V_cls, V = V[:, :1], V[:, 1:]                                         # (M,1,D), (M,N_p,D)
-        T_0 = self.text_projection(T) if c.reads_text else None               # (M,L,C)
+        image_tokens, T = self.beit3(beit_pixels, tokens, text_mask)          # (M,1+N_p,D), (M,L,D)
+        V_cls, V = image_tokens[:, :1], image_tokens[:, 1:]                   # (M,1,D), (M,N_p,D)
+        words = self.text_projection(T) if c.reads_text else None             # (M,L,C)
 
-        feature4, feature8, feature = self.encode_image(sam_pixels, T_0, text_mask)
+        feature4, feature8, feature = self.encode_image(sam_pixels, words, text_mask)
         feature = feature + self.sam.no_memory_embedding.view(1, -1, 1, 1)    # (M,C,S/16,S/16)
         positions = self.sam.get_image_wide_positional_embeddings()           # (1,C,S/16,S/16)
         if c.gate:
-            feature = self.gate(feature, positions, T_0, text_mask)
+            feature = self.gate(feature, positions, words, text_mask)         # F_en (M,C,S/16,S/16)
 
         outputs, M_p = {}, None
         if c.mpg:
-            outputs["pseudo_mask"] = M_p = self.prompt_generator(V_cls, V)    # (M,1,H_u/p,W_u/p)
+            outputs["pseudo_mask"] = M_p = self.prompt_generator(V_cls, V)    # (M,1,H_u/p,H_u/p)
             M_p = resize(M_p, self.sam.prompt_encoder.mask_input_size)        # (M,1,S/4,S/4)
-        _, dense_prompt = self.sam.prompt_encoder(None, None, None, M_p)      # (M,C,S/16,S/16)
+        _, dense_prompt = self.sam.prompt_encoder(None, None, None, M_p)      # (M,C,S/16,S/16); without M_p (1,...)
         sparse_prompts = self.token_mlp(V_cls)                                # (M,1,C)
         logits = decoder(image_embeddings=feature, image_positional_embeddings=positions,
                          sparse_prompt_embeddings=sparse_prompts[:, None], dense_prompt_embeddings=dense_prompt,
@@ -697,7 +733,7 @@ class RS2SAM2(nn.Module):
         logits = logits[:, 0]                                                 # (M,1,S/4,S/4)
         outputs["logits"] = 2 * logits - 1 if c.official_logits else logits
         if c.boundary_loss:
-            outputs["text_weight"] = self.text_weight(T_0[:, 0])[:, 0]        # (M,)
+            outputs["text_weight"] = self.text_weight(words[:, 0])[:, 0]      # (M,)
         return outputs
 
     def criterion(self, outputs, batch, progress):

@@ -5,15 +5,16 @@ Paper
     Models. arXiv:2507.06231, 2025, https://arxiv.org/abs/2507.06231
     SigLIP 2 reads a small copy of the image and the sentence. A prompter splits the sentence into two subspaces, lets
     the image read one and then the other, and turns what it found into prompts: n_p vectors and one coarse map.
-    SAM 2.1 sees the large image and these prompts, never the sentence. The three towers learn by LoRA alone.
+    SAM 2.1 sees the large image and these prompts, never the sentence. The towers learn by LoRA, SAM's decoder in full.
 Official
     https://github.com/KyanChen/RSRefSeg2 (on mmseg, DeepSpeed and peft). No code was copied.
 Shapes
-    N images, M expressions, L tokens with padding; I_1, I_2 the image at H_1 = 512 and H_2 = 1024
-    v           image tokens (N,g*g,D_v), g = H_1 / patch; read by the words v'_1, v'_2 (M,g*g,D_v)
+    N images, M expressions, L tokens with EOS and padding; I_1, I_2 the image at H_1 = 512 and H_2 = 1024
+    v           image tokens (N,g*g,D_v), g = H_1 / patch, rounded down; v'_1, v'_2 (M,g*g,D_v) once they have read the
+                words of the first, of both subspaces
     t_word      words (M,L,D_t); t_sent sentence (M,D_v); t_1, t_2 subspaces (M,n_t,D_t), t'_1, t'_2 after interaction
     p_sparse    (M,n_p,C), C SAM's prompt width; p_dense (M,1,H_2/4,H_2/4), cosines in [-1,1]
-    F_img       SAM's image features at strides 4, 8, 16: (N,C/8,..), (N,C/4,..), (N,C,H_2/16,H_2/16)
+    F_img       SAM's image feature (N,C,H_2/16,H_2/16); the decoder also takes strides 4 and 8, (N,C/8,..), (N,C/4,..)
     D_t = D_v = 1152 (paper's d_1) but for the giant image towers; C = 256 (d_2)
 Equations
     (1)          RSRefSeg2.forward
@@ -25,45 +26,54 @@ Equations
     (7)          DensePromptGeneration.forward, cosine_maps
     (8)          RSRefSeg2.generate
     (9) (10)     RSRefSeg2.criterion
-    (11) (12)    losses.py, orthogonal_loss; RSRefSeg2.criterion
+    (11)         losses.py, orthogonal_loss
+    (12)         RSRefSeg2.criterion
     (13)         metrics.py
 Departs
     (4) line 3   printed with t_1 as the query of t_2; "alternately serve as queries": t_1 reads t_2, then t_2 reads t_1
     (4)-(6)      each attention and MLP has a residual before its norm, as in the official code; none is printed
     (6) line 3   queries are what line 2 made of them ("sequentially"); printed with the query of line 2 again
-    (7)          the 3x3 form of III-C; IV-E8 calls it 1x1 (dense_kernel=1)
-    (8)          SAM 2.1 has an object-score token besides, and its own order: score, IoU, filters, prompts
+    (7)          the 3x3 form of III-C; IV-E8 calls it 1x1 (dense_kernel=1). The text speaks of a probability map, the
+                 formula gives cosines, and these are what SAM gets
+    (8)          SAM 2.1's own decoder: its order of tokens, an object-score token, a no-memory embedding on F_img,
+                 features at strides 4 and 8; logits come at H_2/4 and are enlarged bilinearly
     (12)         L_samp contrasts t_2 with v: Table XV's best row and the official code; printed with t_sent
-    t_sent       SigLIP has no feature at EOS: its head reads the last of 64 positions, where training put the summary
-    (13)         its N images are the expressions: each is a sample, as everywhere in the field
-    decoder      what gets no gradient stays frozen: the heads for IoU, object score and masks 2 to 4
-    official     its forms that differ are ABLATIONS["official"]; it also trains SAM's prompt encoder
-                 (train_prompt_encoder), adapts SAM's neck and SigLIP's text head, and keeps the best epoch on test
+    batch        L_samp and (7)'s batch norm see what is taken at once, --micro-batch times the processes for L_samp,
+                 not the 64 of IV-C2
+    t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; the official code reads all positions
+    t_sent       SigLIP has no feature at EOS: its text head reads the last of 64 positions, which it was trained on
+    decoder      heads for IoU, object score and masks 2 to 4 stay frozen: no loss reaches them
+    official     its forms that differ are ABLATIONS["official"]. Not among them: it adapts SAM's neck and SigLIP's text
+                 head too, trains 600 epochs at 2e-4 on RefSegRS, and keeps the best epoch on test
 Silent
-    attention    8 heads, internal width 512, MLP 512 with GELU, biases everywhere, no dropout: official code
-    t_word       the tokens before EOS (III-A: L tokens and one EOS), pads masked; the official code reads all positions
-    textpool     the same mean over n_t nearly equal runs of words for both subspaces
-    positions    N(0,1), added to queries and keys, not to values; those of t_1, t_2 serve in (4), (5) and (6), those
-                 of the image in (5) and (6)
-    p_sparse     after the last block an MLP C-512-C
-    (7)          bilinear, align_corners=False; the norm of the upsampled features is had from g x g products, exactly
+    attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout: official code
+    start        PyTorch's own for the prompter: official code; with pretrained=none Xavier for prompter and SAM
+    textpool     adaptive average pooling of the words to n_t, for both subspaces: official code, without its pads
+    positions    N(0,1), on queries and keys, not values: t_1's in (4), (5), t_2's in (4)-(6), the image's in (5), (6),
+                 p_sparse's in (6): official code; a row of Table IX without one has none wherever it would serve
+    p_sparse     after the last block an MLP C-512-C: official code
+    (7)          bilinear, align_corners=False; the norm after upsampling is computed on the g x g grid, which is exact
     LoRA         on q, k, v, out of every attention of the three towers, alpha = r; A starts at zero
-    L_dice       squared denominator, epsilon 1e-3: official code
-    L_samp       v is averaged over the mask's area, so that no small object is lost to rounding; temperature learnable
-                 from 1/0.07, at most 100; gathered over processes with gradient; of accumulated parts each sees itself
-    L_spat       cosines with a learnable scale (and bias for CE); CE at the mask's size, MIL over the touched cells
-    L_dense      reads p_dense as a logit, as SAM's prompt encoder does
+    I_1          the H_2 image reduced bilinearly with antialiasing
+    L_dice       squared denominator: official code; epsilon 1e-3 above and below
+    L_samp       v averaged over the mask's area, so that no small object is lost to rounding; t_2 over its n_t vectors;
+                 a learnable factor on the cosines, from 1/0.07, at most 100; gathered over processes with gradient
+    L_spat       cosines times such a factor (and plus a bias for CE); CE at the mask's size; MIL: -log of the softmax
+                 mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
+    L_dense      p_dense as a logit, as SAM's prompt encoder reads it, at the mask's size (IV-E10 may mean H_2/4)
     alphas       0.5 for every auxiliary term that a row of Table XV switches on
-    text         lower case, padded to 64 without a mask in the tower, as SigLIP 2 was trained
-    warm-up      5 epochs; decay 0.05 on all that learns; clipping 3.0: official code
+    text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
+    training     warm-up 5 epochs, decay 0.05 on all that learns, clipping 3.0: official code
+    Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
     Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
-    Tables XI-II without inter- or cross-attention the block is what is left of it; what then learns nothing is left out
-    Table XIII   T-sparse: one query more, its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
+    Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
+    Table XIII   T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
     Table XIV    other sizes through interpolated positions
-    Table XVI    LoRA rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
+    Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
     diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one
 Omits
     a reader for the authors' weights: their file layout could not be verified
+    ZeRO-2: one process holds all weights; they are few enough
 """
 
 import math
@@ -188,6 +198,8 @@ class Config:
             raise ValueError(f"dense=False leaves nothing to supervise: set alpha_dense=0, got {self.alpha_dense}")
         if self.image_size % 32:
             raise ValueError(f"image_size={self.image_size}: SAM's image encoder takes multiples of 32")
+        if self.attention_width % self.heads:
+            raise ValueError(f"attention_width={self.attention_width}: expected a multiple of heads={self.heads}")
 
     @classmethod
     def tiny(cls):
@@ -198,66 +210,48 @@ class Config:
                    sam_background=4, prompt_width=32, decoder_heads=4, decoder_mlp=64,
                    lora_text=0, lora_vision=0, lora_sam=0, attention_width=64, heads=4, mlp_width=64)
 
+    @property
+    def aligned(self):
+        """What the active terms L_samp and L_spat of Eq. (12) read: some of sent, t2, v, v2."""
+        samp = (self.nce_text, self.nce_image) if self.alpha_samp else ()
+        return {*samp, *((self.spat_text, self.spat_image) if self.alpha_spat else ())}
 
-RECIPE = {                                          # IV-C2 where not marked
-    "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",
+
+RECIPE = {
+    "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",     # IV-C2
     "weight_decay": 0.05, "warmup": 5.0, "clip": 3.0, "micro_batch": 8,         # official code
-    "per_image": 0, "protocol": "original", "empty": "zero", "select": "mIoU", "phases": None,
+    "per_image": 0, "protocol": "original", "empty": "zero", "select": "mIoU", "phases": None,  # our choice
 }
 RECIPE_FOR = {}                                     # IV-C2: one recipe for all data sets
 RECIPE_TINY = {"epochs": 20, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "weight_decay": 0.01, "warmup": 1.0,
                "clip": 1.0, "per_image": 4}
 
-SAMS = {size[0]: f"facebook/sam2.1-hiera-{size}" for size in ("tiny", "small", "base-plus", "large")}
-CLIPS = {"siglip-p14-384": "google/siglip-so400m-patch14-384"} | {
-    f"siglip2-p{patch}-{size}": f"google/siglip2-so400m-patch{patch}-{size}"
-    for patch, size in ((14, 224), (14, 384), (16, 384), (16, 512))} | {
-    f"siglip2-giant-p16-{size}": f"google/siglip2-giant-opt-patch16-{size}" for size in (256, 384)}
-BASE = {"clip": CLIPS["siglip2-p14-384"], "sam": SAMS["s"], "lora_sam": 32, "alpha_dice": 0.0}     # IV-E, Table VI
+
+def pair(name):
+    """Table XVI's name of a pair of backbones, such as siglip2-giant-p16-256+s -> what sets it."""
+    clip, sam, *_ = name.split("+")
+    family, *giant, patch, size = clip.split("-")
+    sam = {"t": "tiny", "s": "small", "b": "base-plus", "l": "large"}[sam]
+    return {"clip": f"google/{family}-{'giant-opt' if giant else 'so400m'}-patch{patch[1:]}-{size}",
+            "sam": f"facebook/sam2.1-hiera-{sam}", "lora_sam": 16 if sam == "large" else 32, "alpha_dice": 1.0}
 
 
-def grid(name, field, values):
-    """Rows `name-value` that change one field."""
-    return {f"{name}-{value}": {field: value} for value in values}
+def grid(row, field, values):
+    """Rows `row-value` that change one field."""
+    return {f"{row}-{value}": {field: value} for value in values}
 
 
-def loss_rows():
-    """Table XV in its order; each row has L_ce besides what its name says."""
-    none = {"alpha_ortho": 0.0, "alpha_samp": 0.0}
-    ortho = {"alpha_samp": 0.0}
-    rows = {"ce": none, "ortho": ortho, "dense": ortho | {"alpha_dense": 0.5}}
-    for image in ("v", "v2"):
-        for text in ("sent", "t2"):
-            rows |= {f"{kind}-{text}-{image}": ortho | {"alpha_spat": 0.5, "spat": kind, "spat_text": text,
-                                                        "spat_image": image} for kind in ("CE", "MIL")}
-    rows |= {f"NCE-{text}-{image}": {"nce_text": text, "nce_image": image}
-             for image in ("v", "v2") for text in ("sent", "t2")}
-    return rows | {"NCE-t2-v+dice": {"alpha_dice": 1.0}}
-
-
-def backbone_rows():
-    """Table XVI in its order, with the two pairs that it prints twice."""
-    pairs = [(clip, "s") for clip in ("siglip-p14-384", "siglip2-p14-224", "siglip2-p14-224", "siglip2-p14-384",
-                                      "siglip2-p16-384", "siglip2-p16-512", "siglip2-giant-p16-256",
-                                      "siglip2-giant-p16-384")] + [("siglip2-p16-512", sam) for sam in "tsbl"]
-    rows = {}
-    for clip, sam in pairs:
-        name = f"{clip}+{sam}"
-        rows[f"{name}(again)" if name in rows else name] = {
-            "clip": CLIPS[clip], "sam": SAMS[sam], "lora_sam": 16 if sam == "l" else 32, "alpha_dice": 1.0}
-    return rows
-
-
+BASE = pair("siglip2-p14-384+s") | {"alpha_dice": 0.0}         # IV-E; see the head
+BLOCKS, RANKS, NO_SAMP = (1, 2, 4, 6), (0, 4, 8, 16, 32, 64), {"alpha_samp": 0.0}
 ABLATIONS = {
-    "VI": grid("clip-t", "lora_text", (0, 4, 8, 16, 32, 64)) | grid("clip-v", "lora_vision", (0, 4, 8, 16, 32, 64))
-    | grid("sam-v", "lora_sam", (0, 4, 8, 16, 32, 64)),
-    "VII": grid("decomp", "decomposition_blocks", (1, 2, 4, 6)) | grid("interac", "interaction_blocks", (1, 2, 4, 6))
-    | grid("prompt", "prompt_blocks", (1, 2, 4, 6)),
+    "VI": grid("clip-t", "lora_text", RANKS) | grid("clip-v", "lora_vision", RANKS) | grid("sam-v", "lora_sam", RANKS),
+    "VII": grid("decomp", "decomposition_blocks", BLOCKS) | grid("interac", "interaction_blocks", BLOCKS)
+    | grid("prompt", "prompt_blocks", BLOCKS),
     "VIII": grid("decomp", "n_t", (1, 3, 6, 9)) | grid("prompt", "n_p", (1, 3, 6, 9, 12)),
-    "IX": {f"decomp-{'PE-' if pe else ''}{init}": {"subspace_positions": pe, "subspace_init": init} for pe, init in (
+    "IX": {f"decomp-{'PE-' * pe}{init}": {"subspace_positions": pe, "subspace_init": init} for pe, init in (
         (False, "learnable"), (False, "textpool"), (True, "zero"), (True, "learnable"), (True, "textpool"))}
     | grid("interac", "image_positions", ("none", "sine", "learnable"))
-    | {f"prompt-{'PE-' if pe else ''}{init}": {"prompt_positions": pe, "prompt_init": init} for pe, init in (
+    | {f"prompt-{'PE-' * pe}{init}": {"prompt_positions": pe, "prompt_init": init} for pe, init in (
         (False, "learnable"), (True, "zero"), (True, "learnable"))},
     "X": {"single-stage": {"cascade": False, "alpha_ortho": 0.0, "dense": False}, "cascaded": {"dense": False},
           "cascaded+dense": {}},
@@ -270,8 +264,16 @@ ABLATIONS = {
              "V-v2'": {}, "no-V-soft": {"dense_conv": "none"}, "V-soft": {}, "post-up": {"dense_upsample": "post"},
              "pre-up": {}},
     "XIV": {str(size): {} if size == 384 else {"clip_size": size} for size in (224, 384, 448, 768)},
-    "XV": loss_rows(),
-    "XVI": backbone_rows(),
+    "XV": {"ce": NO_SAMP | {"alpha_ortho": 0.0}, "ortho": NO_SAMP, "dense": NO_SAMP | {"alpha_dense": 0.5}}
+    | {f"{kind}-{text}-{image}": NO_SAMP | {"alpha_spat": 0.5, "spat": kind, "spat_text": text, "spat_image": image}
+       for image in ("v", "v2") for text in ("sent", "t2") for kind in ("CE", "MIL")}
+    | {f"NCE-{text}-{image}": {"nce_text": text, "nce_image": image}
+       for image in ("v", "v2") for text in ("sent", "t2")}
+    | {"NCE-t2-v+dice": {"alpha_dice": 1.0}},
+    "XVI": {name: pair(name) for name in (          # two are printed twice
+        "siglip-p14-384+s", "siglip2-p14-224+s", "siglip2-p14-224+s+again", "siglip2-p14-384+s", "siglip2-p16-384+s",
+        "siglip2-p16-512+s", "siglip2-giant-p16-256+s", "siglip2-giant-p16-384+s", "siglip2-p16-512+t",
+        "siglip2-p16-512+s+again", "siglip2-p16-512+b", "siglip2-p16-512+l")},
 }
 ABLATIONS = {table: {row: BASE | changes for row, changes in rows.items()} for table, rows in ABLATIONS.items()}
 ABLATIONS["official"] = {"all": {                   # not of the paper: the forms of the authors' code
@@ -320,7 +322,7 @@ class SiglipWords:
 
 
 def tokenizer(config, vocabulary=None):
-    """A callable from a list of strings to (tokens, text_mask); `vocabulary`, a word list, for pretrained="none"."""
+    """A callable, strings -> (tokens, text_mask); over the words of `vocabulary` exactly when pretrained="none"."""
     if config.pretrained == "none":
         if vocabulary is None:
             raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
@@ -354,23 +356,14 @@ def from_hub(load, source, **options):
 
 def read_huggingface(kind, source, extra):
     """Tensors of a published checkpoint in float32; names that begin with one of `extra` may be in it besides."""
-    _, info = loaded = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+    model, info = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
     unknown = [name for name in info["unexpected_keys"] if not name.startswith(extra)]
     if info["missing_keys"] or unknown:
         raise ValueError(f"{source}: not the weights of a {kind.__name__}: missing {sorted(info['missing_keys'])[:3]}, "
                          f"unknown {sorted(unknown)[:3]}")
-    return {name: value for name, value in loaded[0].state_dict().items() if not name.startswith(extra)}
-
-
-def load_strictly(module, tensors, source, fields):
-    """All of `tensors` into `module`, whose LoRA alone is not among them; `fields` are named if it does not fit."""
-    own = {name: value for name, value in module.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
-    wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
-    wrong += [name for name in own if not wrong and own[name].shape != tensors[name].shape]
-    if wrong:
-        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
-                         f"of another shape, the first {wrong[:2]}")
-    module.load_state_dict(tensors, strict=False)
+    tensors = model.state_dict()
+    print(f"{source}: {len(tensors)} tensors loaded")
+    return {name: value for name, value in tensors.items() if not name.startswith(extra)}
 
 
 def tower_configs(config):
@@ -381,7 +374,7 @@ def tower_configs(config):
             text_config={"vocab_size": c.vocab_size, "hidden_size": c.text_width, "intermediate_size": c.text_mlp,
                          "num_hidden_layers": c.text_layers, "num_attention_heads": c.text_heads,
                          "max_position_embeddings": c.text_length, "projection_size": c.vision_width,
-                         "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+                         "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2},
             vision_config={"image_size": c.vision_size, "patch_size": c.patch, "hidden_size": c.vision_width,
                            "intermediate_size": c.vision_mlp, "num_hidden_layers": c.vision_layers,
                            "num_attention_heads": c.vision_heads})
@@ -401,6 +394,8 @@ def tower_configs(config):
     else:
         clip = from_hub(SiglipConfig.from_pretrained, find_weights(c, c.clip))
         sam = from_hub(Sam2Config.from_pretrained, find_weights(c, c.sam))
+        if c.text_length > (longest := clip.text_config.max_position_embeddings):
+            raise ValueError(f"text_length={c.text_length}: {c.clip} has positions for {longest} tokens")
     clip.vision_config.vision_use_head = False      # III-B: the pooling layer goes, the map stays
     sam.prompt_encoder_config.image_size = c.image_size
     sam.mask_decoder_config.dynamic_multimask_via_stability = c.dynamic_multimask
@@ -426,11 +421,8 @@ class LoRALinear(nn.Module):
 
     def merged(self):
         """The plain linear layer that computes the same."""
-        linear = nn.Linear(len(self.lora_B), len(self.lora_A), bias=self.bias is not None, device=self.weight.device)
-        with torch.no_grad():
-            linear.weight.copy_(self.weight + self.lora_A @ self.lora_B.T)
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
+        linear = nn.Linear(len(self.lora_B), len(self.lora_A), bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter((self.weight + self.lora_A @ self.lora_B.T).detach()), self.bias
         return linear
 
 
@@ -440,24 +432,6 @@ def replace_linear(tower, kind, ends, make):
         if isinstance(module, kind) and path.endswith(ends):
             parent, _, name = path.rpartition(".")
             setattr(tower.get_submodule(parent), name, make(module))
-
-
-def add_lora(tower, rank, *ends):
-    """LoRA on the linear layers whose path ends with one of `ends`; rank 0 leaves the tower as it is."""
-    if rank:
-        replace_linear(tower, nn.Linear, ends, partial(LoRALinear, rank=rank))
-
-
-def learns(module):
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def through(blocks, x, *rest, recompute=False):
-    """x through each of `blocks`; yields it after every one. recompute: none of their activations is kept."""
-    for block in blocks:
-        keep = not (recompute and torch.is_grad_enabled())
-        x = block(x, *rest) if keep else checkpoint(block, x, *rest, use_reentrant=False)
-        yield x
 
 
 def image_tokens(tower, pixels, recompute=False):
@@ -485,13 +459,21 @@ def sam_pyramid(tower, pixels, recompute=False):
     return feature4, feature8, feature16 + F.interpolate(feature32, scale_factor=2, mode="nearest")
 
 
+def through(blocks, x, *rest, recompute=False):
+    """x through each of `blocks`; yields it after every one. recompute: none of their activations is kept."""
+    for block in blocks:
+        keep = not (recompute and torch.is_grad_enabled())
+        x = block(x, *rest) if keep else checkpoint(block, x, *rest, use_reentrant=False)
+        yield x
+
+
 # -------------------------------------------------------------------------------------- layers that Eqs. (4)-(6) repeat
 
 
-class Attention(nn.Module):
-    """Attention through an internal width: queries (B,Q,C), keys and values (B,K,D) -> (B,Q,C).
+class AttentionLayer(nn.Module):
+    """LN(x + attention(x, context)) through an internal width A: x (B,Q,C), context (B,K,D) -> (B,Q,C).
 
-    mask (B,K), True = may be read.
+    Positions count for queries and keys, not for values; mask (B,K), True = may be read.
     """
 
     def __init__(self, width, context_width, config):
@@ -501,29 +483,18 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_width, config.attention_width)
         self.to_v = nn.Linear(context_width, config.attention_width)
         self.to_out = nn.Linear(config.attention_width, width)
+        self.norm = nn.LayerNorm(width)
 
-    def forward(self, queries, keys, values, mask=None):
-        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
-                   for tokens in (self.to_q(queries), self.to_k(keys), self.to_v(values)))
+    def forward(self, x, context, position, context_position, mask=None):
+        q, k, v = self.to_q(x + position), self.to_k(context + context_position), self.to_v(context)
+        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads) for tokens in (q, k, v))
         mask = None if mask is None else mask[:, None, None]                  # (B,1,1,K)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,Q,width/heads)
-        return self.to_out(rearrange(mixed, "b a n d -> b n (a d)"))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,Q,A/heads)
+        return self.norm(x + self.to_out(rearrange(mixed, "b a n d -> b n (a d)")))
 
 
 def mlp(width, hidden):
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-
-class SelfLayer(nn.Module):
-    """LN(x + self-attn(x)) with positions on queries and keys: (B,n,C) -> (B,n,C)."""
-
-    def __init__(self, width, config):
-        super().__init__()
-        self.attention = Attention(width, width, config)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x, position):
-        return self.norm(x + self.attention(x + position, x + position, x))
 
 
 class MlpLayer(nn.Module):
@@ -539,17 +510,15 @@ class MlpLayer(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """y = LN(x + cross-attn(x, context)), then LN(y + MLP(y)): x (B,n,C), context (B,k,D) -> (B,n,C)."""
+    """An attention layer and an MLP layer: x (B,n,C), context (B,k,D) -> (B,n,C)."""
 
     def __init__(self, width, context_width, config):
         super().__init__()
-        self.attention = Attention(width, context_width, config)
-        self.norm = nn.LayerNorm(width)
+        self.attention = AttentionLayer(width, context_width, config)
         self.mlp = MlpLayer(width, config)
 
     def forward(self, x, context, position, context_position, mask=None):
-        x = self.norm(x + self.attention(x + position, context + context_position, context, mask))
-        return self.mlp(x)
+        return self.mlp(self.attention(x, context, position, context_position, mask))
 
 
 def repeated(count, make):
@@ -562,6 +531,11 @@ def drawn_or_zero(drawn, *shape):
     return nn.Parameter(torch.randn(shape)) if drawn else 0.0
 
 
+def matching(width, to):
+    """Nothing where the widths agree, as in all so400m towers; else a linear layer."""
+    return nn.Identity() if width == to else nn.Linear(width, to)
+
+
 # ---------------------------------------------------------------------------------------------------------- prompter
 
 
@@ -572,14 +546,16 @@ class ReferringSemanticDecomposition(nn.Module):
         super().__init__()
         self.count, self.n_t, self.init = 2 if config.cascade else 1, config.n_t, config.subspace_init
         self.queries = drawn_or_zero(self.init == "learnable", self.count, 1, config.n_t, width)
-        N, pair = config.decomposition_blocks, self.count if config.inter_attention and config.cascade else 0
-        intra = self.count if config.intra_attention else 0
-        self.intra = repeated(N, lambda: repeated(intra, lambda: SelfLayer(width, config)))
-        self.words = repeated(N, lambda: repeated(self.count, lambda: CrossLayer(width, width, config)))
-        self.inter = repeated(N, lambda: repeated(pair, lambda: CrossLayer(width, width, config)))
+
+        def layers(count, make):
+            return repeated(config.decomposition_blocks, lambda: repeated(count, make))
+
+        self.intra = layers(self.count * config.intra_attention, lambda: AttentionLayer(width, width, config))
+        self.words = layers(self.count, lambda: CrossLayer(width, width, config))
+        self.inter = layers(2 * (config.inter_attention and config.cascade), lambda: CrossLayer(width, width, config))
 
     def pooled(self, words, text_mask):
-        """Means over n_t nearly equal runs of each expression's words -> (M,n_t,D_t)."""
+        """Adaptive average pooling of each expression's words to n_t vectors -> (M,n_t,D_t)."""
         n = text_mask.sum(1)[:, None]                                         # (M,1)
         k = torch.arange(self.n_t, device=words.device)
         first, end = k * n // self.n_t, -(-(k + 1) * n // self.n_t)           # (M,n_t)
@@ -588,18 +564,18 @@ class ReferringSemanticDecomposition(nn.Module):
         return (run / (end - first)[..., None]).to(words.dtype) @ words
 
     def forward(self, words, text_mask, positions):
+        pe = positions
         if self.init == "textpool":
             t = [self.pooled(words, text_mask)] * self.count                  # (M,n_t,D_t) each
         else:
             t = list(words.new_zeros(self.count, len(words), self.n_t, words.shape[-1]) + self.queries)
         for intra, read, inter in zip(self.intra, self.words, self.inter, strict=True):
-            if intra:
-                t = [layer(t_k, pe) for layer, t_k, pe in zip(intra, t, positions, strict=True)]
-            t = [layer(t_k, words, pe, 0.0, text_mask) for layer, t_k, pe in zip(read, t, positions, strict=True)]
-            if inter:
-                (t1, t2), (pe1, pe2) = t, positions
-                t1 = inter[0](t1, t2, pe1, pe2)
-                t = [t1, inter[1](t2, t1, pe2, pe1)]  # Eq. (4)
+            for k, layer in enumerate(intra):
+                t[k] = layer(t[k], t[k], pe[k], pe[k])
+            for k, layer in enumerate(read):
+                t[k] = layer(t[k], words, pe[k], 0.0, text_mask)
+            for k, layer in enumerate(inter):                                 # t_1 reads t_2, t_2 the new t_1
+                t[k] = layer(t[k], t[1 - k], pe[k], pe[1 - k])  # Eq. (4)
         return t
 
 
@@ -609,14 +585,15 @@ class TextVisualInteraction(nn.Module):
     def __init__(self, text_width, vision_width, config, text_is_read=True):
         super().__init__()
         N, self.attends = config.interaction_blocks, config.cross_attention
-        self.intra = repeated(N if config.self_attention and text_is_read else 0, lambda: SelfLayer(text_width, config))
+        self.intra = repeated(N * (config.self_attention and text_is_read),
+                              lambda: AttentionLayer(text_width, text_width, config))
         self.cross = repeated(N, lambda: CrossLayer(vision_width, text_width, config) if self.attends
                               else MlpLayer(vision_width, config))
 
     def forward(self, t, v, pe_t, pe_v):
         stages = []
         for k, cross in enumerate(self.cross):
-            t = self.intra[k](t, pe_t) if self.intra else t
+            t = self.intra[k](t, t, pe_t, pe_t) if self.intra else t
             v = cross(v, t, pe_v, pe_t) if self.attends else cross(v)  # Eq. (5)
             stages.append((t, v))
         return stages
@@ -630,7 +607,7 @@ class SparsePromptGeneration(nn.Module):
         self.shape = config.n_p + (config.dense and config.dense_text == "sparse"), width
         self.queries = drawn_or_zero(config.prompt_init == "learnable", *self.shape)
         self.position = drawn_or_zero(config.prompt_positions, *self.shape)
-        self.intra = repeated(config.prompt_blocks, lambda: SelfLayer(width, config))
+        self.intra = repeated(config.prompt_blocks, lambda: AttentionLayer(width, width, config))
         self.text = repeated(config.prompt_blocks, lambda: CrossLayer(width, text_width, config))
         self.image = repeated(config.prompt_blocks, lambda: CrossLayer(width, vision_width, config))
         self.out = mlp(width, config.mlp_width)
@@ -639,45 +616,40 @@ class SparsePromptGeneration(nn.Module):
         t, _ = stages[0]
         p, pe = t.new_zeros(len(t), *self.shape) + self.queries, self.position
         for intra, text, image, (t, v) in zip(self.intra, self.text, self.image, stages, strict=True):
-            p = intra(p, pe)
+            p = intra(p, p, pe, pe)
             p = text(p, t, pe, pe_t)
             p = image(p, v, pe, pe_v)  # Eq. (6)
         return self.out(p)
 
 
-def weight_products(size, to, align_corners, device):
-    """Of the weights (1-d, d) of linear interpolation from `size` to `to` points: squares, products -> (to,size) each.
-
-    A pair's product stands at the lower of its two neighbours.
-    """
-    place = torch.arange(to, device=device, dtype=torch.float32)
-    place = place * ((size - 1) / (to - 1)) if align_corners else ((place + 0.5) * (size / to) - 0.5).clamp(min=0)
-    low = place.long().clamp(max=size - 1)
-    d = (place - low)[:, None]
-    first, second = F.one_hot(low, size), F.one_hot((low + 1).clamp(max=size - 1), size)
-    return (1 - d) ** 2 * first + d ** 2 * second, (1 - d) * d * first
+def resize(maps, side, align_corners=False):
+    """(B,C,h,w) -> (B,C,side,side), bilinear."""
+    same = maps.shape[-2:] == (side, side)
+    return maps if same else F.interpolate(maps, (side, side), mode="bilinear", align_corners=align_corners)
 
 
 def cosine_maps(features, text, size, align_corners=False, eps=1e-6):
-    """Cosines of text (M,D) with bilinearly upsampled features (M,D,g,g) -> (M,1,size,size); D channels never are.
+    """Cosines of text (M,D) with bilinearly upsampled features (M,D,g,g) -> (M,1,size,size).
 
-    The dot product commutes with the interpolation; the squared norm of an interpolated vector is a sum of inner
-    products of neighbours. Exact but for rounding; float32 whatever the autocast.
+    With W the weights of linear interpolation, an upsampled vector is the sum of W_ia W_jb f_ab over four neighbours:
+    its dot product is the upsampled dot product, its squared norm a sum of the neighbours' inner products. So nothing
+    of D channels is upsampled; exact but for rounding, and float32 whatever the autocast.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features, text = features.float(), F.normalize(text.float(), dim=-1)
-        dot = torch.einsum("mdyx,md->myx", features, text)[:, None]           # (M,1,g,g)
-        dot = F.interpolate(dot, (size, size), mode="bilinear", align_corners=align_corners)
-        wide = F.pad(features, (0, 1, 0, 1), mode="replicate")
-        right, below, across = wide[..., :-1, 1:], wide[..., 1:, :-1], wide[..., 1:, 1:]
-        alone, beside, under, crossed = (
-            torch.einsum("mdyx,mdyx->myx", a, b)[:, None]                     # (M,1,g,g)
-            for a, b in ((features, features), (features, right), (features, below), (features, across)))
-        crossed = crossed + torch.einsum("mdyx,mdyx->myx", right, below)[:, None]
-        squares, products = weight_products(features.shape[-1], size, align_corners, features.device)
-        square = (squares @ alone @ squares.T + 2 * squares @ beside @ products.T
-                  + 2 * products @ under @ squares.T + 2 * products @ crossed @ products.T)
-        return dot / square.clamp(min=eps * eps).sqrt()                       # (M,1,size,size)
+        f, text = features.float(), F.normalize(text.float(), dim=-1)
+        eye = torch.eye(f.shape[-1], device=f.device)
+        W = F.interpolate(eye[None], size, mode="linear", align_corners=align_corners)[0].T         # (size,g)
+        square, product = W * W, W * F.pad(W[:, 1:], (0, 1))                  # of one neighbour, of a and a+1
+
+        def inner(a, b):
+            return torch.einsum("mdyx,mdyx->myx", a, b)                       # (M,g,g)
+
+        below, right, across = (F.pad(f, (0, x, 0, y))[..., y:, x:] for y, x in ((1, 0), (0, 1), (1, 1)))
+        norm = (square @ inner(f, f) @ square.T + 2 * product @ inner(f, below) @ square.T
+                + 2 * square @ inner(f, right) @ product.T
+                + 2 * product @ (inner(f, across) + inner(below, right)) @ product.T)               # (M,size,size)
+        dot = W @ torch.einsum("mdyx,md->myx", f, text) @ W.T
+        return (dot / norm.clamp(min=eps * eps).sqrt())[:, None]
 
 
 class DensePromptGeneration(nn.Module):
@@ -687,51 +659,44 @@ class DensePromptGeneration(nn.Module):
         super().__init__()
         self.size, self.align_corners, self.upsample = size, config.align_corners, config.dense_upsample
         D, k = vision_width, config.dense_kernel
-        if config.dense_conv == "official":
-            self.conv = nn.Sequential(nn.Conv2d(D, D // 2, k, padding=k // 2), nn.BatchNorm2d(D // 2), nn.GELU(),
-                                      nn.Conv2d(D // 2, D, k, padding=k // 2))
-        elif config.dense_conv == "relu":
-            self.conv = nn.Sequential(nn.Conv2d(D, D, k, padding=k // 2, bias=False), nn.BatchNorm2d(D), nn.ReLU())
-        else:
-            self.conv = nn.Identity()
+        self.conv = {
+            "none": lambda: nn.Identity(),
+            "relu": lambda: nn.Sequential(
+                nn.Conv2d(D, D, k, padding=k // 2, bias=False), nn.BatchNorm2d(D), nn.ReLU()),
+            "official": lambda: nn.Sequential(
+                nn.Conv2d(D, D // 2, k, padding=k // 2), nn.BatchNorm2d(D // 2), nn.GELU(),
+                nn.Conv2d(D // 2, D, k, padding=k // 2))}[config.dense_conv]()
         self.soft = mlp(text_width, config.mlp_width) if config.dense_soft_text else nn.Identity()
         self.match = matching(text_width, D)
         self.logit_scale, self.logit_bias = (
             nn.Parameter(torch.tensor([value])) if config.dense_scale else None for value in (math.log(10), -10.0))
 
     def forward(self, v, text):
-        F_dense, text = self.conv(v), self.match(self.soft(text))
-        size = self.size if self.upsample == "pre" else F_dense.shape[-1]
-        p_dense = cosine_maps(F_dense, text, size, self.align_corners)  # Eq. (7)
+        F_dense, t_sent = self.conv(v), self.match(self.soft(text))
+        size = self.size if self.upsample == "pre" else v.shape[-1]
+        p_dense = cosine_maps(F_dense, t_sent, size, self.align_corners)  # Eq. (7)
         if self.logit_scale is not None:
             p_dense = p_dense * self.logit_scale.exp() + self.logit_bias
         return resize(p_dense, self.size, self.align_corners)
 
 
-def matching(width, to):
-    """Nothing where the widths agree, as in all so400m towers; else a linear layer."""
-    return nn.Identity() if width == to else nn.Linear(width, to)
+def grid_centres(size, device):
+    """Centres (x, y) of the cells of an h x w grid over the unit square -> (h*w,2)."""
+    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
 
 
-def resize(maps, side, align_corners=False):
-    """(B,C,h,w) -> (B,C,side,side), bilinear."""
-    same = maps.shape[-2:] == (side, side)
-    return maps if same else F.interpolate(maps, (side, side), mode="bilinear", align_corners=align_corners)
-
-
-def sine_positions(side, width):
-    """Sines and cosines of row and column of a side x side grid at width/4 frequencies -> (side^2,width)."""
-    steps = torch.arange(width // 4) / (width // 4)
-    angles = (torch.arange(side) + 0.5)[:, None] / side * (2 * math.pi * 10000 ** -steps)       # (side,width/4)
-    waves = torch.cat((angles.sin(), angles.cos()), -1)                                         # (side,width/2)
-    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    return torch.cat((rows, columns), -1).flatten(0, 1)
+def sine_positions(centres, width):
+    """Points (n,2) of the unit square -> (n,width): sines and cosines of x and of y at width/4 frequencies."""
+    steps = torch.arange(width // 4, device=centres.device) / (width // 4)
+    angles = centres[:, :, None] * (2 * math.pi * 10000 ** -steps)            # (n,2,C/4)
+    return torch.cat((angles.sin(), angles.cos()), -1).flatten(1)
 
 
 class CascadedPrompter(nn.Module):
     """Eq. (3): image tokens v (M,g*g,D_v), words (M,L,D_t), text_mask (M,L), sentence (M,D_v) -> a dict.
 
-    p_sparse (M,n_p,C), p_dense (M,1,size,size) or none, t1 and t2 (M,n_t,D_t), v2 (M,g*g,D_v).
+    p_sparse (M,n_p,C), t2 (M,n_t,D_t), v2 (M,g*g,D_v), with cascade t1 (M,n_t,D_t), with dense p_dense (M,1,size,size).
     """
 
     def __init__(self, vision_width, text_width, prompt_width, side, size, config):
@@ -740,7 +705,8 @@ class CascadedPrompter(nn.Module):
         count = (2 if config.cascade else 1) * config.subspace_positions
         self.text_positions = nn.ParameterList(torch.randn(config.n_t, text_width) for _ in range(count))
         if config.image_positions == "sine":
-            self.register_buffer("image_position", sine_positions(side, vision_width), persistent=False)
+            sines = sine_positions(grid_centres((side, side), "cpu"), vision_width)
+            self.register_buffer("image_position", sines, persistent=False)
         else:
             self.image_position = drawn_or_zero(config.image_positions == "learnable", side * side, vision_width)
         self.decompose = ReferringSemanticDecomposition(text_width, config)
@@ -782,14 +748,14 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows):
-        sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-        sizes = torch.cat(sizes).tolist()
-        padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
-        parts = [torch.empty_like(padded) for _ in sizes]
+        counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(processes())]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        counts = torch.cat(counts).tolist()
+        padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
-        ctx.first, ctx.count = sum(sizes[:dist.get_rank()]), len(rows)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), ctx.first
+        ctx.first, ctx.count = sum(counts[:dist.get_rank()]), len(rows)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), ctx.first
 
     @staticmethod
     def backward(ctx, gradient, _):
@@ -822,39 +788,74 @@ class RSRefSeg2(nn.Module):
         self.vision = SiglipVisionModel._from_config(clip.vision_config)
         self.text = SiglipTextModel._from_config(clip.text_config)
         self.sam = Sam2Model._from_config(sam)
-        if c.pretrained == "none":      # by fan-in: from SAM's own 0.02 narrow layers hardly learn
-            for module in self.sam.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
-                    module.reset_parameters()
-        add_lora(self.vision, c.lora_vision, "q_proj", "k_proj", "v_proj", "out_proj")
-        add_lora(self.text, c.lora_text, "q_proj", "k_proj", "v_proj", "out_proj")
-        add_lora(self.sam.vision_encoder, c.lora_sam, "attn.qkv", "attn.proj")
+        for tower, rank, ends in ((self.vision, c.lora_vision, ("q_proj", "k_proj", "v_proj", "out_proj")),
+                                  (self.text, c.lora_text, ("q_proj", "k_proj", "v_proj", "out_proj")),
+                                  (self.sam.vision_encoder, c.lora_sam, ("attn.qkv", "attn.proj"))):
+            if rank:
+                replace_linear(tower, nn.Linear, ends, partial(LoRALinear, rank=rank))
         self.small = c.clip_size or clip.vision_config.image_size             # H_1
         D_v, D_t = clip.vision_config.hidden_size, clip.text_config.hidden_size
         self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
                                          self.small // clip.vision_config.patch_size, c.image_size // 4, c)
-        reads_t2 = (c.alpha_samp and c.nce_text == "t2") or (c.alpha_spat and c.spat_text == "t2")
-        self.match_t2 = matching(D_t, D_v) if reads_t2 else nn.Identity()
+        self.match_t2 = matching(D_t, D_v) if "t2" in c.aligned else nn.Identity()
         scale = torch.tensor(1 / 0.07).log()
         self.nce_scale = nn.Parameter(scale.clone()) if c.alpha_samp else None
         self.spat_scale = nn.Parameter(scale.clone()) if c.alpha_spat else None
         self.spat_bias = nn.Parameter(torch.zeros(())) if c.alpha_spat and c.spat == "CE" else None
+        if c.pretrained == "none":
+            self.start_from_scratch()
+        self.choose_what_learns()
+
+    def start_from_scratch(self):
+        """Xavier for prompter and SAM: from SAM's own 0.02 hardly a gradient would come back to what is before it."""
+        for module in (*self.prompter.modules(), *self.sam.modules()):
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+
+    def choose_what_learns(self):
+        """With freeze LoRA, prompter and SAM's mask decoder, else all; never what no gradient reaches."""
+        c, decoder, prompts = self.config, self.sam.mask_decoder, self.sam.prompt_encoder
+        if c.freeze:
+            for tower in (self.vision, self.text, self.sam):
+                tower.requires_grad_(False)
+            decoder.requires_grad_(True)
+            prompts.requires_grad_(c.train_prompt_encoder)
+            self.sam.no_memory_embedding.requires_grad_(c.train_prompt_encoder)
+            for name, parameter in self.named_parameters():
+                if name.endswith((".lora_A", ".lora_B")):
+                    parameter.requires_grad_(True)
+        unreached = [decoder.iou_prediction_head, decoder.pred_obj_score_head, *decoder.output_hypernetworks_mlps[1:],
+                     prompts.point_embed, prompts.not_a_point_embed,
+                     prompts.no_mask_embed if c.dense else prompts.mask_embed]
+        if "sent" not in c.aligned and not (c.dense and c.dense_text == "sent"):
+            unreached.append(self.text.head)
+        for module in unreached:
+            module.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in (self.vision, self.text, self.sam.vision_encoder, self.sam.prompt_encoder):
+            module.train(mode and learns(module))
+        return self
 
     def load_pretrained(self):
         """SigLIP and SAM 2 as published, from the hub or the folder `pretrained` -> {state-dict prefix: source}."""
         clip, sam = (find_weights(self.config, name) for name in (self.config.clip, self.config.sam))
         tensors = read_huggingface(SiglipModel, clip, extra=("vision_model.head.",))
-        for name, tower in (("vision_model.", self.vision), ("text_model.", self.text)):
-            own = {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
-            load_strictly(tower, own, clip, "the configuration beside it")
         if self.config.dense and self.config.dense_scale:
             with torch.no_grad():
                 self.prompter.dense.logit_scale.copy_(tensors["logit_scale"])
                 self.prompter.dense.logit_bias.copy_(tensors["logit_bias"])
-        print(f"{clip}: {len(tensors)} tensors loaded")
-        tensors = read_huggingface(Sam2Model, sam, extra=())
-        load_strictly(self.sam, tensors, sam, "the configuration beside it")
-        print(f"{sam}: {len(tensors)} tensors loaded")
+        files = ((self.vision, "vision_model.", tensors), (self.text, "text_model.", tensors),
+                 (self.sam, "", read_huggingface(Sam2Model, sam, extra=())))
+        for tower, prefix, file in files:
+            own = {name.removeprefix(prefix): value for name, value in file.items() if name.startswith(prefix)}
+            missing, unknown = tower.load_state_dict(own, strict=False)
+            assert not unknown and all("lora_" in name for name in missing), (missing, unknown)
         return {"vision.": clip, "text.": clip, "sam.": sam}
 
     # ------------------------------------------------------------------------------------------------------ forward
@@ -862,19 +863,19 @@ class RSRefSeg2(nn.Module):
     def forward(self, images, tokens, text_mask, image_index=None):
         """images (N,3,S,S) uint8, tokens and text_mask (M,L), image_index (M,) -> dict.
 
-        logits (M,1,S/4,S/4); p_dense (M,1,S/4,S/4) raw, dense_prompt the same stretched to [0,1] in each map;
-        for the losses sentence (M,D_v), t1, t2 (M,n_t,D_t), v (N,D_v,g,g) and, where one reads it, v2 (M,D_v,g,g).
+        logits (M,1,S/4,S/4); with dense, p_dense (M,1,S/4,S/4) raw and dense_prompt, each map stretched to [0,1];
+        for the losses sentence (M,D_v), t1 (with cascade), t2 (M,n_t,D_t), v (N,D_v,g,g) and, where one reads it,
+        v2 (M,D_v,g,g).
         """
-        c = self.config
+        c, side = self.config, self.prompter.side
         index = torch.arange(len(images), device=images.device) if image_index is None else image_index
         I_1, I_2 = self.two_sizes(images)                                     # (N,3,H_1,H_1), (N,3,H_2,H_2)
-        v, words, sentence, text_mask = self.encode(I_1, tokens, text_mask)   # F of Eq. (1): (N,g*g,D_v), (M,L,D_t) ...
-        P = self.prompter(v[index], words, text_mask, sentence)
+        v, *text = self.encode(I_1, tokens, text_mask)                        # F of Eq. (1): (N,g*g,D_v), ...
+        P = self.prompter(v[index], *text)
         logits = self.generate(I_2, index, P["p_sparse"], P.get("p_dense"))  # Eq. (1)
-        side = self.prompter.side
-        outputs = {"logits": logits, "sentence": sentence, "v": rearrange(v, "n (y x) d -> n d y x", y=side)}
+        outputs = {"logits": logits, "sentence": text[-1], "v": rearrange(v, "n (y x) d -> n d y x", y=side)}
         outputs |= {name: P[name] for name in ("t1", "t2", "p_dense") if name in P}
-        if (c.alpha_samp and c.nce_image == "v2") or (c.alpha_spat and c.spat_image == "v2"):
+        if "v2" in c.aligned:
             outputs["v2"] = rearrange(P["v2"], "m (y x) d -> m d y x", y=side)
         if c.dense:
             p_dense = P["p_dense"].detach()
@@ -890,18 +891,19 @@ class RSRefSeg2(nn.Module):
         return (small - 0.5) / 0.5, (large - mean) / std
 
     def encode(self, I_1, tokens, text_mask):
-        """-> v (N,g*g,D_v), words (M,L,D_t), sentence (M,D_v), which of the words are read (M,L)."""
-        recompute = self.config.recompute
-        if self.config.pad_to_longest:
+        """-> v (N,g*g,D_v), words (M,L,D_t), which of them are read (M,L), sentence (M,D_v)."""
+        c = self.config
+        if c.pad_to_longest:
             tokens = tokens[:, :int(text_mask.sum(1).max())]
-            text_mask = torch.ones_like(tokens, dtype=torch.bool)
+            read = torch.ones_like(tokens, dtype=torch.bool)
         else:
-            text_mask = text_mask & F.pad(text_mask[:, 1:], (0, 1))           # without EOS, each row's last
+            read = text_mask & F.pad(text_mask[:, 1:], (0, 1))                # without EOS, each row's last,
+            read = read | (text_mask & ~read.any(1, keepdim=True))            # unless there is nothing else
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.vision)):
-            v = image_tokens(self.vision, I_1, recompute)
+            v = image_tokens(self.vision, I_1, c.recompute)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.text)):
-            words, sentence = text_tokens(self.text, tokens, recompute)
-        return v, words, sentence, text_mask
+            words, sentence = text_tokens(self.text, tokens, c.recompute)
+        return v, words, read, sentence
 
     def generate(self, I_2, index, p_sparse, p_dense):
         """Eq. (8), SAM: I_2 (N,3,S,S) once per image, prompts of M expressions -> logits (M,1,S/4,S/4)."""
@@ -926,38 +928,34 @@ class RSRefSeg2(nn.Module):
         c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
         side = masks.shape[-1]
         logits = resize(outputs["logits"], side)
+        images = {"v": lambda: outputs["v"][batch["image_index"]], "v2": lambda: outputs["v2"]}    # (M,D_v,g,g)
+        texts = {"sent": lambda: outputs["sentence"], "t2": lambda: self.match_t2(outputs["t2"].mean(1))}
 
-        def term(name, loss):
-            alpha = getattr(c, f"alpha_{name}")
-            return {name: alpha * loss().mean()} if alpha else {}
+        def samp():
+            v = mask_pooled(images[c.nce_image](), masks)                     # (M,D_v)
+            return contrast(v, texts[c.nce_text](), self.nce_scale.exp().clamp(max=100))
 
-        def features(name):
-            return outputs["v"][batch["image_index"]] if name == "v" else outputs["v2"]
-
-        def text(name):
-            return outputs["sentence"] if name == "sent" else self.match_t2(outputs["t2"].mean(1))
-
-        def sample_loss():
-            pooled = mask_pooled(features(c.nce_image), masks)                # (M,D_v)
-            return contrast(pooled, text(c.nce_text), self.nce_scale.exp().clamp(max=100))
-
-        def spatial_loss():
-            v, t = F.normalize(features(c.spat_image), dim=1), F.normalize(text(c.spat_text), dim=1)
-            cosines = torch.einsum("mdyx,md->myx", v, t)[:, None]             # (M,1,g,g)
-            coarse = cosines * self.spat_scale.exp().clamp(max=100)
+        def spat():
+            v, t = F.normalize(images[c.spat_image](), dim=1), F.normalize(texts[c.spat_text](), dim=1)
+            coarse = torch.einsum("mdyx,md->myx", v, t)[:, None] * self.spat_scale.exp().clamp(max=100)
             if c.spat == "MIL":
                 return multi_instance_loss(coarse, masks)
             return binary_cross_entropy(resize(coarse + self.spat_bias, side), masks)
 
-        L_seg = term("ce", lambda: binary_cross_entropy(logits, masks)) \
-            | term("dice", lambda: dice_loss(logits, masks, squared=True, eps=1e-3))  # Eq. (10)
-        L_ortho = term("ortho", lambda: orthogonal_loss(outputs["t1"], outputs["t2"]))
-        L_align = term("dense", lambda: binary_cross_entropy(resize(outputs["p_dense"], side), masks)) \
-            | term("spat", spatial_loss) | term("samp", sample_loss)  # Eq. (12)
+        def weighted(**terms):
+            alphas = {name: getattr(c, f"alpha_{name}") for name in terms}
+            return {name: alphas[name] * loss().mean() for name, loss in terms.items() if alphas[name]}
+
+        L_seg = weighted(ce=lambda: binary_cross_entropy(logits, masks),
+                         dice=lambda: dice_loss(logits, masks, squared=True, eps=1e-3))  # Eq. (10)
+        L_ortho = weighted(ortho=lambda: orthogonal_loss(outputs["t1"], outputs["t2"]))
+        L_align = weighted(dense=lambda: binary_cross_entropy(resize(outputs["p_dense"], side), masks),
+                           spat=spat, samp=samp)  # Eq. (12)
         return L_seg | L_ortho | L_align  # Eq. (9)
 
+    @torch.no_grad()
     def diagnose(self, outputs, masks):
-        """Where is a bad mask's fault? masks (M,S,S) -> {name: (M,)}; nothing without a dense prompt.
+        """Where is a bad mask's fault? masks (M,S,S) -> {name: (M,)}, NaN without an object; {} without a dense prompt.
 
         dense_peak 1 if the dense prompt is highest within the object; dense_mass the share of dense_prompt within it;
         of masks with an IoU below 0.5, localisation_error those whose peak is outside, boundary_error the others.
@@ -968,46 +966,27 @@ class RSRefSeg2(nn.Module):
         dense = resize(outputs["dense_prompt"].float(), side)[:, 0].flatten(1)          # (M,S*S)
         prediction, truth = resize(outputs["logits"], side)[:, 0].flatten(1) > 0, masks.flatten(1)
         peak = truth.gather(1, dense.argmax(1, keepdim=True))[:, 0]
-        iou = (prediction & truth).sum(1) / (prediction | truth).sum(1).clamp(min=1)
-        return {"dense_peak": peak.float(), "dense_mass": (dense * truth).sum(1) / dense.sum(1).clamp(min=1e-6),
-                "localisation_error": ((iou < 0.5) & ~peak).float(), "boundary_error": ((iou < 0.5) & peak).float()}
+        bad = (prediction & truth).sum(1) < 0.5 * (prediction | truth).sum(1)
+        figures = {"dense_peak": peak, "dense_mass": (dense * truth).sum(1) / dense.sum(1).clamp(min=1e-6),
+                   "localisation_error": bad & ~peak, "boundary_error": bad & peak}
+        return {name: torch.where(truth.any(1), value.float(), torch.nan) for name, value in figures.items()}
 
     # ------------------------------------------------------------------------------------------------------ learning
 
     def param_groups(self, recipe):
-        """One group for AdamW: all that learns and is reached by a gradient at every step."""
-        c = self.config
-        self.requires_grad_(True)
-        if c.freeze:
-            for tower in (self.vision, self.text, self.sam):
-                tower.requires_grad_(False)
-            self.sam.mask_decoder.requires_grad_(True)
-            if c.train_prompt_encoder:
-                self.sam.prompt_encoder.requires_grad_(True)
-                self.sam.no_memory_embedding.requires_grad_(True)
-            for name, parameter in self.named_parameters():
-                if name.endswith((".lora_A", ".lora_B")):
-                    parameter.requires_grad_(True)
-        self.freeze_unreached()
+        """One group for AdamW: all that learns."""
         at_once = recipe["micro_batch"] * processes()
-        if c.alpha_samp and at_once < recipe["batch_size"] and (processes() == 1 or dist.get_rank() == 0):
+        if self.config.alpha_samp and at_once < recipe["batch_size"] and (processes() == 1 or dist.get_rank() == 0):
             print(f"L_samp contrasts the {at_once} expressions or so that are taken at once, not the batch of "
                   f"{recipe['batch_size']}; a larger --micro-batch or more processes contrast more")
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [{"params": learning, "lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}]
 
-    def freeze_unreached(self):
-        """Freeze what no gradient can reach: SAM's other heads and prompts, SigLIP's head where t_sent is not read."""
-        c, decoder, prompts = self.config, self.sam.mask_decoder, self.sam.prompt_encoder
-        unreached = [decoder.iou_prediction_head, decoder.pred_obj_score_head, *decoder.output_hypernetworks_mlps[1:],
-                     prompts.point_embed, prompts.not_a_point_embed,
-                     prompts.no_mask_embed if c.dense else prompts.mask_embed]
-        reads_sentence = (c.dense and c.dense_text == "sent") or (c.alpha_samp and c.nce_text == "sent") \
-            or (c.alpha_spat and c.spat_text == "sent")
-        for module in unreached if reads_sentence else [*unreached, self.text.head]:
-            module.requires_grad_(False)
-
     def merge_lora(self):
         """Fold every LoRA into its linear layer: the same outputs from plain SigLIP and SAM 2 towers."""
         replace_linear(self, LoRALinear, "", LoRALinear.merged)
         return self
+
+
+def learns(module):
+    return any(parameter.requires_grad for parameter in module.parameters())

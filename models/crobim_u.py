@@ -391,14 +391,15 @@ class DeformableAttention(nn.Module):
         value = rearrange(self.value(tokens), "b n (a d) -> (b a) d n", a=self.heads)
         offsets = rearrange(self.offsets(queries), "b n (a l p c) -> l c (b a) p n", a=self.heads, l=self.levels, c=2)
         weights = rearrange(self.weights(queries), "b n (a p) -> (b a) 1 p n", a=self.heads).float().softmax(2)
+        weights = weights.chunk(self.levels, 2)                               # for each level (B*heads,1,points,n)
         with torch.autocast(tokens.device.type, enabled=False):
             levels = value.float().split([h * w for h, w in sizes], -1)
             centre_x, centre_y = (2 * centres - 1).unbind(-1)                 # (n,) in [-1,1]
-            sampled = []
-            for level, (h, w), (x, y) in zip(levels, sizes, offsets.float(), strict=True):
+            mixed = 0
+            for level, (h, w), (x, y), weight in zip(levels, sizes, offsets.float(), weights, strict=True):
                 where = torch.stack((centre_x + x * (2 / w), centre_y + y * (2 / h)), -1)         # (B*heads,points,n,2)
-                sampled.append(F.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False))
-            mixed = (torch.cat(sampled, 2) * weights).sum(2)                  # (B*heads,C/heads,n)
+                sampled = F.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False)
+                mixed = mixed + (sampled * weight).sum(2)                     # (B*heads,C/heads,n)
         return self.to_out(rearrange(mixed, "(b a) d n -> b n (a d)", a=self.heads))
 
 
@@ -546,9 +547,13 @@ class UncertaintyDrivenLocalRefinement(nn.Module):
         blurred = U_p if not self.blur else F.avg_pool2d(U_p, self.blur, 1, self.blur // 2, count_include_pad=False)
         M = torch.sigmoid((blurred - self.tau) / t)  # Eq. (13)
         M = M.detach()  # Eq. (14)
-        feature = resize(self.reduce(feature), size)                          # (B,C,H,W)
-        inputs = torch.cat((feature, P_fg.to(feature.dtype), U_p.to(feature.dtype)), 1)             # (B,C+2,H,W)
-        Delta = self.head(inputs.contiguous(memory_format=torch.channels_last))  # Eq. (15)
+        # The first layer takes F and [P_fg, U_p] one after the other: joined they would be copied at full resolution.
+        feature = resize(self.reduce(feature).contiguous(memory_format=torch.channels_last), size)  # (B,C,H,W)
+        first, *rest = self.head
+        on_feature, on_maps = first.weight.split((feature.shape[1], 2), 1)
+        hidden = F.conv2d(feature, on_feature, padding=1) + F.conv2d(
+            torch.cat((P_fg, U_p), 1).to(feature.dtype), on_maps, first.bias, padding=1)            # (B,hidden,H,W)
+        Delta = nn.Sequential(*rest)(hidden)  # Eq. (15)
         P_ref = P_fg + M * Delta  # Eq. (16)
         return P_ref, M
 

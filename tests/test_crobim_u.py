@@ -384,7 +384,7 @@ def test_eq14_no_gradient_through_the_mask():
 def test_eq15_residual(cheap):
     refinement, feature, P_fg, U = refined(cheap=cheap)
     kept = []
-    refinement.head.register_forward_hook(lambda module, inputs, output: kept.append(array(output)))
+    refinement.head[4].register_forward_hook(lambda module, inputs, output: kept.append(array(output)))
     refinement(feature, P_fg, U)
     for b in range(2):
         F = np.stack([bilinear(channel, 6, 4) for channel in array(feature)[b]])
@@ -399,7 +399,7 @@ def test_eq15_residual(cheap):
 def test_eq16_refined_logits():
     refinement, feature, P_fg, U = refined()
     kept = []
-    refinement.head.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    refinement.head[4].register_forward_hook(lambda module, inputs, output: kept.append(output))
     P_ref, M = refinement(feature, P_fg, U)
     for place in np.ndindex(2, 1, 6, 4):
         assert P_ref[place].item() == pytest.approx(P_fg[place].item() + M[place].item() * kept[0][place].item())

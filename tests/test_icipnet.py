@@ -366,6 +366,33 @@ def test_pixel_word_attention():
                                atol=1e-4)
 
 
+@pytest.mark.parametrize("bif", [True, False])
+def test_stage_brings_prompts_and_words_to_the_tokens(bif):
+    """LAVT's shell round ICIP and BIF: what the stage hands on is put together by hand from its parts."""
+    stage = build(bif=bif).stages[1].eval()
+    icipnet.xavier(stage)
+    torch.manual_seed(0)
+    V, L = torch.randn(2, 64, 32), torch.randn(2, 5, 32)
+    mask = torch.tensor([[True, True, False, False, False], [True] * 5])
+    after, fused = stage(V, (8, 8), L, mask)
+    L_o = torch.cat((stage.icip(V, L, mask)[0][:, :2], L), 1)
+    read = stage.attention(V, L_o, torch.cat((torch.ones(2, 2, dtype=torch.bool), mask), 1))
+    if bif:
+        assert isinstance(stage.attention.reconstruct, MultiModalFeatureReconstruction)
+        stage.attention.reconstruct = nn.Identity()
+        assert not torch.allclose(stage(V, (8, 8), L, mask)[1], fused, atol=1e-2)
+    gated, gelu_ = V, nn.functional.gelu
+    language = stage.W(read)
+    language = (language - language.mean(1, keepdim=True)) / (language.var(1, False, keepdim=True) + 1e-5).sqrt()
+    expected = gelu_(stage.project(gelu_(stage.visual(V)) * language))
+    assert torch.allclose(fused, expected, atol=1e-4)
+    local = stage.intra_scale(V.mT.reshape(2, 32, 8, 8)).flatten(2).mT
+    for gate, tokens in ((stage.gate, expected), (stage.visual_gate, local)):
+        first, _, second, _ = gate.layers
+        gated = gated + torch.tanh(second(first(tokens).relu())) * tokens
+    assert torch.allclose(after, gated, atol=1e-4)
+
+
 def test_rotation_of_the_kernel_is_the_published_closed_form():
     for degrees in (0.0, 10.0, 40.0, -25.0):
         R = numpy(rotation(torch.tensor([math.radians(degrees)]).float())[0])

@@ -60,7 +60,8 @@ Silent
                  a learnable factor on the cosines, from 1/0.07, at most 100; gathered over processes with gradient
     L_spat       cosines times such a factor (and plus a bias for CE); CE at the mask's size; MIL: -log of the softmax
                  mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
-    L_dense      p_dense as a logit, as SAM's prompt encoder reads it, at the mask's size (IV-E10 may mean H_2/4)
+    L_dense      like CE in L_spat, since a cosine as a logit cannot leave 0.27..0.73; p_dense itself with dense_scale.
+                 At the mask's size (IV-E10 may mean H_2/4)
     alphas       0.5 for every auxiliary term that a row of Table XV switches on
     text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
     training     warm-up 5 epochs, decay 0.05 on all that learns, clipping 3.0: official code
@@ -798,23 +799,24 @@ class RSRefSeg2(nn.Module):
         self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
                                          self.small // clip.vision_config.patch_size, c.image_size // 4, c)
         self.match_t2 = matching(D_t, D_v) if "t2" in c.aligned else nn.Identity()
-        scale = torch.tensor(1 / 0.07).log()
-        self.nce_scale = nn.Parameter(scale.clone()) if c.alpha_samp else None
-        self.spat_scale = nn.Parameter(scale.clone()) if c.alpha_spat else None
-        self.spat_bias = nn.Parameter(torch.zeros(())) if c.alpha_spat and c.spat == "CE" else None
+        used = {"samp": c.alpha_samp, "spat": c.alpha_spat, "dense": c.alpha_dense and not c.dense_scale}
+        self.scales = nn.ParameterDict({name: torch.tensor(1 / 0.07).log() for name in used if used[name]})
+        self.biases = nn.ParameterDict({name: torch.zeros(()) for name in self.scales
+                                        if name == "dense" or (name, c.spat) == ("spat", "CE")})
         if c.pretrained == "none":
             self.start_from_scratch()
         self.choose_what_learns()
 
     def start_from_scratch(self):
-        """Xavier for prompter and SAM: from SAM's own 0.02 hardly a gradient would come back to what is before it."""
-        for module in (*self.prompter.modules(), *self.sam.modules()):
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight)
+        """From SAM's own 0.02 narrow layers hardly learn: its encoder by fan-in, what reads the text by Xavier."""
+        for part in (self.sam.vision_encoder, self.prompter, self.sam.prompt_encoder, self.sam.mask_decoder):
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
+                    module.reset_parameters()
+                    if part is not self.sam.vision_encoder and not isinstance(module, nn.Embedding):
+                        nn.init.xavier_uniform_(module.weight)
+                        if module.bias is not None:
+                            nn.init.zeros_(module.bias)
 
     def choose_what_learns(self):
         """With freeze LoRA, prompter and SAM's mask decoder, else all; never what no gradient reaches."""
@@ -931,16 +933,23 @@ class RSRefSeg2(nn.Module):
         images = {"v": lambda: outputs["v"][batch["image_index"]], "v2": lambda: outputs["v2"]}    # (M,D_v,g,g)
         texts = {"sent": lambda: outputs["sentence"], "t2": lambda: self.match_t2(outputs["t2"].mean(1))}
 
+        def scale(name):
+            return self.scales[name].exp().clamp(max=100)
+
         def samp():
-            v = mask_pooled(images[c.nce_image](), masks)                     # (M,D_v)
-            return contrast(v, texts[c.nce_text](), self.nce_scale.exp().clamp(max=100))
+            return contrast(mask_pooled(images[c.nce_image](), masks), texts[c.nce_text](), scale("samp"))
 
         def spat():
             v, t = F.normalize(images[c.spat_image](), dim=1), F.normalize(texts[c.spat_text](), dim=1)
-            coarse = torch.einsum("mdyx,md->myx", v, t)[:, None] * self.spat_scale.exp().clamp(max=100)
+            coarse = torch.einsum("mdyx,md->myx", v, t)[:, None] * scale("spat")                   # (M,1,g,g)
             if c.spat == "MIL":
                 return multi_instance_loss(coarse, masks)
-            return binary_cross_entropy(resize(coarse + self.spat_bias, side), masks)
+            return binary_cross_entropy(resize(coarse + self.biases["spat"], side), masks)
+
+        def dense():
+            p_dense = outputs["p_dense"]
+            logits = p_dense if c.dense_scale else p_dense * scale("dense") + self.biases["dense"]
+            return binary_cross_entropy(resize(logits, side), masks)
 
         def weighted(**terms):
             alphas = {name: getattr(c, f"alpha_{name}") for name in terms}
@@ -949,8 +958,7 @@ class RSRefSeg2(nn.Module):
         L_seg = weighted(ce=lambda: binary_cross_entropy(logits, masks),
                          dice=lambda: dice_loss(logits, masks, squared=True, eps=1e-3))  # Eq. (10)
         L_ortho = weighted(ortho=lambda: orthogonal_loss(outputs["t1"], outputs["t2"]))
-        L_align = weighted(dense=lambda: binary_cross_entropy(resize(outputs["p_dense"], side), masks),
-                           spat=spat, samp=samp)  # Eq. (12)
+        L_align = weighted(dense=dense, spat=spat, samp=samp)  # Eq. (12)
         return L_seg | L_ortho | L_align  # Eq. (9)
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ def build(config=None, seed=0):
     model = RSRefSeg2(config or small()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias") or "lora_A" in name:
+            if "norm" in name or name.endswith("bias") or "lora_A" in name or "no_memory" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name.endswith(("running_mean", "running_var")):
@@ -419,7 +419,7 @@ def test_eq12_the_temperature_is_bounded():
     values = []
     for scale in (100.0, 1e4):
         with torch.no_grad():
-            model.nce_scale.fill_(math.log(scale))
+            model.scales["samp"].fill_(math.log(scale))
         values.append(model.criterion(outputs, batch, 0.5)["samp"].item())
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
@@ -434,7 +434,7 @@ def test_eq12_spatial_alignment(kind, text, image):
                           batch["masks"].numpy(), strict=True):
         coarse = np.array([[unit(v[:, y, x]) @ unit(t) for x in range(G)] for y in range(G)]) / 0.07
         if kind == "CE":
-            z = upsampled(coarse + model.spat_bias.item(), S)
+            z = upsampled(coarse + model.biases["spat"].item(), S)
             losses.append(np.mean([softplus(a) - a * b for a, b in zip(z.ravel(), mask.ravel(), strict=True)]))
         else:
             side = S // G
@@ -443,12 +443,14 @@ def test_eq12_spatial_alignment(kind, text, image):
     close(model.criterion(outputs, batch, 0.5)["spat"], 0.5 * np.mean(losses), 1e-4)
 
 
-def test_eq12_dense_prompt_as_a_logit():
-    model = build(small(alpha_dense=0.5))
+@pytest.mark.parametrize("official", [False, True])
+def test_eq12_dense_prompt(official):
+    """Its cosines with scale and bias as a logit; the official code's p_dense has them already."""
+    model = build(small(alpha_dense=0.5, dense_scale=official))
     outputs, batch = model(*inputs()), batch_for()
     losses = []
     for p_dense, mask in zip(array(outputs["p_dense"]), batch["masks"].numpy(), strict=True):
-        z = upsampled(p_dense[0], S)
+        z = upsampled(p_dense[0] if official else p_dense[0] / 0.07 + model.biases["dense"].item(), S)
         losses.append(np.mean([softplus(a) - a * b for a, b in zip(z.ravel(), mask.ravel(), strict=True)]))
     close(model.criterion(outputs, batch, 0.5)["dense"], 0.5 * np.mean(losses))
 
@@ -562,12 +564,14 @@ def gradients(model, *terms):
 
 
 PROMPTS = ("sam.", "prompter.first", "prompter.second", "prompter.sparse", "prompter.dense", "prompter.image_position")
-SCALES = ("nce_scale", "spat_scale", "spat_bias", "match_t2")
+SCALES = ("scales.", "biases.", "match_t2")
 
 
 @pytest.mark.parametrize("term, unreached", [
-    ("ce", SCALES), ("dice", SCALES), ("ortho", ("vision.", *PROMPTS, *SCALES)), ("samp", (*PROMPTS, *SCALES[1:3])),
-    ("dense", ("sam.", "prompter.sparse", *SCALES)), ("spat", ("sam.", "prompter.", "nce_scale", "match_t2"))])
+    ("ce", SCALES), ("dice", SCALES), ("ortho", ("vision.", *PROMPTS, *SCALES)),
+    ("samp", (*PROMPTS, "scales.spat", "scales.dense", "biases.")),
+    ("dense", ("sam.", "prompter.sparse", "scales.samp", "scales.spat", "biases.spat", "match_t2")),
+    ("spat", ("sam.", "prompter.", "scales.samp", "scales.dense", "biases.dense", "match_t2"))])
 def test_each_term_reaches_what_it_should_and_nothing_frozen(term, unreached):
     model = build(small(alpha_ce=10.0, alpha_dice=10.0, alpha_dense=1.0, alpha_spat=1.0))
     got = gradients(model, term)
@@ -720,6 +724,16 @@ def test_padding_to_the_longest_makes_neighbours_matter():
     together = model(images, tokens, text_mask, index)
     alone = model(images[:1], tokens[:1], text_mask[:1])
     assert not torch.allclose(alone["sentence"], together["sentence"][:1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_half_precision_stays_near_and_cosines_in_float32(model):
+    full = model(*inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(*inputs())
+    assert half["p_dense"].dtype == torch.float32
+    for name in ("logits", "p_dense", "t2", "sentence"):
+        assert (half[name].float() - full[name]).norm() < 0.05 * full[name].norm(), name
 
 
 def test_images_are_encoded_once(model):

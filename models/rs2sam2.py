@@ -64,8 +64,8 @@ Silent (choices are the code's unless marked "ours")
     training     weight decay 0.01 on everything, bf16, no warm-up, no clipping, no augmentation
     selection    best mIoU + oIoU on val; scored at S x S; an empty union counts 0
     text         BEiT-3's own pieces in XLM-R's numbering, case kept, at most 64 (ours; the code has no limit)
-    init         PyTorch's defaults; zero_init shuts the fusion layers at the start, stock SAM 2 (ours, off); towers
-                 without published weights: Xavier (ours)
+    init         PyTorch's defaults; zero_init shuts the fusion layers at the start, stock SAM 2 (ours, off); without
+                 published weights start_from_scratch (ours)
     other data   the recipe of RRSIS-D (ours)
     Tables 3, 4  MMP = MPG; DHF = BHFMM = BHFM, its layers BL and its gate BC. Without MPG: SAM 2's no-mask embedding;
                  w/o MHCA: V_cls for V'_cls; Linear: no words in (2), the rest of (3) as it is; Uni: T_i stays
@@ -169,6 +169,10 @@ class Config:
         if self.hiera_width % (unit := self.fusion_reduction * self.fusion_heads):
             raise ValueError(f"hiera_width={self.hiera_width}: expected a multiple of fusion_reduction * fusion_heads, "
                              f"{unit}")
+        for width, heads in (("beit_width", "beit_heads"), ("beit_width", "mpg_heads"), ("sam_width", "gate_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(f"{width}={getattr(self, width)}: expected a multiple of {heads}="
+                                 f"{getattr(self, heads)}")
         if self.text_length + 2 > self.beit_positions:
             raise ValueError(f"text_length={self.text_length}: expected at most beit_positions - 2, "
                              f"{self.beit_positions - 2}")
@@ -185,10 +189,10 @@ class Config:
     @classmethod
     def tiny(cls):
         return cls(image_size=96, pretrained="none", text_length=24, freeze=False, vocab_size=256,
-                   beit_size=96, beit_patch=8, beit_width=64, beit_layers=3, beit_heads=4, beit_ffn=128,
-                   beit_positions=32, hiera_width=32, hiera_heads=1, hiera_blocks=(1, 1, 2, 1),
-                   hiera_windows=(8, 4, 6, 2), hiera_global=(3,), hiera_background=3, sam_width=96, sam_heads=4,
-                   sam_mlp=192, fusion_reduction=2, gate_heads=4, mpg_heads=4,
+                   beit_size=96, beit_patch=12, beit_width=64, beit_layers=3, beit_heads=4, beit_ffn=128,
+                   beit_positions=32, hiera_width=32, hiera_heads=1, hiera_blocks=(2, 2, 2, 1),
+                   hiera_windows=(8, 4, 6, 2), hiera_global=(5,), hiera_background=3, sam_width=96, sam_heads=4,
+                   sam_mlp=192, fusion_reduction=2, fusion_heads=2, gate_heads=4, mpg_heads=4,
                    lambda_dice=1.0, background_weight=1.0, foreground_weight=1.0)      # Dice finds small objects sooner
 
 
@@ -360,12 +364,12 @@ def run(function, *inputs, checkpointing):
     return function(*inputs)
 
 
-def start_from_scratch(*towers):
-    """Start towers that no published weights will fill: with transformers' own, std 0.02, small ones hardly learn.
+def start_from_scratch(model):
+    """Start a model that no published weights will fill: with transformers' own, std 0.02, a small one hardly learns.
 
     Convolutions keep biases: without them SAM 2's mask embedding, which normalises, would not see how high a mask is.
     """
-    for layer in (layer for tower in towers for layer in tower.modules()):
+    for layer in model.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -471,7 +475,7 @@ class BEiT3(nn.Module):
             {"A": nn.Embedding((size // patch) ** 2 + 3, width), "B": nn.Embedding(positions, width)})
         self.encoder.layers = nn.ModuleList(BEiT3Layer(width, heads, ffn) for _ in range(layers))
         self.encoder.layer_norm = multiway(nn.LayerNorm, width)
-        for table in (self.text_embed, *self.encoder.embed_positions.values()):
+        for table in self.encoder.embed_positions.values():                           # words start at unit size
             nn.init.normal_(table.weight, std=0.02)
 
     def embed(self, pixels=None, tokens=None, text_mask=None):
@@ -510,7 +514,7 @@ class BidirectionalHierarchicalFusion(nn.Module):
     """
 
     def __init__(self, width, text_width, *, reduction=4, heads=4, structure="bi", alpha_text=0.2, alpha_image=0.5,
-                 official=False, zero_init=False):
+                 official=False):
         super().__init__()
         self.structure, self.official = structure, official
         self.alpha_text, self.alpha_image = alpha_text, alpha_image
@@ -523,10 +527,6 @@ class BidirectionalHierarchicalFusion(nn.Module):
         if structure == "bi":
             self.text_reads_image = Attention(reduced, heads)
             self.text_out = nn.Linear(reduced, text_width)
-        if zero_init:
-            for layer in (self.up, self.side[-1]):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
 
     def interact(self, F_i, T_i, text_mask):
         """F_i (M,h,w,d), T_i (M,L,C), text_mask (M,L) -> F2 (M,h,w,r), T2 (M,L,r) or None where words stay."""
@@ -636,14 +636,12 @@ class RS2SAM2(nn.Module):
                            heads=c.beit_heads, ffn=c.beit_ffn, positions=c.beit_positions, vocab_size=c.vocab_size,
                            checkpointing=c.checkpointing)
         self.sam = Sam2Model(sam2_config(c))
-        if c.pretrained == "none":
-            start_from_scratch(self.beit3, self.sam)
         if c.reads_text:
             self.text_projection = nn.Linear(c.beit_width, c.sam_width)
         if c.fusion != "none":
             self.fusion = nn.ModuleList(BidirectionalHierarchicalFusion(
                 block.dim_out, c.sam_width, reduction=c.fusion_reduction, heads=c.fusion_heads, structure=c.fusion,
-                alpha_text=c.alpha_text, alpha_image=c.alpha_image, official=c.official_fusion, zero_init=c.zero_init)
+                alpha_text=c.alpha_text, alpha_image=c.alpha_image, official=c.official_fusion)
                 for block in self.sam.vision_encoder.backbone.blocks)
         if c.gate:
             self.gate = TextGate(c.sam_width, c.gate_heads)
@@ -654,6 +652,12 @@ class RS2SAM2(nn.Module):
                                        nn.Linear(c.beit_width, c.sam_width))
         if c.boundary_loss:
             self.text_weight = nn.Linear(c.sam_width, 1)
+        if c.pretrained == "none":
+            start_from_scratch(self)
+        if c.fusion != "none" and c.zero_init:
+            for last in (last for layer in self.fusion for last in (layer.up, layer.side[-1])):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
 
     def load_pretrained(self):
         """Published weights into both towers, strictly -> {state-dict prefix: source}."""

@@ -9,6 +9,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from losses import boundary_loss
 from models import rs2sam2
@@ -16,8 +17,9 @@ from models.rs2sam2 import BEiT3, BidirectionalHierarchicalFusion, Config, MaskP
 
 SMALL = dataclasses.replace(
     Config.tiny(), image_size=64, text_length=8, vocab_size=20, beit_size=32, beit_width=16, beit_layers=2, beit_ffn=32,
-    beit_positions=12, hiera_width=16, fusion_reduction=4, sam_width=16, sam_heads=2, sam_mlp=24, gate_heads=2,
-    mpg_heads=2, lambda_dice=0.1, background_weight=0.9, foreground_weight=1.1)
+    beit_patch=8, beit_positions=12, hiera_width=16, hiera_blocks=(1, 1, 2, 1), hiera_global=(3,), fusion_reduction=4,
+    fusion_heads=4, sam_width=16, sam_heads=2, sam_mlp=24, gate_heads=2, mpg_heads=2, lambda_dice=0.1,
+    background_weight=0.9, foreground_weight=1.1)
 RECIPE = {**rs2sam2.RECIPE, **rs2sam2.RECIPE_TINY}
 M, L = 3, 8
 
@@ -298,8 +300,9 @@ def test_hand_run_hiera_with_closed_fusion_is_transformers_own(size):
     for feature, other, stride in zip(features, expected, (4, 8, 16), strict=True):
         assert feature.shape == (M, 16, size // stride, size // stride)
         torch.testing.assert_close(feature, other, rtol=0, atol=0)
-    assert torch.equal(build(fusion="none").encode_image(pixels, None, None)[2],
-                       build(zero_init=True).encode_image(pixels, T, example()[2])[2])
+    shut, without = build(zero_init=True), build(fusion="none")
+    without.load_state_dict(shut.state_dict(), strict=False)
+    assert torch.equal(shut.encode_image(pixels, T, example()[2])[2], without.encode_image(pixels, None, None)[2])
 
 
 @torch.no_grad()
@@ -603,9 +606,17 @@ def test_recipes_are_the_papers():
 
 def test_ablations_are_the_thirteen_rows_of_tables_3_and_4():
     assert [len(rows) for rows in rs2sam2.ABLATIONS.values()] == [5, 8]
-    for rows in rs2sam2.ABLATIONS.values():
-        for changes in rows.values():
-            dataclasses.replace(Config(), **changes)
+    images, tokens, text_mask, masks = example()
+    sizes = {}
+    for table, rows in rs2sam2.ABLATIONS.items():
+        for row, changes in rows.items():
+            model = build(**changes)
+            losses = model.criterion(model(images, tokens, text_mask), {"masks": masks}, 0.0)
+            assert all(loss.isfinite() for loss in losses.values())
+            assert ("tbl" in losses) == (row != "Baseline")
+            sizes[table, row] = sum(parameter.numel() for parameter in model.parameters())
+    assert len({sizes["3", row] for row in rs2sam2.ABLATIONS["3"]}) == 5       # each row builds a model of its own
+    assert len(set(sizes.values())) == 5 + 8 - 4                              # the full model stands in four of them
     full = Config()
     assert dataclasses.replace(full, **rs2sam2.ABLATIONS["3"]["L_tbl+MMP+DHF"]) == full
     for row in ("MPG w MHCA", "Bi", "w BC&BL"):
@@ -633,7 +644,7 @@ def test_paper_size_counts():
 
 def test_tiny_overfits_a_handful_of_samples():
     torch.manual_seed(0)
-    model = RS2SAM2(dataclasses.replace(Config.tiny(), image_size=64, beit_size=32, vocab_size=20)).train()
+    model = RS2SAM2(dataclasses.replace(Config.tiny(), image_size=64, beit_size=48, vocab_size=20)).train()
     optimizer = torch.optim.AdamW(model.param_groups(RECIPE))
     images, tokens, text_mask, _ = example()
     images = images // 4
@@ -708,11 +719,25 @@ def test_word_tokenizer():
         rs2sam2.tokenizer(SMALL)
 
 
+def video_model(sam):
+    """SAM 2 as the hub holds it, with the memory that the image model leaves out, and with the weights of `sam`."""
+    c = sam.config
+    video = Sam2VideoModel(Sam2VideoConfig(
+        vision_config=c.vision_config, prompt_encoder_config=c.prompt_encoder_config.to_dict(),
+        mask_decoder_config=c.mask_decoder_config.to_dict(), memory_attention_hidden_size=16,
+        memory_attention_feed_forward_hidden_size=16, memory_attention_num_layers=1,
+        memory_attention_num_attention_heads=1, memory_encoder_hidden_size=16, memory_encoder_output_channels=8,
+        mask_downsampler_embed_dim=16, memory_fuser_embed_dim=16, memory_fuser_intermediate_dim=16))
+    extra, missing = video.load_state_dict(sam.state_dict(), strict=False)
+    assert extra and not missing
+    return video
+
+
 def test_official_files_are_read_back_strictly(tmp_path, words_file, capsys):
     config, _ = folder_config(tmp_path, words_file)
     torch.manual_seed(1)
     source = RS2SAM2(dataclasses.replace(config, pretrained="none"))
-    source.sam.save_pretrained(tmp_path / "sam2-hiera-large")
+    video_model(source.sam).save_pretrained(tmp_path / "sam2-hiera-large")
     tensors = {f"beit3.{name}": value.half() for name, value in source.beit3.state_dict().items()}
     heads = {"mlm_head.weight": torch.zeros(2), "mim_head.bias": torch.zeros(2)}
     path = tmp_path / "beit3_large_patch16_224.pth"
@@ -757,10 +782,39 @@ def test_missing_weights_are_named_with_their_place(tmp_path, pretrained):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("fusion", "both"), ("hiera_blocks", (1, 1, 1)), ("image_size", 1000), ("beit_size", 220), ("hiera_width", 100),
-    ("text_length", 1024)])
+    ("text_length", 1024), ("beit_width", 1000), ("gate_heads", 3), ("mpg_heads", 5)])
 def test_wrong_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field}="):
         dataclasses.replace(Config(), **{field: value})
+
+
+def test_attention_is_pytorchs_from_its_start_on():
+    torch.manual_seed(0)
+    ours, theirs = rs2sam2.Attention(32, 4), nn.MultiheadAttention(32, 4, batch_first=True)
+    for layer in (ours.to_q, ours.to_k, ours.to_v):
+        largest = layer.weight.abs().max()                                    # both uniform, so with the same bound
+        torch.testing.assert_close(largest, theirs.in_proj_weight.abs().max(), rtol=0.01, atol=0)
+    for layer in (ours.to_q, ours.to_k, ours.to_v, ours.to_out):
+        assert not layer.bias.any()
+    theirs.in_proj_weight.data = torch.cat([layer.weight.data for layer in (ours.to_q, ours.to_k, ours.to_v)])
+    theirs.out_proj.weight.data = ours.to_out.weight.data
+    queries, keys, values = torch.randn(3, 2, 5, 32)
+    mask = torch.arange(5) < torch.tensor([5, 2])[:, None]
+    torch.testing.assert_close(ours(queries, keys, values, mask), theirs(queries, keys, values, ~mask)[0])
+
+
+@torch.no_grad()
+def test_small_towers_start_able_to_tell_words_and_mask_prompts_apart():
+    torch.manual_seed(0)
+    model = RS2SAM2(Config.tiny())
+    words = model.beit3(tokens=torch.tensor([[0, 9, 2], [0, 17, 2]]))[1]
+    assert (words[0, 1] - words[1, 1]).std() > 0.5 * words.std()
+    low, high = (model.sam.prompt_encoder.mask_embed(torch.full((1, 1, 24, 24), p)) for p in (0.2, 0.8))
+    assert (high - low).abs().max() > 0.01
+    published = RS2SAM2(dataclasses.replace(Config.tiny(), pretrained="hub"))  # will be filled: left as it is
+    small, large = (which.sam.vision_encoder.neck.convs[0].weight.std() for which in (published, model))
+    assert small < 0.03 < large
+    assert published.token_mlp[0].bias.any() and not model.token_mlp[0].bias.any()
 
 
 def test_tiny_builds_small():

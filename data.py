@@ -763,10 +763,14 @@ class NoSplit(ValueError):
 
 
 def split_names(dataset: str, wanted: str, data_root) -> list[str]:
-    """The splits that `wanted` names with commas; test stands for testA and testB: "val,test" -> val, testA, testB."""
+    """The splits that `wanted` names with commas; test stands for testA and testB: "val,test" -> val, testA, testB.
+
+    testA+testB is both as one.
+    """
     splits, names = _splits(dataset, data_root), {}
     for name in wanted.replace(" ", "").split(","):
         group = [split for split in splits if split == name or (name == "test" and split in ("testA", "testB"))]
+        group = group or [name] * (set(name.split("+")) <= set(splits))
         if not group:
             raise NoSplit(dataset, data_root, name, splits)
         names |= dict.fromkeys(group)
@@ -799,9 +803,10 @@ def read(dataset: str, data_root, split: str, *, categories: str = "all", limit:
         samples = synthetic_samples(split, epoch, **options)
     else:
         splits = _read_all(dataset, data_root)
-        if split not in splits:
+        parts = [split] if split in splits else split.split("+")
+        if not set(parts) <= set(splits):
             raise NoSplit(dataset, data_root, split, splits)
-        samples = splits[split]
+        samples = [sample for part in parts for sample in splits[part]]
     samples = _select(dataset, samples, categories)
     samples = samples[:limit] if limit else samples
     if not samples:
@@ -1006,11 +1011,25 @@ def _by_image(samples: list[Sample], numbers) -> list[tuple[int, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-class ReferringDataset(torch.utils.data.Dataset):
-    """Indexed by a tuple of sample numbers of one image, which is loaded once for all of them."""
+def masked(expression: str, share: float, rng) -> str:
+    """The expression, each word lost with probability `share`, but never all of them."""
+    parts = expression.split()
+    kept = rng.random(len(parts)) >= share
+    kept[rng.integers(len(parts))] |= not kept.any()
+    return " ".join(itertools.compress(parts, kept))
 
-    def __init__(self, samples: list[Sample], image_size: int, tokenizer, original: bool = False):
+
+class ReferringDataset(torch.utils.data.Dataset):
+    """Indexed by a tuple of sample numbers of one image, which is loaded once for all of them.
+
+    A number that comes again in the tuple is a repeat: it loses words as TrainSampler's `repeat_mask` says, drawn from
+    `draw`, the (seed, epoch), the sample and the count of the repeat.
+    """
+
+    def __init__(self, samples: list[Sample], image_size: int, tokenizer, original: bool = False, *,
+                 repeat_mask: float = 0.0, draw: tuple[int, int] = (0, 0)):
         self.samples, self.image_size, self.tokenizer, self.original = samples, image_size, tokenizer, original
+        self.repeat_mask, self.draw = repeat_mask, draw
         self.images = _by_image(samples, range(len(samples)))
 
     def __len__(self):
@@ -1018,6 +1037,11 @@ class ReferringDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, numbers: tuple[int, ...]) -> dict:
         samples, square = [self.samples[number] for number in numbers], (self.image_size, self.image_size)
+        for place, number in enumerate(numbers):
+            if repeats := numbers[:place].count(number):
+                rng = np.random.default_rng((*self.draw, number, repeats))
+                text = masked(samples[place].expression, self.repeat_mask, rng)
+                samples[place] = replace(samples[place], expression=text)
         image, masks = load(samples)
         pixels = np.array(image.resize(square, Image.Resampling.BILINEAR))
         resized = [np.asarray(Image.fromarray(mask).resize(square, Image.Resampling.NEAREST)) for mask in masks]
@@ -1058,17 +1082,21 @@ class TrainSampler:
     per_image = 0: each object once per epoch by one of its expressions; b > 0: each image once by up to b expressions,
     of different objects as far as there are, and a step takes as many images as have about batch_size of them. Every
     draw depends on (seed, epoch, step) alone.
+    repeat_mask > 0, Prompt-RIS's groups: each image by exactly per_image of its expressions, of any objects, and
+    where it has fewer, some of them again; these lose words. Where no image has two expressions there are no groups.
     """
 
     def __init__(self, samples: list[Sample], *, batch_size: int, micro_batch: int, per_image: int, seed: int,
-                 world: int = 1):
+                 world: int = 1, repeat_mask: float = 0.0):
         self.samples, self.micro_batch, self.per_image = samples, micro_batch, per_image
         self.seed, self.world, self.order = seed, world, (None, [])
         units = defaultdict(lambda: defaultdict(list))
         for number, sample in enumerate(samples):
             units[sample.image_id if per_image else sample.instance][sample.instance].append(number)
         self.units = [list(instances.values()) for instances in units.values()]
+        self.groups = bool(per_image and repeat_mask) and len(self.units) < len(samples)
         drawn = [min(per_image, sum(map(len, unit))) for unit in self.units] if per_image else [1]
+        drawn = [per_image] if self.groups else drawn
         size, total = max(int(batch_size * len(drawn) / sum(drawn)), 1), len(self.units)
         if min(size, total) < world:
             what = "images" if per_image else "objects"
@@ -1094,6 +1122,10 @@ class TrainSampler:
     def _draw(self, instances: list[list[int]], rng) -> list[int]:
         if not self.per_image:
             return [instances[0][rng.integers(len(instances[0]))]]
+        if self.groups:
+            numbers = list(itertools.chain(*instances))
+            rounds = -(-self.per_image // len(numbers))
+            return [int(number) for _ in range(rounds) for number in rng.permutation(numbers)][:self.per_image]
         turns = [(turn, rng.random(), int(number)) for numbers in instances
                  for turn, number in enumerate(rng.permutation(numbers))]  # each object's first, then each one's second
         return [number for *_, number in sorted(turns)[:self.per_image]]

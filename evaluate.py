@@ -170,15 +170,18 @@ def write_masks(folder, outputs, batch):
 
 
 def score_split(model, processes, *, dataset, data_root, split, recipe, output, tokenizer, precision, micro_batch=32,
-                workers=1, categories="all", limit=0, small=False, control=False, save_masks=False, checkpoint=""):
+                workers=1, categories="all", limit=0, small=False, control=False, save_masks=False, checkpoint="",
+                prefix=""):
     """Score one split, print its table and write metrics.json, per_sample.jsonl and sheet.png -> the summary.
 
-    control: every image carries another image's sentences, see `shuffled`.
+    control: every image carries another image's sentences, see `shuffled`. The folder is named by the split, with
+    `prefix` before it, and the categories and the control, where it is one, behind it.
     """
     samples = data.read(dataset, data_root, split, categories=categories, limit=limit,
                         **({"small": small} if dataset == "synthetic" else {}))
     samples = shuffled(samples) if control else samples
-    folder = Path(output) / (f"{split}-shuffled" if control else split)
+    name = split + f"-{categories}" * (categories != "all") + "-shuffled" * control
+    folder = Path(output) / f"{prefix}{name}"
     if processes.first:
         (folder / "masks" if save_masks else folder).mkdir(parents=True, exist_ok=True)
     if processes.world > 1:
@@ -187,7 +190,7 @@ def score_split(model, processes, *, dataset, data_root, split, recipe, output, 
                            empty=recipe["empty"], precision=precision, micro_batch=micro_batch, workers=workers,
                            sheet_rows=10, save_masks=folder / "masks" if save_masks else None, label=folder.name)
     summary = metrics.summarize(lines, empty=recipe["empty"])
-    about = {"dataset": dataset, "split": folder.name, "protocol": recipe["protocol"], "threshold": "logits > 0",
+    about = {"dataset": dataset, "split": name, "protocol": recipe["protocol"], "threshold": "logits > 0",
              "subset": f"{categories} categories", "checkpoint": str(checkpoint)}
     if recipe["protocol"] == "resized":
         about["side"] = model.config.image_size
@@ -369,7 +372,7 @@ def arguments(argv=None):
     score.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
     score.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: as in training)")
     score.add_argument("--split", default="test",
-                       help="one or several with commas (default test; on refcoco testA,testB)")
+                       help="one or several with commas (default test; on refcoco testA,testB; testA+testB as one)")
     score.add_argument("--protocol", choices=["resized", "original"],
                        help="size masks are scored at (default: recipe)")
     score.add_argument("--empty", choices=["zero", "one", "skip"], help="IoU of empty on empty (default: recipe)")
@@ -401,12 +404,15 @@ def main(args):
         return
     recipe = {**run["recipe"], **{key: value for key in ("protocol", "empty") if (value := getattr(args, key))}}
     dataset, data_root = args.dataset or run["dataset"], args.data_root or run["data_root"]
-    for split in data.split_names(dataset, args.split, data_root):
-        score_split(model, processes, dataset=dataset, data_root=data_root, split=split, recipe=recipe,
-                    output=args.output or folder, tokenizer=model.tokenizer, precision=precision,
-                    micro_batch=args.micro_batch, workers=args.workers, categories=args.categories, limit=args.limit,
-                    small=args.small or run["small"], control=args.control == "shuffled",
-                    save_masks=args.save_masks, checkpoint=args.checkpoint)
+    prefix = f"{dataset}-" * (dataset != run["dataset"])
+    summaries = {split: score_split(
+        model, processes, dataset=dataset, data_root=data_root, split=split, recipe=recipe,
+        output=args.output or folder, tokenizer=model.tokenizer, precision=precision, micro_batch=args.micro_batch,
+        workers=args.workers, categories=args.categories, limit=args.limit, small=args.small or run["small"],
+        control=args.control == "shuffled", save_masks=args.save_masks, checkpoint=args.checkpoint, prefix=prefix)
+        for split in data.split_names(dataset, args.split, data_root)}
+    if processes.first and len(summaries) > 1:
+        print(metrics.rows(summaries))
 
 
 @contextlib.contextmanager

@@ -132,8 +132,8 @@ def instance_contrastive_loss(logits, masks, image_index, instance, eps=1e-4):
 
     image_index, instance (M,) int: equal numbers = same image, same object. An expression's value is the mean over the
     b expressions of its image, itself among them, so the mean over expressions is Prompt-RIS's 1/b^2 sum, averaged over
-    images of equal b. eps keeps the logarithms finite without a clamp, whose gradient would vanish where two objects
-    got one mask, the very case to repel. The weight is the hard IoU with the truth and carries no gradient.
+    images of equal b. eps keeps the logarithms finite. A clamp would, too, but is flat all around the point where two
+    objects got one mask, the very case to repel. The weight is the hard IoU with the truth and carries no gradient.
     """
     with torch.autocast(logits.device.type, enabled=False):
         S = logits.float().sigmoid().flatten(1)                                             # (M,h*w)

@@ -230,6 +230,15 @@ def table(summary, title_fields):
     return "\n".join(lines)
 
 
+def rows(summaries):
+    """One row per split, as the papers' main tables have it: {split: summary} -> text."""
+    names = [key for key in next(iter(summaries.values())) if key.startswith("Pr@")]
+    names += ["oIoU", "mIoU", "ImgAcc", "InstAcc"]
+    lines = [f"{'split':<16}{'samples':>9}" + "".join(f"{name:>9}" for name in names)]
+    return "\n".join(lines + [f"{split:<16}{summary['samples']:9}" + "".join(f"{summary[key]:9.2f}" for key in names)
+                              for split, summary in summaries.items()])
+
+
 def main():
     parser = argparse.ArgumentParser(description="Compare two runs on the same samples, paired by id.")
     parser.add_argument("a", metavar="A/per_sample.jsonl")

@@ -81,17 +81,18 @@ def settle(args):
     """Config and recipe: paper < dataset's or tiny recipe < ablation row < command line."""
     paper = models.paper(args.model)
     tiny = args.preset == "tiny"
-    config = paper.Config.tiny() if tiny else paper.Config()
-    recipe = {**paper.RECIPE, **(paper.RECIPE_TINY if tiny else paper.RECIPE_FOR.get(args.dataset, {}))}
+    changes = [paper.RECIPE_TINY if tiny else paper.RECIPE_FOR.get(args.dataset, {})]
     if args.ablation:
         table, _, row = args.ablation.partition("/")
         rows = [f"{t}/{r}" for t, names in paper.ABLATIONS.items() for r in names]
         if args.ablation not in rows:
             raise ValueError(f"--ablation {args.ablation}: no such row; there are {', '.join(rows)}")
-        fields = {field.name for field in dataclasses.fields(config)}
-        changes = paper.ABLATIONS[table][row]
-        config = dataclasses.replace(config, **{key: value for key, value in changes.items() if key in fields})
-        recipe |= {key: value for key, value in changes.items() if key not in fields}
+        changes.append(paper.ABLATIONS[table][row])
+    config, recipe = paper.Config.tiny() if tiny else paper.Config(), dict(paper.RECIPE)
+    fields = {field.name for field in dataclasses.fields(config)}
+    for change in changes:
+        config = dataclasses.replace(config, **{key: value for key, value in change.items() if key in fields})
+        recipe |= {key: value for key, value in change.items() if key not in fields}
     config, recipe = models.override(config, recipe, args.set)
     named = {key: getattr(args, key) for key in ("epochs", "batch_size", "micro_batch", "lr", "weight_decay")}
     return config, recipe | {key: value for key, value in named.items() if value is not None}
@@ -330,7 +331,8 @@ def read_samples(args, split, epoch=0):
 
 def make_sampler(args, recipe, processes, samples):
     return data.TrainSampler(samples, batch_size=recipe["batch_size"], micro_batch=recipe["micro_batch"],
-                             per_image=recipe["per_image"], seed=args.seed, world=processes.world)
+                             per_image=recipe["per_image"], seed=args.seed, world=processes.world,
+                             repeat_mask=recipe.get("repeat_mask", 0.0))
 
 
 def begin(args, processes):
@@ -433,7 +435,8 @@ def train_epoch(run, epoch, stop):
     if args.dataset == "synthetic":
         run.samples = read_samples(args, "train", epoch)
         run.sampler = make_sampler(args, recipe, processes, run.samples)
-    dataset = data.ReferringDataset(run.samples, run.config.image_size, run.tokenizer)
+    dataset = data.ReferringDataset(run.samples, run.config.image_size, run.tokenizer,
+                                    repeat_mask=recipe.get("repeat_mask", 0.0), draw=(args.seed, epoch))
     loader = DataLoader(dataset, batch_sampler=list(run.sampler.batches(epoch, processes.rank, position["step"])),
                         num_workers=args.workers, collate_fn=data.collate, pin_memory=processes.device.type == "cuda",
                         generator=torch.Generator().manual_seed(0))
@@ -571,6 +574,10 @@ def print_settings(run):
     print(f"data     {len(run.samples)} training and {len(run.validation)} validation expressions; an epoch has "
           f"{run.sampler.steps} steps of {recipe['batch_size']} expressions: {processes.world} process(es) x "
           f"{micros} micro-batch(es)")
+    if recipe.get("repeat_mask"):
+        print(f"groups   {recipe['per_image']} expressions of each image, masked repeats where it has fewer"
+              if run.sampler.groups else
+              "groups   none, one expression per image: no repeats, instance contrastive learning (ICL) is off")
     print(f"run      {processes.device.type}, {run.precision}, seed {args.seed}, kept by {kept}, folder {args.output}",
           flush=True)
 

@@ -176,6 +176,15 @@ def test_split_names(tmp_path):
     layouts.write("refcoco", tmp_path, scenes=1)
     assert data.split_names("refcoco", "val, test", tmp_path) == ["val", "testA", "testB"]
     assert data.split_names("refcoco", "testB,test", tmp_path) == ["testB", "testA"]
+    assert data.split_names("refcoco", "val,testA+testB", tmp_path) == ["val", "testA+testB"]
+    both, parts = (data.read("refcoco", tmp_path, "testA+testB"),
+                   [data.read("refcoco", tmp_path, split) for split in ("testA", "testB")])
+    assert both == parts[0] + parts[1] and len({one.id for one in both}) == len(both)
+    for wanted in ("testA+testC", "testA+"):
+        with pytest.raises(ValueError, match="no split"):
+            data.split_names("refcoco", wanted, tmp_path)
+        with pytest.raises(ValueError, match="no split"):
+            data.read("refcoco", tmp_path, wanted)
     assert data.has_split("refcoco", tmp_path, "test")
     with pytest.raises(ValueError, match="no split ''"):
         data.split_names("refcoco", "val,", tmp_path)
@@ -907,6 +916,75 @@ def test_expressions_of_an_image_are_of_different_objects_first():
                 image = samples[group[0]].image_id
                 objects = len({samples[number].instance for number in group})
                 assert (objects, len(group)) == ({"i0": 1, "i1": 2, "i2": 3, "i3": 4}[image], 4)
+
+
+GROUPS = {"batch_size": 24, "per_image": 4, "seed": 3, "repeat_mask": 0.25}
+
+
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 24), (1, 6), (2, 4), (2, 3), (3, 16)])
+def test_groups_hold_per_image_expressions_each_and_are_never_divided(world, micro_batch):
+    """Prompt-RIS: 6 images x 4; the first five images have 1, 2, 3, 4 and 5 expressions, repeats fill them up."""
+    samples = many([1, 2, 3, 4, 5, *[3] * 20], expressions=1)
+    sampler = data.TrainSampler(samples, micro_batch=micro_batch, world=world, **GROUPS)
+    images = []
+    for plan in steps_of(sampler):
+        groups = [group for rank in plan for part in rank for group in part]
+        assert len(plan) == world and len(groups) in (5, 6) and sampler.steps == 5
+        for group in groups:
+            of_image = [k for k, one in enumerate(samples) if one.image_id == samples[group[0]].image_id]
+            times = Counter(group)
+            assert set(group) <= set(of_image) and len(group) == 4 and len(times) == min(4, len(of_image))
+            assert max(times.values()) - min(times.values()) <= 1          # no sentence thrice while one comes once
+        images += [samples[group[0]].image_id for group in groups]
+    assert sorted(images) == sorted({one.image_id for one in samples})
+    one = data.TrainSampler(samples, micro_batch=24, **GROUPS)
+    for step in range(sampler.steps):
+        assert sorted(flat(sampler.plan(0, step))) == sorted(flat(one.plan(0, step)))
+
+
+def test_groups_take_an_image_s_sentences_whatever_their_objects():
+    """Prompt-RIS: four objects of three sentences each; in a group two of one object may meet."""
+    samples = many([4] * 40, expressions=3)
+    pairs = []
+    for repeat_mask in (0.0, 0.25):
+        sampler = data.TrainSampler(samples, micro_batch=24, **{**GROUPS, "repeat_mask": repeat_mask})
+        drawn = [group for plan in steps_of(sampler) for group in plan[0][0]]
+        pairs.append(np.mean([4 - len({samples[number].instance for number in group}) for group in drawn]))
+    assert pairs[0] == 0 and 0.5 < pairs[1] < 1.4          # 12 sentences, 2 others of one's object: 6 * 2 / 11 = 1.09
+
+
+def test_no_groups_where_no_image_has_two_sentences_or_none_are_asked_for():
+    single = many([1] * 30, expressions=1)
+    for samples, changes in ((single, {}), (many([2] * 30), {"repeat_mask": 0.0}), (many([2] * 30), {"per_image": 0})):
+        sampler = data.TrainSampler(samples, micro_batch=24, **{**GROUPS, **changes})
+        assert not sampler.groups
+        assert all(max(Counter(flat(plan)).values()) == 1 for plan in steps_of(sampler))
+    assert data.TrainSampler(single, micro_batch=24, **GROUPS).steps == 2              # 24 images a step, not 6
+
+
+def test_a_repeat_loses_words_by_seed_epoch_sample_and_count_alone():
+    samples = data.read("synthetic", None, "train", scenes=1)
+    group = (3, 5, 3, 3, 5)
+
+    def texts(draw, share=0.5, numbers=group):
+        dataset = data.ReferringDataset(samples, 24, tokenizer, repeat_mask=share, draw=draw)
+        item = dataset[numbers]
+        assert torch.equal(item["instance"], torch.tensor([data.instance_number(samples[n]) for n in numbers]))
+        shown = [one.expression for one in item["samples"]]
+        assert torch.equal(item["tokens"], tokenizer(shown)[0])
+        return shown
+
+    first = texts((7, 2))
+    assert texts((7, 2)) == first and texts((7, 2), numbers=(5, 3, 3, 5, 3))[2:] == [first[k] for k in (2, 4, 3)]
+    assert first[:2] == [samples[3].expression, samples[5].expression]
+    for text, number in zip(first[2:], group[2:], strict=True):
+        assert text and set(text.split()) <= set(samples[number].expression.split())
+    several = [texts((seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len({tuple(shown[2:]) for shown in several}) > 4 and len({tuple(shown[:2]) for shown in several}) == 1
+    assert texts((7, 2), share=0.0)[2] == samples[3].expression and len(texts((7, 2), share=1.0)[2].split()) == 1
+    rng = np.random.default_rng(0)
+    lost = [1 - len(data.masked("a b c d e f g h", 0.25, rng).split()) / 8 for _ in range(2000)]
+    assert np.mean(lost) == pytest.approx(0.25, abs=0.01)
 
 
 def test_parts_keep_within_the_micro_batch_where_images_allow_it():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -128,6 +129,37 @@ def test_control_is_written_beside_the_split(run, tmp_path):
     score(run, tmp_path, "--control", "shuffled")
     assert json.loads((tmp_path / "test-shuffled/metrics.json").read_text())["split"] == "test-shuffled"
     assert not (tmp_path / "test").exists()
+
+
+def test_several_splits_end_in_a_row_each(run, tmp_path, capsys):
+    score(run, tmp_path, "--split", "val,test")
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    assert printed[0].split() == ["split", "samples", *(f"Pr@0.{k}" for k in range(5, 10)), "oIoU", "mIoU", "ImgAcc",
+                                  "InstAcc"]
+    for line, split in zip(printed[1:], ("val", "test"), strict=True):
+        scores = json.loads((tmp_path / split / "metrics.json").read_text())
+        names = printed[0].split()[1:]
+        assert line.split() == [split, *(format(scores[name], "d" if name == "samples" else ".2f") for name in names)]
+
+
+def test_categories_and_other_data_sets_have_folders_of_their_own(run, tmp_path, capsys):
+    """Table 2 of Prompt-RIS: seen and unseen by themselves, testA and testB as one."""
+    layouts.write("refcoco", tmp_path / "data", scenes=2)
+    words = ("--dataset", "refcoco", "--data-root", str(tmp_path / "data"))
+    for categories in ("seen", "unseen"):
+        score(run, tmp_path / "out", *words, "--split", "testA+testB", "--categories", categories, "--limit", "99")
+    parts = {}
+    for categories in ("seen", "unseen"):
+        folder = tmp_path / "out" / f"refcoco-testA+testB-{categories}"
+        lines = metrics.read_records(folder / "per_sample.jsonl")
+        assert {line["category"] for line in lines} <= data.CATEGORIES[categories]
+        written = json.loads((folder / "metrics.json").read_text())
+        assert (written["split"], written["samples"]) == (f"testA+testB-{categories}", len(lines))
+        parts[categories] = {line["id"] for line in lines}
+    every = [one for split in ("testA", "testB") for one in data.read("refcoco", tmp_path / "data", split)]
+    named = data.CATEGORIES["seen"] | data.CATEGORIES["unseen"]
+    assert parts["seen"] | parts["unseen"] == {one.id for one in every if one.category in named}
+    assert not parts["seen"] & parts["unseen"] and all(parts.values())
 
 
 def test_the_empty_policy_reaches_the_records(run, tmp_path, monkeypatch):

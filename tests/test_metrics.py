@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import metrics
-from metrics import Scores, compare, intersection_union, read_records, records, summarize, table
+from metrics import Scores, compare, intersection_union, read_records, records, rows, summarize, table
 
 
 def mask(*rows):
@@ -301,6 +301,16 @@ def test_table_says_what_it_scored():
     assert len({len(row) for row in printed[1:3]}) == len({len(row) for row in printed[5:9]}) == 1
     with pytest.raises(ValueError, match="threshold"):
         table(summarize(lines), {"split": "val", "protocol": "resized"})
+
+
+def test_rows_hold_a_split_each():
+    summaries = {"val": summarize([line(0, 3, 4), line(1, 1, 4)]), "testA": summarize([line(0, 9, 10, image="a")])}
+    printed = [row.split() for row in rows(summaries).splitlines()]
+    assert printed[0] == ["split", "samples", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "oIoU", "mIoU",
+                          "ImgAcc", "InstAcc"]
+    assert printed[1] == ["val", "2", *["50.00"] * 3, *["0.00"] * 2, *["50.00"] * 4]
+    assert printed[2] == ["testA", "1", *["100.00"] * 5, *["90.00"] * 4]
+    assert len({len(row) for row in rows(summaries).splitlines()}) == 1
 
 
 def test_compare_is_paired_by_id():

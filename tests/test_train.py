@@ -72,6 +72,8 @@ def test_precedence_is_recipe_then_preset_then_ablation_then_command_line(tmp_pa
         return train.settle(train.arguments(["--model", "toy", "--output", str(tmp_path), *words]))
 
     assert settled("--dataset", "rrsisd")[1]["lr"] == 2e-2                                  # RECIPE_FOR
+    assert [settled("--dataset", name)[0].width for name in ("rrsisd", "risbench")] == [9, 8]
+    assert "width" not in settled("--dataset", "rrsisd")[1]
     assert settled("--dataset", "rrsisd", "--preset", "tiny")[1]["per_image"] == 2          # RECIPE_TINY instead
     assert settled("--dataset", "rrsisd", "--preset", "tiny")[1]["lr"] == 1e-2
     assert settled()[1]["per_image"] == 2                                                   # synthetic means tiny

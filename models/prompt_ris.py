@@ -1,4 +1,4 @@
-"""Prompt-RIS: CLIP finds the object and SAM draws it, joined end to end by prompts; both stay as they were published.
+"""Prompt-RIS: CLIP finds the object and SAM draws it, joined end to end by prompts.
 
 Paper
     Shang, Song, Qiu, Wang, Meng, Li. Prompt-Driven Referring Image Segmentation with Instance Contrasting. CVPR 2024,
@@ -10,11 +10,14 @@ Official
     none released. No code was copied.
 Shapes
     N images, M expressions, L tokens with [SOS], [EOS] and padding (the paper's L + 2), n = 16 prompts per direction
-    H_C,W_C     CLIP's grid, 30 x 30 at 480 px, N_C its 900 cells; H_S,W_S SAM's, 64 x 64 at 1024 px
-    F_I, F_T    image and text features of CLIP (M,N_C,768), (M,L,512), here F_I begins with [CLS]; F_IS SAM's features
+    H,W         side of the image as SAM sees it and of the final mask, 1024; H_S,W_S SAM's grid, 64 x 64
+    H_C,W_C     CLIP's grid, 30 x 30 at 480 px, N_C its 900 cells
+    D_I, D_T    widths of CLIP's towers, 768 (the paper's D_IC) and 512; D_C the tiny decoder's, 512; D_S SAM's, 256
+    F_I, F_T    CLIP's features (M,N_C,D_I), between its layers (M,1+N_C,D_I) with [CLS] first, and words (M,L,D_T)
+    F_IS        SAM's features (N,D_S,H_S,W_S), taken to (M,D_S,H_S,W_S)
     t_g         the sentence, F'_T at [EOS]; S_coarse the paper's S'_C (M,1,H_C,W_C); S_C the same at 4H_S x 4W_S
-    M, E, e_p   one-hot point map (M,4H_S*4W_S), SAM's position encoding of its cells (4H_S*4W_S,256), the chosen one
-    S_low, S    the paper's S' (M,1,4H_S,4W_S) and the final logits (M,1,16H_S,16W_S)
+    E, e_p      SAM's position encoding of the cells (4H_S*4W_S,D_S), the chosen one; in (3), M is the one-hot point map
+    S_low, S    the paper's S' (M,1,4H_S,4W_S) and the final logits (M,1,H,W)
     O, Y, w     overlap of two masks, 1 where they mean the same object, IoU of a mask with its truth
 Equations
     (1) (2)     TinyDecoder.forward
@@ -24,40 +27,49 @@ Equations
     (7) (8)     losses.py, instance_contrastive_loss
     (9)         PromptRIS.criterion
 Departs
-    (3)         E is computed anew in each call, not stored: it costs a thousandth of it and cannot go stale
-    (5) (6)     prompts are keys and values only. Their outputs are dropped, so the rows of words and patches are equal
-    (6)         padded words are masked out, in (1) and in the text prompts too; the layer is the image encoder's (typo)
-    (8)         log(eps + (1-eps) O), and so for 1-O, eps 1e-4: finite, and never flat but where two masks are equal
-    icl_size    a smaller side for the final mask's share of (8), to save memory; 0, the default, is the paper's S
+    (2)         divided by sqrt(D_C): a plain sum of 512 products starts saturated; the net can grow it
+    (3)         E is computed anew in each call, not stored: so it is always that of the weights in use
+    (4)         always L text prompts: where a sentence is shorter, the padding is SAM's "not a point"
+    (6)         its layer is the image tower's; the printed E_L2V is a slip
+    (8)         log(eps + (1-eps) O), and so for 1-O, eps 1e-4: finite, and flat only where two masks are equal
+    P@X         counts IoU >= X, as the field does; 4.1 says "higher than"
+    numbers     Table 3's CLIP+CMP+SAM and Table 5's mask+text are the same five numbers: one is a slip. 4.4's gains of
+                ICL on P@0.9, 1.87 and 3.32, are 1.78 and 3.23 by Table 3
 Silent
-    sizes       both towers see the image squashed, bilinear with antialiasing; L is 22
-    CLIP        frozen: the paper calls it prompt-tuned, and says "frozen" of SAM alone (freeze_clip=False trains it);
-                its position table is resized bicubically to 30 x 30
+    CLIP        frozen, as 1 and 2 say of prompt learning; but 4.2 says "train CLIP with CMP", and 3.1 "frozen" of SAM
+                alone (freeze_clip=False: CLIP learns). Its positions are resized bicubically to 30 x 30
+    sizes       both towers see the image squashed, bilinear, antialiased; CLIP's is made of SAM's. L is 22
     CMP         (5) and (6) start from the embeddings (image: after its first norm): 12 prompters each way, none shared;
-                8 heads as wide as what they read (cmp_width: narrower), norms before, no residual; tokens N(0, 0.02)
-    order       prompts see no causal mask: every word reads all of them, the words before it, and itself
+                8 heads, together as wide as what they read (cmp_width: narrower), norms before, no residual; tokens
+                start with deviation 0.02, have no positions; padded words are not read, here, in (1) and in P_text
+    order       the causal mask stays among the words; the prompts stand before them, as (5) writes, so every word reads
+                all. The prompts' own rows, which (5) and (6) drop, are not computed: nothing else reads them
     F_T, F_I    after CLIP's last norms; the decoder starts from copies of CLIP's projections, D_C = 512, and has one
-                block each way: 8 heads, a feed-forward net 2048, residuals, norm after
-    (2)         times 1/sqrt(D_C): a plain sum of 512 products starts saturated; no bias, no cosine
+                block each way: 8 heads, a feed-forward net 2048, residuals, norm after; (2) has no bias, is no cosine
     S_C         bilinear, stays logits, as SAM's own mask prompts are
-    (3)         temperature 1, float32; e_p gets SAM's embedding of a foreground point; no second, padding point
+    (3)         temperature 1, float32; e_p gets SAM's embedding of a foreground point; no second, padding point; of
+                equally high cells (within 1e-4) the first
     P_text      linear to 256, then twice: words, SAM's features with its position encoding, feed-forward net 1024;
-                8 heads, residuals, norm after; a padded word is SAM's "not a point"
-    dropout     each kind of prompt of each expression with 0.2 by itself; a dropped point or word becomes "not a
-                point", a dropped mask "no mask"; so too for the rows of Table 5, which drop them at inference
+                8 heads, residuals, norm after
+    dropout     each kind of prompt of each expression with 0.2, independently (0.8 % lose all three): a point or word
+                becomes "not a point", a mask "no mask"; so too in Table 5, which drops them at inference
     mask        the decoder's first output is number 0, its single-mask one
-    (7)-(9)     S_coarse is taken at 30 x 30, S at 1024 x 1024, the truth nearest-resized; Dice has squares in its
-                denominator, as (7)
-    (8)         w is hard and carries no gradient: it should silence a wrong mask, not reward one. Its own for each map;
-                with images of unequal b each expression counts 1/M, so that any micro-batches give one objective
-    training    weight decay 0.01, not on vectors; one polynomial over both phases; an epoch is every image once;
-                a repeated sentence loses each word with probability 0.25
-    testing     logits resized to the image's own size, cut at probability 0.5; one sentence at a time
-    seen        Table 2's training: the union's seen expressions, minus images of validation and test
-    Tables 3, 4 rows without SAM score S_coarse and have no second phase; Table 4 has no ICL (its CMP row is Table 3's)
-    other data  remote-sensing sets give one expression per image: groups of one, ICL off
+    (7)-(9)     S_coarse is taken at 30 x 30, S at 1024 x 1024 (icl_size: (7) takes S smaller, which saves memory), the
+                truth nearest-resized; Dice has squares in its denominator, as (7), and 1e-4 above and below
+    (8)         w is hard, of each map its own, without gradient: else a lower IoU would lower the loss; L_icl is the
+                sum over both maps; each expression counts 1/M, so that any micro-batches give one objective
+    training    weight decay 0.01, not on vectors; one polynomial over both phases; an epoch is every image once; of a
+                repeated sentence each word is lost with probability 0.25, one stays
+    start       Xavier for every linear layer that is not loaded
+    data        refcoco-union of data.py: the three sets without images of any validation or test split. Table 2: of its
+                seen expressions, scored on seen and unseen; "test" is testA and testB as one (--split testA+testB)
+    testing     logits resized to the image's own size, cut at probability 0.5; one sentence at a time; metrics.py has
+                ImgAcc and InstAcc
+    Tables 3, 4 rows without SAM score S_coarse, which they train for all 50 epochs; Table 4 has no ICL, as its CMP row
+                is Table 3's
+    other data  remote-sensing sets give one expression per image: no groups, ICL off
 Omits
-    nothing. Table 3's row without ICL and Table 5's without points print the same numbers: one is a slip
+    none
 """
 
 import contextlib
@@ -95,12 +107,12 @@ MAPS = ("coarse",)
 class Config:
     image_size: int = 1024                          # 4.2: SAM's side, and that of the final mask
     clip_size: int = 480                            # 4.2
-    text_length: int = 22                           # our choice: the longest in use, ETRIS's for G-Ref
+    text_length: int = 22                           # our choice, ETRIS's for the longest sentences, G-Ref's
     pretrained: str = "hub"                         # "hub", "none", or a folder with one subfolder per backbone
     clip_backbone: str = "openai/clip-vit-base-patch16"         # 4.2
     sam_backbone: str = "facebook/sam-vit-base"     # 4.2
-    freeze: bool = True                             # SAM (3.1) and CLIP
-    freeze_clip: bool = True                        # False: CLIP learns although SAM is frozen
+    freeze: bool = True                             # SAM (3.1) and, our choice, CLIP
+    freeze_clip: bool = True                        # our choice; False: CLIP learns although SAM is frozen
 
     clip_patch: int = 16                            # CLIP ViT-B/16
     clip_native: int = 224                          # side that its position table was made for
@@ -136,14 +148,14 @@ class Config:
     text_ffn: int = 1024                            # our choice
     tau: float = 1.0                                # our choice: temperature of Eq. (3)
     prompt_dropout: float = 0.2                     # our choice: 4.2 gives no rate
-    icl_size: int = 0                               # side of the final masks in Eq. (7); 0: that of S
+    icl_size: int = 0                               # side of the final masks in Eq. (7); 0: that of S, as in the paper
     icl_epsilon: float = 1e-4                       # our choice, Eq. (8)
 
     v2l: bool = True                                # Tables 3 and 4: prompting vision-to-language, language-to-vision
     l2v: bool = True
     icl: bool = True                                # Table 3
     sam: bool = True                                # Table 3
-    mask_prompt: bool = True                        # Table 5, at inference
+    mask_prompt: bool = True                        # Table 5, for evaluate.py; set in training, they hold there too
     point_prompt: bool = True
     text_prompt: bool = True
 
@@ -167,22 +179,24 @@ class Config:
         return cls(image_size=96, clip_size=96, pretrained="none", freeze=False, vocab_size=256,
                    clip_patch=8, clip_native=96, clip_width=64, clip_heads=4, clip_ffn=128, clip_layers=3,
                    clip_text_width=48, clip_text_heads=4, clip_text_ffn=96, clip_text_positions=22,
-                   sam_patch=8, sam_width=64, sam_heads=4, sam_ffn=128, sam_layers=3, sam_window=4, sam_global=(0, 2),
+                   sam_patch=6, sam_width=64, sam_heads=4, sam_ffn=128, sam_layers=3, sam_window=4, sam_global=(1,),
                    sam_prompt_width=48, sam_mask_channels=16, sam_decoder_heads=4, sam_decoder_ffn=96,
                    prompts=4, cmp_heads=4, decoder_width=64, decoder_heads=4, decoder_ffn=128,
-                   text_heads=4, text_ffn=96)
+                   text_heads=4, text_ffn=96, prompt_dropout=0.1)
 
 
 RECIPE = {                                          # 4.2 where not marked
-    "epochs": 50, "batch_size": 64, "lr": 1e-4, "weight_decay": 0.01, "schedule": "poly", "power": 0.9,
+    "epochs": 50, "batch_size": 64, "lr": 1e-4, "schedule": "poly", "power": 0.9,
     "phases": {"clip": 0.4, "joint": 0.6},          # 20 and 30 epochs
-    "per_image": 4, "repeat_mask": 0.25,            # 3.3, b; share of words that a repeated sentence loses: our choice
-    "micro_batch": 16, "warmup": 0.0, "clip": 0.0, "precision": "bf16",           # our choice
-    "protocol": "original", "empty": "zero", "select": "mIoU",                    # our choice
+    "per_image": 4,                                 # b: 16 images x 4 expressions, masked repeats where there are fewer
+    "repeat_mask": 0.25,                            # our choice: probability that a repeat loses a word
+    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0,           # our choice: no warm-up, no gradient clipping
+    "micro_batch": 16, "precision": "bf16", "protocol": "original", "empty": "zero", "select": "mIoU",    # our choice
 }
-RECIPE_FOR = {name: {"per_image": 0, "icl": False} for name in ("refsegrs", "rrsisd", "risbench")}
-RECIPE_TINY = {"epochs": 20, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 1.0,
-               "clip": 1.0}
+RECIPE_FOR = {name: {"per_image": 0, "icl": False}               # one expression per image: no groups
+              for name in ("refsegrs", "rrsisd", "risbench")}
+RECIPE_TINY = {"epochs": 60, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 1.0,
+               "clip": 1.0, "phases": {"clip": 0.25, "joint": 0.75}}
 ABLATIONS = {
     "3": {row: {"v2l": cmp, "l2v": cmp, "icl": icl, "sam": sam, **({} if sam else {"phases": None})}
           for row, cmp, icl, sam in (
@@ -190,6 +204,7 @@ ABLATIONS = {
               ("CLIP+CMP+SAM", True, False, True), ("CLIP+CMP+ICL+SAM", True, True, True))},
     "4": {row: {"v2l": v2l, "l2v": l2v, "icl": False, "sam": False, "phases": None} for row, v2l, l2v in (
         ("Baseline", False, False), ("V2LP", True, False), ("L2VP", False, True), ("CMP", True, True))},
+    # of one trained model: evaluate.py --set mask_prompt=... point_prompt=... text_prompt=...
     "5": {row: {f"{kind}_prompt": kind in row.split("+") for kind in ("mask", "point", "text")} for row in (
         "none", "mask", "point", "text", "mask+point", "mask+text", "point+text", "mask+point+text")},
     "ICL": {"without": {"icl": False}, "with": {"icl": True}},
@@ -299,7 +314,7 @@ def load_strictly(module, tensors, source, fields):
 
 
 def build_clip(config):
-    """CLIP's image and text towers with random weights; 22 of 77 positions are exact, since the words are causal."""
+    """CLIP's image and text towers with random weights."""
     image = CLIPVisionConfig(hidden_size=config.clip_width, intermediate_size=config.clip_ffn,
                              num_hidden_layers=config.clip_layers, num_attention_heads=config.clip_heads,
                              image_size=config.clip_native, patch_size=config.clip_patch)
@@ -307,11 +322,11 @@ def build_clip(config):
                           intermediate_size=config.clip_text_ffn, num_hidden_layers=config.clip_layers,
                           num_attention_heads=config.clip_text_heads,
                           max_position_embeddings=config.clip_text_positions, bos_token_id=None, eos_token_id=None)
-    return CLIPVisionModel(image), CLIPTextModel(text)
+    return xavier(CLIPVisionModel(image)), xavier(CLIPTextModel(text))
 
 
 def build_sam(config):
-    """SAM with random weights as its authors draw them; transformers' defaults pass hardly any signal."""
+    """SAM with random weights; transformers' defaults pass hardly any signal."""
     sam = SamModel(SamConfig(
         vision_config=SamVisionConfig(
             hidden_size=config.sam_width, mlp_dim=config.sam_ffn, num_hidden_layers=config.sam_layers,
@@ -325,10 +340,20 @@ def build_sam(config):
             hidden_size=config.sam_prompt_width, mlp_dim=config.sam_decoder_ffn,
             num_attention_heads=config.sam_decoder_heads, iou_head_hidden_dim=config.sam_prompt_width)))
     for module in sam.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
             module.reset_parameters()
     nn.init.normal_(sam.shared_image_embedding.positional_embedding)          # one tensor with the prompt encoder's
-    return sam
+    return xavier(sam)
+
+
+def xavier(module):
+    """Linear layers as Transformers usually start; PyTorch's own start lets the words in weakly."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -340,13 +365,13 @@ def resize(maps, size):
 
 
 def nearest(masks, size):
-    """bool (M,S,S) -> (M,1,size,size): the pixel at each cell's centre."""
+    """bool (M,H,W) -> (M,1,size,size): the pixel at each cell's centre."""
     centres = ((torch.arange(size, device=masks.device) + 0.5) * (masks.shape[-1] / size)).long()
     return masks[:, None, centres[:, None], centres]
 
 
 def normalised(images, size, mean, std):
-    """uint8 (N,3,S,S) -> pixels (N,3,size,size), antialiased where it shrinks."""
+    """uint8 (N,3,H,W) -> pixels (N,3,size,size), antialiased where it shrinks."""
     pixels = images.float() / 255
     if pixels.shape[-1] != size:
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True)
@@ -355,15 +380,15 @@ def normalised(images, size, mean, std):
 
 
 class Attention(nn.Module):
-    """Multi-head attention: queries (B,Q,C), context (B,K,D) -> (B,Q,out); mask (B,K), True = may be read."""
+    """Multi-head attention: queries (B,Q,C), keys and values (B,K,C) -> (B,Q,out); mask (B,K), True = may be read."""
 
-    def __init__(self, width, heads, context_width=None, inner=None, out=None):
+    def __init__(self, width, heads, inner=None, out=None):
         super().__init__()
         inner = inner or width
         self.heads = heads
         self.to_q = nn.Linear(width, inner)
-        self.to_k = nn.Linear(context_width or width, inner, bias=False)      # a key bias cancels in the softmax
-        self.to_v = nn.Linear(context_width or width, inner)
+        self.to_k = nn.Linear(width, inner, bias=False)                       # a key bias cancels in the softmax
+        self.to_v = nn.Linear(width, inner)
         self.to_out = nn.Linear(inner, out or width)
 
     def forward(self, queries, keys, values, mask=None):
@@ -463,6 +488,7 @@ class TinyDecoder(nn.Module):
     def forward(self, F_I, F_T, text_mask):
         """F_I (M,N_C,D_I), F_T (M,L,D_T), text_mask (M,L) -> S_coarse (M,1,H_C,W_C), float32 logits."""
         F_I, F_T = self.image_projection(F_I), self.text_projection(F_T)                    # (M,N_C,D_C) (M,L,D_C)
+        # from here on they are the paper's primed ones
         F_I, F_T = self.to_image(F_I, F_T, F_T, text_mask), self.to_text(F_T, F_I, F_I)  # Eq. (1)
         eos = text_mask.sum(1) - 1
         t_g = F_T[torch.arange(len(F_T), device=F_T.device), eos]                           # (M,D_C)
@@ -474,10 +500,14 @@ class TinyDecoder(nn.Module):
 
 
 def point_map(S_C, tau, sample):
-    """Logits (M,h*w) -> one-hot M (M,h*w), float32: drawn with straight-through gradients, or the highest one."""
+    """Logits (M,h*w) -> one-hot M (M,h*w), float32: drawn with straight-through gradients, or the highest one.
+
+    Resizing leaves cells at the border equal but for rounding, which must not choose: the first of them is taken.
+    """
     if sample:
         return F.gumbel_softmax(S_C.float(), tau=tau, hard=True)
-    return F.one_hot(S_C.argmax(1), S_C.shape[1]).float()
+    highest = S_C.amax(1, keepdim=True) - S_C <= 1e-4
+    return F.one_hot(highest.int().argmax(1), S_C.shape[1]).float()
 
 
 class TextPrompts(nn.Module):
@@ -512,11 +542,11 @@ class PromptRIS(nn.Module):
         self.config = config
         self.phase = "joint"
         self.clip_image, self.clip_text = build_clip(config)
-        self.cmp = nn.ModuleList(CrossModalPrompting(config) for _ in range(config.clip_layers))
-        self.decoder = TinyDecoder(config)
+        self.cmp = nn.ModuleList(xavier(CrossModalPrompting(config)) for _ in range(config.clip_layers))
+        self.decoder = xavier(TinyDecoder(config))
         if config.sam:
             self.sam = build_sam(config)
-            self.text_prompts = TextPrompts(config)
+            self.text_prompts = xavier(TextPrompts(config))
 
     @property
     def coarse_only(self):
@@ -529,7 +559,7 @@ class PromptRIS(nn.Module):
         self.phase = name
 
     def get_extra_state(self):
-        """The phase travels with the weights: those of the first one know nothing of SAM."""
+        """The phase travels with the weights: in those of the first one nothing that feeds SAM has been trained."""
         return torch.tensor(self.phase == "joint")
 
     def set_extra_state(self, state):
@@ -565,7 +595,10 @@ class PromptRIS(nn.Module):
         return sources
 
     def param_groups(self, recipe):
-        """CMP and the tiny decoder, with SAM the text prompts; besides what freeze leaves free. No decay on vectors."""
+        """CMP, the tiny decoder, in the joint phase the text prompts, and the towers that are not frozen.
+
+        Vectors do not decay.
+        """
         self.requires_grad_(False)
         learning = [self.cmp, self.decoder]
         if not self.coarse_only:
@@ -583,10 +616,10 @@ class PromptRIS(nn.Module):
                  "weight_decay": recipe["weight_decay"] * decays} for decays in (True, False)]
 
     def forward(self, images, tokens, text_mask, image_index=None):
-        """images uint8 (N,3,S,S), tokens and text_mask (M,L), image_index (M,) -> dict.
+        """images uint8 (N,3,H,W), tokens and text_mask (M,L), image_index (M,) -> dict.
 
-        logits (M,1,S,S) final mask; coarse (M,1,H_C,W_C) in [0,1] and coarse_logits; point (M,1,4H_S,4W_S) one-hot;
-        image_index (M,). In the first phase logits are coarse_logits, there is no point, and SAM rests.
+        logits (M,1,H,W) final mask; coarse (M,1,H_C,W_C) in [0,1] and coarse_logits; point (M,1,4H_S,4W_S) one-hot;
+        image_index (M,). In the first phase and without SAM, logits are coarse_logits and there is no point.
         """
         index = torch.arange(len(images), device=images.device) if image_index is None else image_index
         F_T, F_I = self.encode(images, tokens, text_mask, index)                            # (M,L,D_T) (M,N_C,D_I)
@@ -595,7 +628,7 @@ class PromptRIS(nn.Module):
         if self.coarse_only:
             return outputs
         with torch.no_grad() if self.config.freeze else contextlib.nullcontext():
-            pixels = normalised(images, self.config.image_size, SAM_MEAN, SAM_STD)          # (N,3,S,S)
+            pixels = normalised(images, self.config.image_size, SAM_MEAN, SAM_STD)          # (N,3,H,W)
             F_IS = self.sam.vision_encoder(pixels).last_hidden_state                        # (N,D_S,H_S,W_S)
         F_IS = F_IS[index]                                                                  # (M,D_S,H_S,W_S)
         S_C = resize(S_coarse, 4 * self.config.sam_grid)                                    # (M,1,4H_S,4W_S)
@@ -606,7 +639,7 @@ class PromptRIS(nn.Module):
                                    text_mask)                                               # (M,L,D_S)
         P_mask = self.sam.prompt_encoder.mask_embed(S_C)                                    # (M,D_S,H_S,W_S)
         P_mask, P_point, P_text = self.drop(P_mask, P_point, P_text, text_mask)
-        S = self.decode(F_IS, positions, P_mask, P_point, P_text)                           # (M,1,S,S)
+        S = self.decode(F_IS, positions, P_mask, P_point, P_text)                           # (M,1,H,W)
         return outputs | {"logits": S, "point": M.detach().view_as(S_C)}
 
     def encode(self, images, tokens, text_mask, index):
@@ -654,7 +687,7 @@ class PromptRIS(nn.Module):
         return P_mask, P_point, P_text
 
     def decode(self, F_IS, positions, P_mask, P_point, P_text):
-        """SAM's mask decoder on all prompts -> S (M,1,S,S), float32 logits."""
+        """SAM's mask decoder on all prompts -> S (M,1,H,W), float32 logits."""
         sparse = torch.cat((P_point, P_text), 1)[:, None]                                   # (M,1,1+L,D_S)
         S_low = self.sam.mask_decoder(image_embeddings=F_IS, image_positional_embeddings=positions.expand_as(F_IS),
                                       sparse_prompt_embeddings=sparse, dense_prompt_embeddings=P_mask,
@@ -662,7 +695,7 @@ class PromptRIS(nn.Module):
         return resize(S_low[:, 0], self.config.image_size)                                  # from (M,1,4H_S,4W_S)
 
     def criterion(self, outputs, batch, progress):
-        """Segmentation and instance contrast on the coarse and, where there is one, the final mask."""
+        """The terms whose sum is the objective, on the coarse and, where there is one, the final mask."""
         maps = {"clip_seg": outputs["coarse_logits"]}
         if not self.coarse_only:
             maps["sam_seg"] = outputs["logits"]
@@ -676,13 +709,13 @@ class PromptRIS(nn.Module):
             truths["sam_seg"] = nearest(batch["masks"], self.config.icl_size)
         icl = sum(instance_contrastive_loss(S, truths[name], batch["image_index"], batch["instance"],
                                             eps=self.config.icl_epsilon).mean() for name, S in maps.items())
-        return seg | {"icl": icl}  # Eq. (9), the sum of the three
+        return seg | {"icl": icl}  # Eq. (9)
 
     def diagnose(self, outputs, masks):
         """Per expression: the coarse mask's IoU, whether the final mask meets another object of the image better than
         its own, and whether the point lies on the object."""
         side = masks.shape[-1]
-        truth = masks.flatten(1).float()                                                    # (M,S*S)
+        truth = masks.flatten(1).float()                                                    # (M,H*W)
         index = outputs["image_index"]
 
         def ious(logits):

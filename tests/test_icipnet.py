@@ -37,8 +37,9 @@ from models.icipnet import (
 )
 
 TINY = dataclasses.replace(
-    Config.tiny(), image_size=64, vocab_size=40, depths=(1, 1, 1, 1), window=4, width=32, bert_ffn=32, prompts=2,
-    token_hidden=16, cross_heads=2, cross_key=4, decoder_width=16)
+    Config.tiny(), image_size=64, vocab_size=40, embed=16, depths=(1, 1, 1, 1), window=4, width=32, bert_ffn=32,
+    prompts=2, token_hidden=16, cross_heads=2, cross_key=4, decoder_width=16,
+    **{field: getattr(Config(), field) for field in ("dice_weight", "background_weight", "foreground_weight")})
 PLAIN = {"intra_scale": False, "cross_scale": False, "rotated": False}
 
 

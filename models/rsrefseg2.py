@@ -208,8 +208,9 @@ class Config:
                    vision_size=96, patch=8, vision_width=64, vision_layers=3, vision_heads=4, vision_mlp=128,
                    text_width=64, text_layers=2, text_heads=4, text_mlp=128,
                    sam_width=16, sam_heads=1, sam_blocks=(1, 1, 2, 1), sam_windows=(8, 4, 4, 2), sam_global=(3,),
-                   sam_background=4, prompt_width=32, decoder_heads=4, decoder_mlp=64,
-                   lora_text=0, lora_vision=0, lora_sam=0, attention_width=64, heads=4, mlp_width=64)
+                   sam_background=4, prompt_width=64, decoder_heads=4, decoder_mlp=128,
+                   lora_text=0, lora_vision=0, lora_sam=0, attention_width=64, heads=4, mlp_width=64,
+                   alpha_dense=1.0)             # without pretrained alignment p_dense may settle low in the object
 
     @property
     def aligned(self):
@@ -224,7 +225,7 @@ RECIPE = {
     "per_image": 0, "protocol": "original", "empty": "zero", "select": "mIoU", "phases": None,  # our choice
 }
 RECIPE_FOR = {}                                     # IV-C2: one recipe for all data sets
-RECIPE_TINY = {"epochs": 20, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "weight_decay": 0.01, "warmup": 1.0,
+RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "weight_decay": 0.01, "warmup": 1.0,
                "clip": 1.0, "per_image": 4}
 
 
@@ -243,7 +244,10 @@ def grid(row, field, values):
 
 
 BASE = pair("siglip2-p14-384+s") | {"alpha_dice": 0.0}         # IV-E; see the head
-BLOCKS, RANKS, NO_SAMP = (1, 2, 4, 6), (0, 4, 8, 16, 32, 64), {"alpha_samp": 0.0}
+BLOCKS, RANKS = (1, 2, 4, 6), (0, 4, 8, 16, 32, 64)
+NO_DENSE = {"dense": False, "alpha_dense": 0.0}
+ONLY_CE = {"alpha_ortho": 0.0, "alpha_dense": 0.0, "alpha_samp": 0.0}
+ORTHO = ONLY_CE | {"alpha_ortho": 0.5}
 ABLATIONS = {
     "VI": grid("clip-t", "lora_text", RANKS) | grid("clip-v", "lora_vision", RANKS) | grid("sam-v", "lora_sam", RANKS),
     "VII": grid("decomp", "decomposition_blocks", BLOCKS) | grid("interac", "interaction_blocks", BLOCKS)
@@ -254,7 +258,7 @@ ABLATIONS = {
     | grid("interac", "image_positions", ("none", "sine", "learnable"))
     | {f"prompt-{'PE-' * pe}{init}": {"prompt_positions": pe, "prompt_init": init} for pe, init in (
         (False, "learnable"), (True, "zero"), (True, "learnable"))},
-    "X": {"single-stage": {"cascade": False, "alpha_ortho": 0.0, "dense": False}, "cascaded": {"dense": False},
+    "X": {"single-stage": NO_DENSE | {"cascade": False, "alpha_ortho": 0.0}, "cascaded": NO_DENSE,
           "cascaded+dense": {}},
     "XI": {"none": {"intra_attention": False, "inter_attention": False}, "intra": {"inter_attention": False},
            "intra+inter": {}},
@@ -265,12 +269,12 @@ ABLATIONS = {
              "V-v2'": {}, "no-V-soft": {"dense_conv": "none"}, "V-soft": {}, "post-up": {"dense_upsample": "post"},
              "pre-up": {}},
     "XIV": {str(size): {} if size == 384 else {"clip_size": size} for size in (224, 384, 448, 768)},
-    "XV": {"ce": NO_SAMP | {"alpha_ortho": 0.0}, "ortho": NO_SAMP, "dense": NO_SAMP | {"alpha_dense": 0.5}}
-    | {f"{kind}-{text}-{image}": NO_SAMP | {"alpha_spat": 0.5, "spat": kind, "spat_text": text, "spat_image": image}
+    "XV": {"ce": ONLY_CE, "ortho": ORTHO, "dense": ORTHO | {"alpha_dense": 0.5}}
+    | {f"{kind}-{text}-{image}": ORTHO | {"alpha_spat": 0.5, "spat": kind, "spat_text": text, "spat_image": image}
        for image in ("v", "v2") for text in ("sent", "t2") for kind in ("CE", "MIL")}
-    | {f"NCE-{text}-{image}": {"nce_text": text, "nce_image": image}
-       for image in ("v", "v2") for text in ("sent", "t2")}
-    | {"NCE-t2-v+dice": {"alpha_dice": 1.0}},
+    | {f"NCE-{text}-{image}{'+dice' * dice}": ORTHO | {
+        "alpha_samp": 0.5, "nce_text": text, "nce_image": image, "alpha_dice": float(dice)}
+       for image, text, dice in (("v", "sent", 0), ("v", "t2", 0), ("v2", "sent", 0), ("v2", "t2", 0), ("v", "t2", 1))},
     "XVI": {name: pair(name) for name in (          # two are printed twice
         "siglip-p14-384+s", "siglip2-p14-224+s", "siglip2-p14-224+s+again", "siglip2-p14-384+s", "siglip2-p16-384+s",
         "siglip2-p16-512+s", "siglip2-giant-p16-256+s", "siglip2-giant-p16-384+s", "siglip2-p16-512+t",

@@ -912,9 +912,9 @@ def test_overfits_a_handful():
     tokens = torch.tensor([[3, 5, 2], [4, 5, 2]])
     tokens = F.pad(tokens, (0, config.text_length - 3))
     batch = {"masks": masks, "image_index": torch.zeros(2, dtype=torch.long)}
-    for step in range(40):
+    for step in range(30):
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1, (step + 1) / 10)
+            group["lr"] = RECIPE_TINY["lr"] * min(1, (step + 1) / 10)
         outputs = model(images, tokens, tokens != 0, batch["image_index"])
         sum(model.criterion(outputs, batch, 0).values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -922,4 +922,4 @@ def test_overfits_a_handful():
         optimizer.zero_grad()
     prediction = F.interpolate(outputs["logits"], (64, 64), mode="bilinear", align_corners=False)[:, 0] > 0
     iou = (prediction & masks).flatten(1).sum(1) / (prediction | masks).flatten(1).sum(1)
-    assert iou.min() > 0.7, iou
+    assert iou.min() > 0.8, iou

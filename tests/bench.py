@@ -92,11 +92,33 @@ def rs2sam2_backbones(model, batch):
     return tokens.float().mean() + words.float().mean() + logits.float().mean()
 
 
+def prompt_ris_backbones(model, batch):
+    """CLIP's towers on every expression, crossed by the gradient as prompts demand; SAM's image encoder on every image."""
+    config, index = model.config, batch["image_index"]
+    paper = sys.modules[type(model).__module__]
+    pixels = paper.normalised(batch["images"], config.clip_size, paper.CLIP_MEAN, paper.CLIP_STD)
+    image = model.clip_image.embeddings(pixels, interpolate_pos_encoding=True)
+    image = model.clip_image.pre_layrnorm(image)[index]
+    text = model.clip_text.embeddings(batch["tokens"])
+    if torch.is_grad_enabled() and not image.requires_grad:
+        image, text = image.requires_grad_(), text.requires_grad_()
+    for image_layer, text_layer in zip(model.clip_image.encoder.layers, model.clip_text.encoder.layers, strict=True):
+        image = image_layer(image, None)
+        text = text_layer(text, None, is_causal=True)
+    total = model.clip_image.post_layernorm(image[:, 1:]).float().mean()
+    total = total + model.clip_text.final_layer_norm(text).float().mean()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not config.freeze):
+        pixels = paper.normalised(batch["images"], config.image_size, paper.SAM_MEAN, paper.SAM_STD)
+        features = model.sam.vision_encoder(pixels).last_hidden_state
+    return total + features.float().mean()
+
+
 BACKBONES = {                                       # model: (bare work, prefixes of its parameters)
     "crobim_u": (crobim_u_backbones, ("convnext.", "bert.")),
     "icipnet": (icipnet_backbones, ("swin.", "bert.")),
     "rsrefseg2": (rsrefseg2_backbones, ("vision.", "text.", "sam.vision_encoder.")),
     "rs2sam2": (rs2sam2_backbones, ("beit3.", "sam.")),
+    "prompt_ris": (prompt_ris_backbones, ("clip_image.", "clip_text.", "sam.vision_encoder.")),
 }
 
 
@@ -137,7 +159,8 @@ class Bench:
             return self.backbones(self.model, batch)
 
     def step_of(self, objective, groups):
-        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=self.device.type == "cuda")
+        nothing = [torch.zeros(1, requires_grad=True, device=self.device)]              # of backbones that are frozen
+        optimizer = torch.optim.AdamW(groups or nothing, lr=0.0, fused=self.device.type == "cuda")
 
         def step(batch):
             objective(batch).backward()

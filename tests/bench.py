@@ -93,7 +93,7 @@ def rs2sam2_backbones(model, batch):
 
 
 def prompt_ris_backbones(model, batch):
-    """CLIP's towers on every expression, crossed by the gradient as prompts demand; SAM's image encoder on every image."""
+    """CLIP's towers on every expression, crossed by the gradient as prompts demand; SAM's encoder on every image."""
     config, index = model.config, batch["image_index"]
     paper = sys.modules[type(model).__module__]
     pixels = paper.normalised(batch["images"], config.clip_size, paper.CLIP_MEAN, paper.CLIP_STD)

@@ -182,7 +182,7 @@ class Config:
                    sam_patch=6, sam_width=64, sam_heads=4, sam_ffn=128, sam_layers=3, sam_window=4, sam_global=(1,),
                    sam_prompt_width=48, sam_mask_channels=16, sam_decoder_heads=4, sam_decoder_ffn=96,
                    prompts=4, cmp_heads=4, decoder_width=64, decoder_heads=4, decoder_ffn=128,
-                   text_heads=4, text_ffn=96, prompt_dropout=0.1)
+                   text_heads=4, text_ffn=96, prompt_dropout=0.05)
 
 
 RECIPE = {                                          # 4.2 where not marked
@@ -195,8 +195,8 @@ RECIPE = {                                          # 4.2 where not marked
 }
 RECIPE_FOR = {name: {"per_image": 0, "icl": False}               # one expression per image: no groups
               for name in ("refsegrs", "rrsisd", "risbench")}
-RECIPE_TINY = {"epochs": 60, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 1.0,
-               "clip": 1.0, "phases": {"clip": 0.25, "joint": 0.75}}
+RECIPE_TINY = {"epochs": 72, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 1.0,
+               "clip": 1.0, "phases": {"clip": 0.2, "joint": 0.8}}
 ABLATIONS = {
     "3": {row: {"v2l": cmp, "l2v": cmp, "icl": icl, "sam": sam, **({} if sam else {"phases": None})}
           for row, cmp, icl, sam in (

@@ -619,7 +619,12 @@ def test_interrupted_and_resumed_in_each_phase_equals_uninterrupted(tmp_path, mo
         assert torch.equal(value, parts["model"][name]), name
     for number, moments in whole["optimizer"]["state"].items():
         assert all(torch.equal(value, parts["optimizer"]["state"][number][key]) for key, value in moments.items())
-    assert models.load(tmp_path / "whole").phase == "joint"
+    batch, results = batch_of(small()), []                          # Table 5: a row is --set at evaluation
+    for row in ABLATIONS["5"].values():
+        model = models.load(tmp_path / "whole", [f"{name}={value}" for name, value in row.items()])
+        assert model.phase == "joint"
+        results.append(run(model, batch)["logits"])
+    assert all(not torch.equal(one, other) for one, other in zip(results, results[1:], strict=False))
 
 
 @pytest.mark.parametrize(("dataset", "line"), [("refcoco", "groups   4 expressions of each image"),

@@ -744,12 +744,6 @@ class ICIPNet(nn.Module):
             part.eval()
         return self
 
-    def encode_text(self, tokens, text_mask):
-        """tokens, text_mask (M,L) -> L (M,L,D)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
-            # A mask per query and key is taken as it is; of a plain one transformers asks the device if it is full.
-            return self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state
-
     def forward(self, images, tokens, text_mask, image_index=None):
         """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": (M,1,S/4,S/4) float32}."""
         c, size = self.config, tuple(images.shape[-2:])
@@ -757,7 +751,8 @@ class ICIPNet(nn.Module):
             tied = "the token mixture of Eq. (10)" if c.bif else "the cross-scale interaction"
             raise ValueError(f"got images of {size[0]} x {size[1]}: {tied} ties the model to image_size="
                              f"{c.image_size}; resize them, or build and train a model for another image_size")
-        L = self.encode_text(tokens, text_mask)                                 # (M,L,D)
+        # A mask per query and key is taken as it is; of a plain one transformers asks the device if it is full.
+        L = self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state            # (M,L,D)
         pixels = (images / 255 - self.mean) / self.std                          # (N,3,S,S)
         V, (h, w) = self.swin.embeddings(pixels)                                # (N,P,C)
         features = []

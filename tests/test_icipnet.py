@@ -340,6 +340,13 @@ def test_eq14_cross_entropy_and_dice(dice_sum):
     assert set(terms) == {"ce", "dice"}
 
 
+def test_eq14_logits_are_resized_to_the_masks():
+    model, logits = build(), torch.randn(2, 1, 16, 16)
+    resized = nn.functional.interpolate(logits, (64, 64), mode="bilinear", align_corners=False)
+    for name, term in model.criterion({"logits": logits}, {"masks": masks(2)}, 0.0).items():
+        assert torch.allclose(term, model.criterion({"logits": resized}, {"masks": masks(2)}, 0.0)[name])
+
+
 def test_eq14_any_division_into_micro_batches_is_the_same():
     model, truth = build(dice_sum=True), masks(3)
     logits = torch.randn(3, 1, 16, 16)
@@ -489,6 +496,22 @@ def test_cross_scale_interaction_gates_each_map_by_the_shared_one():
         assert torch.allclose(out[i], module.local[i](features[i]) * weight + shift, atol=1e-5)
 
 
+def test_decoder_goes_from_coarse_to_fine():
+    torch.manual_seed(0)
+    decoder = Decoder([4, 8, 16, 32], 6, rotated=False, norm="batch", dropout=0.0).eval()
+    features = [torch.randn(2, width, side, side) for width, side in ((4, 9), (8, 5), (16, 3), (32, 2))]
+    x, scale = features[3], math.sqrt(1 + 1e-5)
+    for k, feature in enumerate(features[2::-1]):
+        x = nn.functional.interpolate(x, feature.shape[-2:], mode="bilinear", align_corners=True)
+        for conv in (decoder.merge[k][0], decoder.refine[k][0]):
+            x = torch.cat((x, feature), 1) if conv is decoder.merge[k][0] else x
+            x = (nn.functional.conv2d(x, conv.weight, padding=1) / scale).relu()
+    background, foreground = decoder.classify(x).unbind(1)
+    logits = decoder(features)
+    assert torch.allclose(logits[:, 0], foreground - background, atol=1e-5)
+    assert torch.allclose(logits[:, 0].sigmoid(), torch.stack((background, foreground)).softmax(0)[1], atol=1e-5)
+
+
 def test_decoder_norms():
     features = [torch.randn(2, width, side, side) for width, side in ((4, 16), (8, 8), (16, 4), (32, 2))]
     for norm, kind in (("batch", nn.BatchNorm2d), ("tanh", icipnet.TanhNorm)):
@@ -616,7 +639,8 @@ def test_another_input_size_is_refused_with_the_remedy():
         build(bif=False)(pictures, tokens, text_mask)
     with pytest.raises(ValueError, match="got 7 visual tokens.*for 6: build it"):
         MultiModalFeatureReconstruction(positions=6, width=4)(torch.randn(1, 7, 4))
-    assert build(bif=False, **PLAIN)(pictures, tokens, text_mask)["logits"].shape == (2, 1, 24, 24)
+    assert build(bif=False, **PLAIN)(pictures[..., :72, :], tokens, text_mask)["logits"].shape == (2, 1, 18, 24)
+    assert build(bif=False, **PLAIN)(pictures[..., :68], tokens, text_mask)["logits"].shape == (2, 1, 24, 17)
     assert build(image_size=96)(pictures, tokens, text_mask)["logits"].shape == (2, 1, 24, 24)
 
 
@@ -665,13 +689,16 @@ def test_every_ablation_row_builds_and_runs(table, row):
 
 
 @pytest.mark.parametrize("changes", [{"bif_width": "stage", "value_mult": 2}, {"decoder_norm": "tanh"}, PLAIN,
-                                     {"sublayer_norm": False, "query_norm": False}])
+                                     {"sublayer_norm": False, "query_norm": False},
+                                     {"lambda_bias": (0.2, 0.356, 0.471, 0.556)}])
 def test_other_choices_run(changes):
     pictures, tokens, text_mask, _ = inputs()
     model = build(**changes)
     assert model(pictures, tokens, text_mask)["logits"].shape == (2, 1, 16, 16)
     if "bif_width" in changes:
         assert [stage.attention.width_out for stage in model.stages] == [2 * width for width in TINY.widths]
+    if "lambda_bias" in changes:
+        assert tuple(stage.attention.lambda_bias for stage in model.stages) == changes["lambda_bias"]
 
 
 @pytest.mark.parametrize("changes, message", [

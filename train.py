@@ -504,8 +504,9 @@ def end_epoch(run, epoch):
         models.save(run.model, args.output / "last.safetensors")
         means = {name: value / position["expressions"] for name, value in position["sums"].items()}
         scores = {f"val_{name}": summary[name] for name in ("oIoU", "mIoU") if summary}
-        entry = {"epoch": epoch + 1, **means, "lr": run.optimizer.param_groups[0]["lr"], **scores, "best": better,
-                 "seconds": round(position["seconds"], 1)}
+        figures = {f"val_{name}": row["mean"] for name, row in summary.get("diagnostics", {}).items()}
+        entry = {"epoch": epoch + 1, **means, "lr": run.optimizer.param_groups[0]["lr"], **scores, **figures,
+                 "best": better, "seconds": round(position["seconds"], 1)}
         with open(args.output / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
             position["log_length"] = file.tell()

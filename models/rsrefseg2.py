@@ -427,7 +427,8 @@ class LoRALinear(nn.Module):
     def merged(self):
         """The plain linear layer that computes the same."""
         linear = nn.Linear(len(self.lora_B), len(self.lora_A), bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter((self.weight + self.lora_A @ self.lora_B.T).detach()), self.bias
+        merged = (self.weight + self.lora_A @ self.lora_B.T).detach()
+        linear.weight, linear.bias = nn.Parameter(merged, self.weight.requires_grad), self.bias
         return linear
 
 

@@ -507,6 +507,7 @@ def test_merged_equals_unmerged():
     model = build()
     before = model(*inputs())
     assert not any(isinstance(module, LoRALinear) for module in model.merge_lora().modules())
+    assert not any(p.requires_grad for p in model.vision.parameters())
     after = model(*inputs())
     for name in ("logits", "p_dense", "t2"):
         close(after[name], before[name], 1e-4)
@@ -757,7 +758,7 @@ def shared_step(rank, world, folder):
     network, rows = model, slice(0, 5)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-                                timeout=timedelta(seconds=60))
+                                timeout=timedelta(seconds=240))
         network, rows = DistributedDataParallel(model), (slice(0, 3), slice(3, 5))[rank]
     first = int(index[rows].min())
     for _ in range(2):                      # the second forward is where DDP complains of parameters without gradient
@@ -776,9 +777,12 @@ def test_two_processes_step_like_one(tmp_path):
     running = torch.multiprocessing.start_processes(shared_step, (2, tmp_path), nprocs=2, join=False,
                                                     start_method="spawn")
     shared_step(0, 1, tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not running.join(timeout=5):
-        assert time.monotonic() < deadline, "the two processes still run after two minutes"
+        if time.monotonic() > deadline:
+            for process in running.processes:
+                process.kill()
+            pytest.fail("the two processes still run after five minutes")
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for name, value in one["terms"].items():
         assert sum(part["terms"][name] for part in two) == pytest.approx(value, rel=1e-5), name

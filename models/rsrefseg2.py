@@ -40,14 +40,16 @@ Departs
     (12)         L_samp contrasts t_2 with v: Table XV's best row and the official code; printed with t_sent
     batch        L_samp and (7)'s batch norm see what is taken at once, --micro-batch times the processes for L_samp,
                  not the 64 of IV-C2
-    t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; the official code reads all positions
+    t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; the official code reads all positions.
+                 An expression without words reads its EOS
     t_sent       SigLIP has no feature at EOS: its text head reads the last of 64 positions, which it was trained on
+    (13)         its N images are the expressions: each is a sample
     decoder      heads for IoU, object score and masks 2 to 4 stay frozen: no loss reaches them
     official     its forms that differ are ABLATIONS["official"]. Not among them: it adapts SAM's neck and SigLIP's text
                  head too, trains 600 epochs at 2e-4 on RefSegRS, and keeps the best epoch on test
 Silent
     attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout: official code
-    start        PyTorch's own for the prompter: official code; with pretrained=none Xavier for prompter and SAM
+    start        PyTorch's own for the prompter: official code; with pretrained=none Xavier for it and SAM's decoder
     textpool     adaptive average pooling of the words to n_t, for both subspaces: official code, without its pads
     positions    N(0,1), on queries and keys, not values: t_1's in (4), (5), t_2's in (4)-(6), the image's in (5), (6),
                  p_sparse's in (6): official code; a row of Table IX without one has none wherever it would serve

@@ -272,7 +272,7 @@ class Bench:
             peak = torch.cuda.max_memory_allocated()
         else:
             command = [sys.executable, __file__, *sys.argv[1:], "--only-step"]
-            peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
         print(f"{'peak memory of a training step':<34}{peak / 2 ** 30:8.2f} GiB")
 
 

@@ -260,11 +260,17 @@ def tokenizer(config, vocabulary=None):
             raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
         return WordTokenizer(vocabulary, config.text_length)
     source = find_weights(config, config.clip_backbone)
-    words = from_hub(CLIPTokenizer.from_pretrained, source)
+    words = from_hub(clip_vocabulary, source)
     if len(words) != config.vocab_size:
-        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}; "
-                         "is its vocab.json or tokenizer.json missing?")
+        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
     return ClipWords(words, config.text_length)
+
+
+def clip_vocabulary(source):
+    words = CLIPTokenizer.from_pretrained(source)
+    if len(words) <= 2:                             # transformers' answer to a missing file is its two special words
+        raise OSError("neither vocab.json with merges.txt nor tokenizer.json found")
+    return words
 
 
 def find_weights(config, name):

@@ -770,6 +770,11 @@ def test_missing_weights_are_named_with_the_remedy(tmp_path):
         prompt_ris.tokenizer(small(pretrained=str(tmp_path)))
     with pytest.raises(FileNotFoundError, match="HF_ENDPOINT .* pretrained=DIR"):
         PromptRIS(small(pretrained="hub", clip_backbone="nobody/no-such-clip")).load_pretrained()
+    with pytest.raises(FileNotFoundError, match="no-such-clip: not reached on the hub .* pretrained=DIR"):
+        prompt_ris.tokenizer(small(pretrained="hub", clip_backbone="nobody/no-such-clip"))
+    (tmp_path / "clip-vit-base-patch16").mkdir()
+    with pytest.raises(ValueError, match="not a folder as transformers saves it.*vocab.json"):
+        prompt_ris.tokenizer(small(pretrained=str(tmp_path)))
     with pytest.raises(ValueError, match="must be multiples of"):
         small(clip_size=25)
     with pytest.raises(ValueError, match="text_length=11"):

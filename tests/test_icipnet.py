@@ -644,17 +644,17 @@ def test_another_input_size_is_refused_with_the_remedy():
     assert build(image_size=96)(pictures, tokens, text_mask)["logits"].shape == (2, 1, 24, 24)
 
 
-@pytest.mark.parametrize("bif", [True, False])
-def test_mixed_precision_stays_near_full_precision(bif):
+@pytest.mark.parametrize("bif, precision", [(True, torch.bfloat16), (True, torch.float16), (False, torch.bfloat16)])
+def test_mixed_precision_stays_near_full_precision(bif, precision):
     model = build(bif=bif).eval()
     pictures, tokens, text_mask, _ = inputs()
     with torch.no_grad():
         full = model(pictures, tokens, text_mask)["logits"]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", precision):
             half = model(pictures, tokens, text_mask)["logits"]
     assert half.dtype == torch.float32 and (half - full).abs().max() < 0.1 * full.abs().max()
     model.train()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", precision):
         outputs = model(pictures, tokens, text_mask)
     sum(model.criterion(outputs, {"masks": masks()}, 0.0).values()).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

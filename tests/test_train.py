@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import layouts
 import pytest
 import torch
 import torch.multiprocessing as mp
 import toy
 
+import data
 import evaluate
 import metrics
 import models
@@ -118,6 +120,7 @@ def test_a_run_leaves_its_folder_and_its_numbers_can_be_recomputed(tmp_path, cap
     there = {path.name for path in (tmp_path / "run").iterdir()}
     assert there == {"config.json", "resume.pt", "best.safetensors", "last.safetensors", "tokenizer.json", "log.jsonl",
                      "test", "test-shuffled"}
+    assert all("val_brightness" in line for line in log_of(tmp_path / "run"))               # the toy's diagnostic
     for split in ("test", "test-shuffled"):
         folder = tmp_path / "run" / split
         assert {path.name for path in folder.iterdir()} == {"metrics.json", "per_sample.jsonl", "sheet.png"}
@@ -221,6 +224,30 @@ def test_phase_change_keeps_what_goes_on_learning_and_starts_the_best_anew(tmp_p
     monkeypatch.setattr(train, "start_phase", watched)
     run_to_end(tmp_path / "run", "--set", "phases={'first': 0.5, 'both': 0.5}")
     assert kept == [(True, False, None)]
+
+
+def test_repeats_lose_words_anew_in_every_epoch_and_the_same_in_every_run(tmp_path, monkeypatch):
+    """Prompt-RIS's groups: an image with three expressions, a batch of four."""
+    layouts.write("refcoco", tmp_path / "data", scenes=1)
+    said = [sample.expression for sample in data.read("refcoco", tmp_path / "data", "train", limit=3)]
+    shown, real = [], toy.Toy.criterion
+
+    def watched(self, outputs, batch, progress):
+        shown.append([sample.expression for sample in batch["samples"]])
+        return real(self, outputs, batch, progress)
+
+    monkeypatch.setattr(toy.Toy, "criterion", watched)
+    for seed in (0, 0, 1):
+        run_to_end(tmp_path / "run", "--dataset", "refcoco", "--data-root", str(tmp_path / "data"), "--preset", "tiny",
+                   "--limit", "3", "--epochs", "4", "--batch-size", "4", "--seed", str(seed), "--overwrite",
+                   "--set", "per_image=4", "repeat_mask=0.6")
+    assert len(shown) == 12 and shown[:4] == shown[4:8] != shown[8:]
+    repeats = []
+    for texts in shown[:4]:
+        assert sorted(texts[:3]) == sorted(said) and len(texts) == 4
+        assert any(set(texts[3].split()) <= set(text.split()) for text in said)
+        repeats.append(texts[3])
+    assert len(set(repeats)) > 1 and not set(repeats) <= set(said)
 
 
 # --------------------------------------------------------------------------------------------------- what can go wrong

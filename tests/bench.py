@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -122,6 +122,15 @@ BACKBONES = {                                       # model: (bare work, prefixe
 }
 
 
+def convolution_backward_flops(grad_shape, input_shape, weight_shape, *rest, **_):
+    """One convolution per wanted gradient; torch's own count forgets the groups here, and ConvNeXt's are depthwise."""
+    transposed, wanted = rest[4], rest[7]
+    return conv_flop_count(input_shape, weight_shape, grad_shape, transposed) * sum(wanted[:2])
+
+
+FLOPS = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+
+
 class Bench:
     def __init__(self, args):
         self.args, self.device = args, torch.device(args.device)
@@ -187,7 +196,7 @@ class Bench:
         if count_flops:
             demanded = []
             for work in works:
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                     work()
                 demanded.append(counter.get_total_flops())
             ratio = demanded[0] / demanded[1]

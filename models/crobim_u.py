@@ -17,15 +17,18 @@ Shapes
     F           mask feature (M,C,S/4,S/4)
     P_fg, P_ref logits before and after refinement (M,1,S,S);  M, in formulas, the refinement mask;  y the true masks
 Equations
-    (1)          MultiScaleEncoder.forward, one Phi is EncoderLayer
-    (2)          CroBIMU.forward, by resize
-    (3)          ReferringUncertaintyScorer.forward
-    (4) (5)      online_error; (5) again in losses.py, where it trains
-    (6) (7) (8)  losses.py, uncertainty_loss, called by CroBIMU.criterion
-    (9) - (12)   UncertaintyGatedFusion.forward
-    (13) - (16)  UncertaintyDrivenLocalRefinement.forward
-    (17) (18)    CroBIMU.criterion
-    (19) (20)    metrics.py
+    Eq. (1)             MultiScaleEncoder.forward, one Phi is EncoderLayer
+    Eq. (2)             CroBIMU.forward, by resize
+    Eq. (3)             ReferringUncertaintyScorer.forward
+    Eq. (4), Eq. (5)    online_error; (5) again in losses.py, where it trains
+    Eq. (6), Eq. (7)    losses.py, uncertainty_loss, called by CroBIMU.criterion
+    Eq. (8)             losses.py, uncertainty_loss
+    Eq. (9), Eq. (10)   UncertaintyGatedFusion.forward
+    Eq. (11), Eq. (12)  UncertaintyGatedFusion.forward
+    Eq. (13), Eq. (14)  UncertaintyDrivenLocalRefinement.forward
+    Eq. (15), Eq. (16)  UncertaintyDrivenLocalRefinement.forward
+    Eq. (17), Eq. (18)  CroBIMU.criterion
+    Eq. (19), Eq. (20)  metrics.py
 Departs
     channels     256..2048 in III-B are not ConvNeXt-B's: the widths are read from the tower (128..1024)
     (1)          one Phi takes the tokens of all three levels at once; printed, each Phi^(s) takes its own level's
@@ -319,6 +322,22 @@ def resize(maps, size):
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
+def resize_convolve(maps, size, weight):
+    """(B,C,h,w), (D,C,3,3) -> (B,D,*size): F.conv2d(resize(maps, size), weight, padding=1), never C channels at size.
+
+    Resizing and each tap of the kernel are linear along one axis, so the channels are mixed at the small size.
+    """
+    def taps(small, large):
+        """(small,3,large): what each place of the small axis gives to each tap at each place of the large one."""
+        one = torch.eye(small, dtype=torch.promote_types(maps.dtype, torch.float32), device=maps.device)
+        weights = F.interpolate(one[None], large, mode="linear", align_corners=False)[0]            # (small,large)
+        return F.pad(weights, (1, 1)).unfold(-1, large, 1).to(maps.dtype)
+
+    mixed = torch.einsum("bchw,dcyx->bdhywx", maps, weight.to(maps.dtype))
+    rows = torch.einsum("bdhywx,hyH->bdHwx", mixed, taps(maps.shape[2], size[0]))
+    return torch.einsum("bdHwx,wxW->bdHW", rows, taps(maps.shape[3], size[1]))
+
+
 def xavier(*layers):
     """Start linear layers as transformers do."""
     for layer in layers:
@@ -547,11 +566,11 @@ class UncertaintyDrivenLocalRefinement(nn.Module):
         blurred = U_p if not self.blur else F.avg_pool2d(U_p, self.blur, 1, self.blur // 2, count_include_pad=False)
         M = torch.sigmoid((blurred - self.tau) / t)  # Eq. (13)
         M = M.detach()  # Eq. (14)
-        # The first layer takes F and [P_fg, U_p] one after the other: joined they would be copied at full resolution.
-        feature = resize(self.reduce(feature).contiguous(memory_format=torch.channels_last), size)  # (B,C,H,W)
+        # The first layer takes F and [P_fg, U_p] one after the other: F never stands at full resolution.
+        feature = self.reduce(feature)                                        # (B,C,h,w), cheap (B,hidden,h,w)
         first, *rest = self.head
         on_feature, on_maps = first.weight.split((feature.shape[1], 2), 1)
-        hidden = F.conv2d(feature, on_feature, padding=1) + F.conv2d(
+        hidden = resize_convolve(feature, size, on_feature) + F.conv2d(
             torch.cat((P_fg, U_p), 1).to(feature.dtype), on_maps, first.bias, padding=1)            # (B,hidden,H,W)
         Delta = nn.Sequential(*rest)(hidden)  # Eq. (15)
         P_ref = P_fg + M * Delta  # Eq. (16)

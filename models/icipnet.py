@@ -19,12 +19,14 @@ Shapes
     A, alpha    (B,P,m);  Q (B,P,2D), K (B,n,2D), H (B,n,D);  F (B,P,n);  V_o, O_TM, V_E, O_CM, O (B,P,D)
     lambda_v    one number per stage;  G the width of a half of Q
 Equations
-    (1) - (4)    ImageConditionedInstancePrompt.forward, with the concatenation [T_o; L]
-    (5) (6)      BilateralInformationFusion.forward
-    (7)          BilateralInformationFusion.balance
-    (8) (9)      BilateralInformationFusion.forward, a map of (8) in .scores
-    (10) - (13)  MultiModalFeatureReconstruction.forward
-    (14)         ICIPNet.criterion
+    Eq. (1), Eq. (2)    ImageConditionedInstancePrompt.forward
+    Eq. (3), Eq. (4)    ImageConditionedInstancePrompt.forward, with the concatenation [T_o; L]
+    Eq. (5), Eq. (6)    BilateralInformationFusion.forward
+    Eq. (7)             BilateralInformationFusion.balance
+    Eq. (8), Eq. (9)    BilateralInformationFusion.forward, a map of (8) in .scores
+    Eq. (10), Eq. (11)  MultiModalFeatureReconstruction.forward
+    Eq. (12), Eq. (13)  MultiModalFeatureReconstruction.forward
+    Eq. (14)            ICIPNet.criterion
 Departs from the paper
     network      the text names ICIP, BIF and a "lightweight", a "standard" decoder; Table III's base is RMSIN, so its
                  parts are on: intra_scale, cross_scale, rotated; all three False: the text's, with LAVT's decoder

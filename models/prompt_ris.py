@@ -20,12 +20,12 @@ Shapes
     S_low, S    the paper's S' (M,1,4H_S,4W_S) and the final logits (M,1,H,W)
     O, Y, w     overlap of two masks, 1 where they mean the same object, IoU of a mask with its truth
 Equations
-    (1) (2)     TinyDecoder.forward
-    (3)         PromptRIS.point_prompt, point_map
-    (4)         PromptRIS.decode
-    (5) (6)     CrossModalPrompting.forward
-    (7) (8)     losses.py, instance_contrastive_loss
-    (9)         PromptRIS.criterion
+    Eq. (1), Eq. (2)    TinyDecoder.forward
+    Eq. (3)             PromptRIS.point_prompt, point_map
+    Eq. (4)             PromptRIS.decode
+    Eq. (5), Eq. (6)    CrossModalPrompting.forward
+    Eq. (7), Eq. (8)    losses.py, instance_contrastive_loss
+    Eq. (9)             PromptRIS.criterion
 Departs
     (2)         divided by sqrt(D_C): a plain sum of 512 products starts saturated; the net can grow it
     (3)         E is computed anew in each call, not stored: so it is always that of the weights in use

@@ -22,12 +22,12 @@ Shapes
     F1, F2, F3   F', F'', F''' of (2), (3);  T1, T2 likewise
     feature      F of (4), the neck's map at stride 16 (M,C,S/16,S/16);  M_p pseudo-mask (M,1,H_u/p,H_u/p) in [0,1]
 Equations
-    (1)          BEiT3.embed
-    (2) (3)      BidirectionalHierarchicalFusion.interact, .forward
-    (4)          TextGate.forward
-    (5)          MaskPromptGenerator.forward
-    (6)          RS2SAM2.criterion
-    (7)          losses.py, boundary_loss
+    Eq. (1)             BEiT3.embed
+    Eq. (2), Eq. (3)    BidirectionalHierarchicalFusion.interact, .forward
+    Eq. (4)             TextGate.forward
+    Eq. (5)             MaskPromptGenerator.forward
+    Eq. (6)             RS2SAM2.criterion
+    Eq. (7)             losses.py, boundary_loss
 Departs
   From the paper:
     padding      is masked wherever words are read: the rest of a batch changes nothing (the code: batch 1, no padding)

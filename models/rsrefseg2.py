@@ -17,18 +17,18 @@ Shapes
     F_img       SAM's image feature (N,C,H_2/16,H_2/16); the decoder also takes strides 4 and 8, (N,C/8,..), (N,C/4,..)
     D_t = D_v = 1152 (paper's d_1) but for the giant image towers; C = 256 (d_2)
 Equations
-    (1)          RSRefSeg2.forward
-    (2)          LoRALinear.forward
-    (3)          CascadedPrompter.forward
-    (4)          ReferringSemanticDecomposition.forward
-    (5)          TextVisualInteraction.forward
-    (6)          SparsePromptGeneration.forward
-    (7)          DensePromptGeneration.forward, cosine_maps
-    (8)          RSRefSeg2.generate
-    (9) (10)     RSRefSeg2.criterion
-    (11)         losses.py, orthogonal_loss
-    (12)         RSRefSeg2.criterion
-    (13)         metrics.py
+    Eq. (1)             RSRefSeg2.forward
+    Eq. (2)             LoRALinear.forward
+    Eq. (3)             CascadedPrompter.forward
+    Eq. (4)             ReferringSemanticDecomposition.forward
+    Eq. (5)             TextVisualInteraction.forward
+    Eq. (6)             SparsePromptGeneration.forward
+    Eq. (7)             DensePromptGeneration.forward, cosine_maps
+    Eq. (8)             RSRefSeg2.generate
+    Eq. (9), Eq. (10)   RSRefSeg2.criterion
+    Eq. (11)            losses.py, orthogonal_loss
+    Eq. (12)            RSRefSeg2.criterion
+    Eq. (13)            metrics.py
 Departs
     (4) line 3   printed with t_1 as the query of t_2; "alternately serve as queries": t_1 reads t_2, then t_2 reads t_1
     (4)-(6)      each attention and MLP has a residual before its norm, as in the official code; none is printed

@@ -396,6 +396,19 @@ def test_eq15_residual(cheap):
         np.testing.assert_allclose(kept[0][b], convolve(x, refinement.head[4]), atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [(6, 10), (7, 13), (3, 5)])
+def test_eq15_first_layer_without_the_resized_feature(size):
+    torch.manual_seed(2)
+    maps, weight = torch.randn(2, 4, 3, 5).double().requires_grad_(), torch.randn(6, 4, 3, 3).double().requires_grad_()
+    upstream = torch.randn(2, 6, *size).double()
+    plain = nn.functional.conv2d(crobim_u.resize(maps, size), weight, padding=1)
+    found = crobim_u.resize_convolve(maps, size, weight)
+    torch.testing.assert_close(found, plain)
+    for expected, gradient in zip(torch.autograd.grad(plain, (maps, weight), upstream),
+                                  torch.autograd.grad(found, (maps, weight), upstream), strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_eq16_refined_logits():
     refinement, feature, P_fg, U = refined()
     kept = []

@@ -16,7 +16,7 @@ EQUATIONS = {"crobim_u": 20, "icipnet": 14, "rsrefseg2": 13, "rs2sam2": 7, "prom
 
 
 def numbers(text):
-    """Equation numbers written as Eq. (7), Eqs. (9)-(12) or in a head's index as (7)."""
+    """Equation numbers written as Eq. (7) or Eqs. (9)-(12)."""
     found = set()
     for first, last in re.findall(r"Eqs?\. ?\((\d+)\)(?:\s*(?:-|–|to)\s*\((\d+)\))?", text):
         found |= set(range(int(first), int(last or first) + 1))
@@ -45,9 +45,7 @@ def test_every_equation_is_indexed_marked_and_tested(name):
     shared = (ROOT / "losses.py").read_text() + (ROOT / "metrics.py").read_text()
     every = set(range(1, EQUATIONS[name] + 1))
     index = head[re.search(r"^Equations\b", head, re.M).start():re.search(r"^Departs\b", head, re.M).start()]
-    indexed = set()
-    for first, last in re.findall(r"\((\d+)\)(?:\s*(?:-|–|to|,)\s*\((\d+)\))?", index):
-        indexed |= set(range(int(first), int(last or first) + 1))
+    indexed = numbers(index)
     assert every <= indexed, f"not in the index: {every - indexed}"
     marked = marks(text) | marks(shared, TITLES[name])
     assert every <= marked, f"no marked line: {every - marked}"

@@ -35,8 +35,8 @@ Departs
     (3)          padded words are masked out of the softmax; as printed they would take part
     (8)          the weight is clamped at 100 (clamp=None: as printed); one wrong pixel would weigh half the image
     (17)         not optional: refinement learns from nothing else, since L_seg and L_unc see P_fg
-    refine       "cheap" puts a 1x1 convolution C -> refine_hidden before F is resized for (15): 2.4 times fewer
-                 products; the default is "literal", as printed
+    refine       "cheap" puts a 1x1 convolution C -> refine_hidden before the resize of (15); the default is "literal",
+                 as printed, which costs no more: resize_convolve mixes the channels at stride 4 in either form
     Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
 Silent
     Base         the paper's Base is CroBIM, of which no more is used than III-B describes: two towers, a projection

@@ -111,7 +111,7 @@ class Config:
     sam: str = "facebook/sam2.1-hiera-large"                    # IV-C
     freeze: bool = True                             # IV-C2: of the towers only LoRA and SAM's mask decoder learn
     train_prompt_encoder: bool = False              # True: the official code, SAM's mask embedding learns too
-    recompute: bool = False                         # keep no activations within the towers' blocks: memory for time
+    checkpointing: bool = False                     # recompute each block in the backward pass: less memory, more time
 
     vocab_size: int = 256000                        # the towers' numbers, read for pretrained="none" only:
     vision_size: int = 512                          # otherwise each tower's own configuration has them
@@ -442,35 +442,35 @@ def replace_linear(tower, kind, ends, make):
             setattr(tower.get_submodule(parent), name, make(module))
 
 
-def image_tokens(tower, pixels, recompute=False):
+def image_tokens(tower, pixels, checkpointing=False):
     """SigLIP's image tower without its pooling: (N,3,s,s) -> (N,g*g,D_v)."""
     x = tower.embeddings(pixels, interpolate_pos_encoding=pixels.shape[-1] != tower.config.image_size)
-    *_, x = through(tower.encoder.layers, x, None, recompute=recompute)
+    *_, x = through(tower.encoder.layers, x, None, checkpointing=checkpointing)
     return tower.post_layernorm(x)
 
 
-def text_tokens(tower, tokens, recompute=False):
+def text_tokens(tower, tokens, checkpointing=False):
     """SigLIP's text tower: (M,L) -> words (M,L,D_t), sentence (M,D_v). It reads the padding, as it was trained to."""
-    *_, x = through(tower.encoder.layers, tower.embeddings(tokens), None, recompute=recompute)
+    *_, x = through(tower.encoder.layers, tower.embeddings(tokens), None, checkpointing=checkpointing)
     words = tower.final_layer_norm(x)
     return words, tower.head(words[:, -1])
 
 
-def sam_pyramid(tower, pixels, recompute=False):
+def sam_pyramid(tower, pixels, checkpointing=False):
     """SAM 2's image encoder with its neck: (N,3,S,S) -> features (N,C,S/s,S/s) at s = 4, 8, 16."""
     trunk, neck = tower.backbone, tower.neck
     x = trunk.patch_embed(pixels)                                             # (N,S/4,S/4,width)
     x = x + trunk._get_pos_embed(x.shape[1:3])
-    stages = [x for i, x in enumerate(through(trunk.blocks, x, recompute=recompute)) if i in trunk.stage_ends]
+    stages = [x for i, x in enumerate(through(trunk.blocks, x, checkpointing=checkpointing)) if i in trunk.stage_ends]
     feature4, feature8, feature16, feature32 = (
         lateral(x.permute(0, 3, 1, 2)) for lateral, x in zip(reversed(neck.convs), stages, strict=True))
     return feature4, feature8, feature16 + F.interpolate(feature32, scale_factor=2, mode="nearest")
 
 
-def through(blocks, x, *rest, recompute=False):
-    """x through each of `blocks`; yields it after every one. recompute: none of their activations is kept."""
+def through(blocks, x, *rest, checkpointing=False):
+    """x through each of `blocks`; yields it after every one. checkpointing: none of their activations is kept."""
     for block in blocks:
-        keep = not (recompute and torch.is_grad_enabled())
+        keep = not (checkpointing and torch.is_grad_enabled())
         x = block(x, *rest) if keep else checkpoint(block, x, *rest, use_reentrant=False)
         yield x
 
@@ -909,16 +909,16 @@ class RSRefSeg2(nn.Module):
             read = text_mask & F.pad(text_mask[:, 1:], (0, 1))                # without EOS, each row's last,
             read = read | (text_mask & ~read.any(1, keepdim=True))            # unless there is nothing else
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.vision)):
-            v = image_tokens(self.vision, I_1, c.recompute)
+            v = image_tokens(self.vision, I_1, c.checkpointing)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.text)):
-            words, sentence = text_tokens(self.text, tokens, c.recompute)
+            words, sentence = text_tokens(self.text, tokens, c.checkpointing)
         return v, words, read, sentence
 
     def generate(self, I_2, index, p_sparse, p_dense):
         """Eq. (8), SAM: I_2 (N,3,S,S) once per image, prompts of M expressions -> logits (M,1,S/4,S/4)."""
         sam = self.sam
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns(sam.vision_encoder)):
-            feature4, feature8, F_img = sam_pyramid(sam.vision_encoder, I_2, self.config.recompute)
+            feature4, feature8, F_img = sam_pyramid(sam.vision_encoder, I_2, self.config.checkpointing)
         feature4, feature8 = sam.mask_decoder.conv_s0(feature4), sam.mask_decoder.conv_s1(feature8)
         F_img = F_img + sam.no_memory_embedding.reshape(1, -1, 1, 1)          # (N,C,S/16,S/16)
         _, F_dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=p_dense)

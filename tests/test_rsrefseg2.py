@@ -486,8 +486,8 @@ def test_loops_over_the_towers_equal_transformers():
 
 def test_recomputing_changes_no_gradient():
     gradients = []
-    for recompute in (False, True):
-        model = build(small(recompute=recompute)).train()
+    for checkpointing in (False, True):
+        model = build(small(checkpointing=checkpointing)).train()
         model.param_groups(RECIPE)
         sum(model.criterion(model(*inputs()), batch_for(), 0).values()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})

@@ -195,7 +195,7 @@ RECIPE = {                                          # 4.2 where not marked
 }
 RECIPE_FOR = {name: {"per_image": 0, "icl": False}               # one expression per image: no groups
               for name in ("refsegrs", "rrsisd", "risbench")}
-RECIPE_TINY = {"epochs": 78, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 1.0,
+RECIPE_TINY = {"epochs": 72, "batch_size": 32, "micro_batch": 32, "lr": 1.2e-3, "schedule": "cosine", "warmup": 1.0,
                "clip": 1.0, "phases": {"clip": 0.15, "joint": 0.85}}
 ABLATIONS = {
     "3": {row: {"v2l": cmp, "l2v": cmp, "icl": icl, "sam": sam, **({} if sam else {"phases": None})}

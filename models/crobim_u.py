@@ -11,14 +11,14 @@ Official
     none released, nor is the code of its base, CroBIM (arXiv:2410.08613). No code was copied.
 Shapes
     N images, M expressions, S image side, s stride (4, 8, 16, 32), h,w = S/s, C width 256, L tokens with padding
-    V, T        visual tokens (M,h*w,C) of a level, words (M,L,C)
+    V, T        visual tokens (M,h*w,C) of a level, words (M,L,C);  B any batch, D the text tower's width
     m           the paper's padding mask, 1 = ignored; here text_mask (M,L), True = a real token, its inverse
     U, U_p      uncertainty logits (M,1,S/32,S/32), at S x S where resized; their sigmoid
     F           mask feature (M,C,S/4,S/4)
     P_fg, P_ref logits before and after refinement (M,1,S,S);  M, in formulas, the refinement mask;  y the true masks
 Equations
     Eq. (1)             MultiScaleEncoder.forward, one Phi is EncoderLayer
-    Eq. (2)             CroBIMU.forward, by resize
+    Eq. (2)             CroBIMU.forward, by resize; its first line is (10)
     Eq. (3)             ReferringUncertaintyScorer.forward
     Eq. (4), Eq. (5)    online_error; (5) again in losses.py, where it trains
     Eq. (6), Eq. (7)    losses.py, uncertainty_loss, called by CroBIMU.criterion
@@ -33,10 +33,10 @@ Departs
     channels     256..2048 in III-B are not ConvNeXt-B's: the widths are read from the tower (128..1024)
     (1)          one Phi takes the tokens of all three levels at once; printed, each Phi^(s) takes its own level's
     (3)          padded words are masked out of the softmax; as printed they would take part
-    (8)          the weight is clamped at 100 (clamp=None: as printed); one wrong pixel would weigh half the image
-    (17)         not optional: refinement learns from nothing else, since L_seg and L_unc see P_fg
+    (8)          the weight is clamped at 100 (clamp=None: as printed); with epsilon 1 a single wrong pixel would weigh
+                 half the image. symmetric=True, off, weights the right pixels up where the errors are the majority
     refine       "cheap" puts a 1x1 convolution C -> refine_hidden before the resize of (15); the default is "literal",
-                 as printed, which costs no more: resize_convolve mixes the channels at stride 4 in either form
+                 as printed, which costs hardly more: resize_convolve mixes the channels at stride 4 in either form
     Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
 Silent
     Base         the paper's Base is CroBIM, of which no more is used than III-B describes: two towers, a projection
@@ -46,8 +46,11 @@ Silent
                  feed-forward net: Mask2Former's pixel decoder, whose layer count and heads the paper quotes
     UGF          stands between the towers and the multi-scale encoder, which III-B counts to the decoder
     P_fg         F = conv(V_4 + resized V_8+); one query, the word at [CLS], attends to strides 32, 16, 8 in turn;
-                 P_fg = <F, MLP(query)> / sqrt(C) + b, resized from stride 4: Mask2Former's decoder with one query
-    start        Xavier for attention and feed-forward layers, as in Mask2Former; PyTorch's own lets the words in weakly
+                 P_fg = <F, MLP(query)> / sqrt(C) + b, resized from stride 4: after Mask2Former's decoder, with one
+                 query; conv is 3x3, group norm, ReLU
+    positions    sines and a level embedding join Phi's queries and the decoder's keys
+    start        Xavier for attention and feed-forward layers, as in Mask2Former; PyTorch's own lets the words in
+                 weakly. No key biases in any attention: they cancel
     b            starts at logit(0.05), so that the first predictions are mostly background
     resizing     bilinear, align_corners=False
     (3)          Fig. 2's "raw broadcasting" of the words stands neither in III-C nor in (3): left out
@@ -55,20 +58,26 @@ Silent
     (5)          z = e; with error_blur the 3x3 mean, and (8) still counts e
     (7) (8)      an empty union is not a hard sample; epsilon 1, the counts are integers
     warm-up      L_unc is multiplied by zero for the first 5 % of the run: an empty prediction's errors are the mask
-    (9)          8 heads with their own output layer before Proj, dropout 0.1; no key biases, they cancel
-    (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g (detach_gate stops it)
-    (13)         tau 0.5: (8) puts U_p above 0.5 where errors are more frequent than on average; t 0.1; no blur
-    (15)         64 channels, F resized to S x S, the last layer zero; P_fg and U_p enter undetached
-    L_seg        takes logits: 0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice, as in the code that CroBIM thanks
-    (18)         lambda_unc 0.1, lambda_ref 1
+    (6)          V and T enter RUS undetached, so L_unc also trains projections and towers
+    (9)          8 heads with their own output layer before Proj, dropout 0.1
+    (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g, where detach_gate stops it
+    (13)         tau 0.5: (8) puts U_p above 0.5 where errors are more frequent than on average in their image, and than
+                 1 % (the clamp); t 0.1; no blur
+    (15)         64 channels, F counted at S x S, the last layer zero; P_fg and U_p enter undetached
+    L_seg        takes logits: 0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice, as RMSIN's code, which CroBIM's
+                 README thanks, but each expression by itself
+    (17) (18)    L_seg sees P_fg, so that L_ref, optional in the paper, is all that trains the refinement (lambda_ref=0:
+                 it stays zero); lambda_unc 0.1, lambda_ref 1
     text         20 tokens with [CLS] and [SEP], lower case, padded to 20
     training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars, all of BERT learns
     freeze       the paper names no frozen part: both towers learn; freeze=True keeps them as they were loaded
     scoring      at S x S, an empty union counts 0, the best epoch by validation mIoU
-    Table V      the rows are independent switches (V-B, V-C); "RUS only" is our control, L_unc as a mere second task
+    Table V      the rows are independent switches (V-B, V-C; "progressively" in V); with UDLR, L_ref also trains P_fg,
+                 which Base lacks; "RUS only" is our control, L_unc as a mere second task
 Omits
     CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
-    Mask2Former's masked attention, its second and third round, intermediate losses: the paper mentions none
+    Mask2Former's masked attention, self-attention and feed-forward nets of the query, its second and third round,
+    intermediate losses: the paper mentions none
 """
 
 import argparse
@@ -163,7 +172,7 @@ RECIPE = {                                          # IV-B2 where not marked
     "epochs": 40, "batch_size": 32, "lr": 5e-5, "weight_decay": 0.01,
     "schedule": "poly", "power": 0.9, "warmup": 0.0,            # power, no warm-up: our choice, LAVT's
     "micro_batch": 4, "clip": 0.0, "precision": "bf16",         # our choice; the paper's 32 are 4 on each of 8 cards
-    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None,      # our choice, LAVT's
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None,      # our choice
 }
 RECIPE_FOR = {}                                     # IV-B2: one recipe for all data sets
 RECIPE_TINY = {"epochs": 11, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5,
@@ -339,7 +348,7 @@ def resize_convolve(maps, size, weight):
 
 
 def xavier(*layers):
-    """Start linear layers as transformers do."""
+    """Start linear layers as Mask2Former does."""
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
@@ -461,7 +470,7 @@ class MultiScaleEncoder(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """III-B: the mask feature F and the foreground logits at stride 4, an inner product at each place."""
+    """The mask feature F of III-E and the foreground logits of III-B at stride 4, an inner product at each place."""
 
     def __init__(self, width, heads, groups, prior, levels=3):
         super().__init__()

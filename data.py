@@ -896,12 +896,16 @@ def _refusal(path: Path, bands: int, kind: str) -> str:
 
 
 def read_image(path) -> Image.Image:
-    """An image file as RGB, upright.
+    """An image file as RGB, upright, see `to_rgb`."""
+    return to_rgb(_open(Path(path)))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image as RGB.
 
     Gray is repeated. 16-bit gray is stretched from its 2nd to its 98th percentile, as GIS viewers show it. The fourth
     band of a TIFF is left out: it is often infrared, whatever its tag says. Other transparency is laid over white.
     """
-    image = _open(Path(path))
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)
         low, high = np.percentile(values, (2, 98))
@@ -1174,8 +1178,8 @@ def check_image(samples: list[Sample]) -> list[tuple[str, str]]:
     return findings
 
 
-def _print_counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
-    """Numbers found beside the published ones; for seen and unseen categories those that CGFormer's code states."""
+def _counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
+    """Lines: numbers found beside the published ones; for seen and unseen those that CGFormer's code states."""
     def refs(*parts):
         return len({sample.id.rpartition("_")[0] for samples in parts for sample in samples})
 
@@ -1184,15 +1188,15 @@ def _print_counts(dataset: str, splits: dict[str, list[Sample]], categories: str
         counts = {"refs": refs(samples), "images": len({sample.image_id for sample in samples})}
         counts = (counts if benchmark.reference else {}) | {"expressions": len(samples)}
         known = benchmark.published.get(name, {}) if categories == "all" and (name, union) != ("train", True) else {}
-        print(f"{name:6s}", ", ".join(_beside(number, what, known.get(what)) for what, number in counts.items()))
+        yield f"{name:6s} " + ", ".join(_beside(number, what, known.get(what)) for what, number in counts.items())
     for part in UNION if union and "train" in splits else ():
         kept = refs([sample for sample in splits["train"] if sample.id.startswith(f"{part}_")])
         whole = DATASETS[part].reference[categories].get("train")
-        print(f"train  {kept} refs of {part}" + f", of {whole} with images that are held out elsewhere" * bool(whole))
+        yield f"train  {kept} refs of {part}" + f", of {whole} with images that are held out elsewhere" * bool(whole)
     for name, expected in benchmark.reference.get(categories, {}).items() if categories != "all" else ():
         parts = [samples for split, samples in splits.items() if split.startswith(name)]
         if parts and (name, union) != ("train", True):
-            print(f"{name:6s} {categories}: {_beside(refs(*parts), 'refs', expected)}")
+            yield f"{name:6s} {categories}: {_beside(refs(*parts), 'refs', expected)}"
 
 
 def _beside(found: int, what: str, expected: int | None) -> str:
@@ -1203,11 +1207,12 @@ def _beside(found: int, what: str, expected: int | None) -> str:
 def check(dataset: str, data_root, split: str | None, categories: str) -> int:
     """Prints the counts, every bad file and a summary; returns how many files would stop a training."""
     splits = _read_all(dataset, data_root)
-    if absent := [name for name in DATASETS[dataset].splits if name not in splits and dataset != "custom"]:
+    if absent := [name for name in DATASETS[dataset].splits if name not in splits]:
         print(f"not there: {', '.join(absent)}" + " (without val the last epoch is kept)" * ("val" in absent))
     wanted = split_names(dataset, split, data_root) if split else splits
     splits = {name: _select(dataset, splits[name], categories) for name in wanted}
-    _print_counts(dataset, splits, categories)
+    counts = list(_counts(dataset, splits, categories))
+    print(*counts, sep="\n")
     groups = [[s[number] for number in group] for s in splits.values() for group in _by_image(s, range(len(s)))]
     found = Counter()
     with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
@@ -1217,8 +1222,10 @@ def check(dataset: str, data_root, split: str | None, categories: str) -> int:
                 tqdm.write(f"{kind:10s} {line}")
     stops = sum(found[kind] for kind in STOPS)
     summary = ", ".join(f"{found[kind]} {kind}" for kind in (*STOPS, "empty", "resized"))
+    differs = any("differs by" in line for line in counts)
     print(f"{dataset}: {len(groups)} images, {summary}: "
-          + (f"{stops} problems would stop a training" if stops else "ready for training"))
+          + (f"{stops} problems would stop a training" if stops else
+             "the files are sound, but their number is not the published one" if differs else "ready for training"))
     return stops
 
 

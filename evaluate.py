@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -171,17 +172,18 @@ def write_masks(folder, outputs, batch):
 
 def score_split(model, processes, *, dataset, data_root, split, recipe, output, tokenizer, precision, micro_batch=32,
                 workers=1, categories="all", limit=0, small=False, control=False, save_masks=False, checkpoint="",
-                prefix=""):
+                prefix="", changes=()):
     """Score one split, print its table and write metrics.json, per_sample.jsonl and sheet.png -> the summary.
 
-    control: every image carries another image's sentences, see `shuffled`. The folder is named by the split, with
-    `prefix` before it, and the categories and the control, where it is one, behind it.
+    control: every image carries another image's sentences, see `shuffled`. changes: `field=value`, what differs from
+    the run's own settings. The folder is named by the split, with `prefix` before it, and the categories, the control,
+    where it is one, and the changes behind it, so that no score of one kind takes the place of another.
     """
     samples = data.read(dataset, data_root, split, categories=categories, limit=limit,
                         **({"small": small} if dataset == "synthetic" else {}))
     samples = shuffled(samples) if control else samples
     name = split + f"-{categories}" * (categories != "all") + "-shuffled" * control
-    folder = Path(output) / f"{prefix}{name}"
+    folder = Path(output) / in_file_name("-".join((f"{prefix}{name}", *changes)))
     if processes.first:
         (folder / "masks" if save_masks else folder).mkdir(parents=True, exist_ok=True)
     if processes.world > 1:
@@ -191,7 +193,8 @@ def score_split(model, processes, *, dataset, data_root, split, recipe, output, 
                            sheet_rows=10, save_masks=folder / "masks" if save_masks else None, label=folder.name)
     summary = metrics.summarize(lines, empty=recipe["empty"])
     about = {"dataset": dataset, "split": name, "protocol": recipe["protocol"], "threshold": "logits > 0",
-             "subset": f"{categories} categories", "checkpoint": str(checkpoint)}
+             "subset": f"{categories} categories", "checkpoint": str(checkpoint), "changes": ", ".join(changes),
+             "precision": precision}
     if recipe["protocol"] == "resized":
         about["side"] = model.config.image_size
     if processes.first:
@@ -285,9 +288,14 @@ def predict(model, image, expressions, precision="fp32"):
         raise ValueError("the expression is empty: give a sentence that names the object, for example 'the red ship'")
     if isinstance(image, (str, Path)):
         image = data.read_image(image)
-    elif not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image))
-    image = image.convert("RGB")
+    elif isinstance(image, Image.Image):
+        image = data.to_rgb(image)
+    else:
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"expected a uint8 array (H,W,3), got {image.dtype} {image.shape}; "
+                             "a path or a PIL image may also be gray or 16-bit")
+        image = Image.fromarray(image)
     device = next(model.parameters()).device
     side = model.config.image_size
     pixels = np.array(image.resize((side, side), Image.Resampling.BILINEAR))
@@ -309,7 +317,8 @@ def segment_files(model, files, texts, output, precision):
     """
     unreadable = [str(file) for file in files if not Path(file).is_file()]
     if unreadable:
-        raise FileNotFoundError(f"--image: no such file {', '.join(unreadable)}")
+        raise FileNotFoundError(f"--image: no such file {', '.join(unreadable)}"
+                                + "; of a folder, name the files: FOLDER/*.png" * Path(unreadable[0]).is_dir())
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     stems = [Path(file).stem for file in files]
@@ -348,6 +357,27 @@ def georeference(file):
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the default of an option where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def at_least(least):
+    """An argparse type: whole numbers from `least` on."""
+    def whole_number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return int(text)
+    return whole_number
+
+
+def in_file_name(text):
+    """`text` with everything but letters, digits and . + = - as an underscore."""
+    return re.sub(r"[^\w.+=-]+", "_", text)
+
+
 class Options(argparse.ArgumentParser):
     """argparse that takes underscores for hyphens in option names."""
 
@@ -363,7 +393,7 @@ class Options(argparse.ArgumentParser):
 def arguments(argv=None):
     parser = Options(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or a weights file in one")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE",
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
                         help="change fields of the configuration or the recipe that leave all tensor shapes alone")
     parser.add_argument("--output", metavar="DIR", help="for results (default: the run folder; out for own images)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -380,11 +410,11 @@ def arguments(argv=None):
     score.add_argument("--small", action="store_true", help="synthetic scenes: objects from 0.2 %% of the image")
     score.add_argument("--control", choices=["shuffled"], help="score with another image's sentences instead")
     score.add_argument("--save-masks", action="store_true", help="one PNG (0/255) per sample, at the scored size")
-    score.add_argument("--micro-batch", type=int, default=32, metavar="N",
+    score.add_argument("--micro-batch", type=at_least(1), default=32, metavar="N",
                        help="expressions at once per process (default 32)")
-    score.add_argument("-j", "--workers", type=int, default=min(8, max(1, os.cpu_count() // 2)), metavar="N",
+    score.add_argument("-j", "--workers", type=at_least(0), default=min(8, max(1, os.cpu_count() // 2)), metavar="N",
                        help="loader processes per process")
-    score.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N samples of each split")
+    score.add_argument("--limit", type=at_least(0), default=0, metavar="N", help="first N samples of a split (0: all)")
     own = parser.add_argument_group("segmenting own images")
     own.add_argument("--image", nargs="+", metavar="FILE", help="images to segment")
     own.add_argument("--text", nargs="+", metavar="SENTENCE", help="what to find in each of them")
@@ -405,11 +435,16 @@ def main(args):
     recipe = {**run["recipe"], **{key: value for key in ("protocol", "empty") if (value := getattr(args, key))}}
     dataset, data_root = args.dataset or run["dataset"], args.data_root or run["data_root"]
     prefix = f"{dataset}-" * (dataset != run["dataset"])
+    own = models.run_settings(args.checkpoint)[0]["recipe"]
+    changes = [*args.set, *(f"{key}={recipe[key]}" for key in ("protocol", "empty")
+                            if getattr(args, key) and recipe[key] != own[key])]
+    changes += [f"limit={args.limit}"] * (args.limit != run["limit"])
     summaries = {split: score_split(
         model, processes, dataset=dataset, data_root=data_root, split=split, recipe=recipe,
         output=args.output or folder, tokenizer=model.tokenizer, precision=precision, micro_batch=args.micro_batch,
         workers=args.workers, categories=args.categories, limit=args.limit, small=args.small or run["small"],
-        control=args.control == "shuffled", save_masks=args.save_masks, checkpoint=args.checkpoint, prefix=prefix)
+        control=args.control == "shuffled", save_masks=args.save_masks, checkpoint=args.checkpoint, prefix=prefix,
+        changes=changes)
         for split in data.split_names(dataset, args.split, data_root)}
     if processes.first and len(summaries) > 1:
         print(metrics.rows(summaries))

@@ -92,9 +92,11 @@ def records(samples, merged, empty="zero"):
 
 
 def read_records(path):
-    """The records in a per_sample.jsonl."""
+    """The records in a per_sample.jsonl, or in that of a folder."""
+    path = Path(path)
+    path = path / "per_sample.jsonl" if path.is_dir() else path
     lines = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             lines.append(json.loads(text))
             absent = set(FIELDS) - set(lines[-1])
@@ -241,8 +243,8 @@ def rows(summaries):
 
 def main():
     parser = argparse.ArgumentParser(description="Compare two runs on the same samples, paired by id.")
-    parser.add_argument("a", metavar="A/per_sample.jsonl")
-    parser.add_argument("b", metavar="B/per_sample.jsonl")
+    parser.add_argument("a", metavar="A", help="folder of a scored split, or the per_sample.jsonl in it")
+    parser.add_argument("b", metavar="B", help="the same of another run")
     parser.add_argument("--empty", choices=EMPTY, default="zero", help="an empty union counts as (default: zero)")
     args = parser.parse_args()
     try:

@@ -33,13 +33,13 @@ import data
 import evaluate
 import metrics
 import models
-from evaluate import PRECISIONS, Options, autocast, start_processes, to_device, write_text
+from evaluate import PRECISIONS, Options, at_least, autocast, in_file_name, start_processes, to_device, write_text
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
 def arguments(argv=None):
-    parser = Options(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Options(description=__doc__.split("\n\n")[0], formatter_class=evaluate.Defaults)
     what = parser.add_argument_group("what to train")
     what.add_argument("--model", default="crobim_u", choices=models.PAPERS, help="the paper")
     what.add_argument("--dataset", default="synthetic", choices=data.DATASETS, help="the data")
@@ -48,32 +48,35 @@ def arguments(argv=None):
     what.add_argument("--small", action="store_true", help="synthetic scenes: objects from 0.2 %% of the image")
     what.add_argument("--preset", choices=["paper", "tiny"], help="default: paper, for synthetic tiny")
     what.add_argument("--ablation", metavar="TABLE/ROW", help="a row of the paper's ablation tables, e.g. V/+UGF")
-    what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="any field of Config or recipe")
+    what.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+                      help="any fields of Config or recipe; options named below come after it")
     how = parser.add_argument_group("how (defaults: the recipe's)")
-    how.add_argument("--epochs", type=int, metavar="N", help="epochs")
-    how.add_argument("-b", "--batch-size", type=int, metavar="N", help="expressions per step, over all processes")
-    how.add_argument("--micro-batch", type=int, metavar="N", help="expressions that one process takes at once")
+    how.add_argument("--epochs", type=at_least(1), metavar="N", help="epochs")
+    how.add_argument("-b", "--batch-size", type=at_least(1), metavar="N",
+                     help="expressions per step, over all processes")
+    how.add_argument("--micro-batch", type=at_least(1), metavar="N", help="expressions that one process takes at once")
     how.add_argument("--lr", type=float, metavar="X", help="base learning rate")
     how.add_argument("--weight-decay", type=float, metavar="X", help="AdamW weight decay")
     how.add_argument("--precision", choices=PRECISIONS, help="default: the recipe's on cuda, fp32 on the cpu")
-    how.add_argument("--limit", type=int, default=0, metavar="N", help="first N samples of every split (0: all)")
+    how.add_argument("--limit", type=at_least(0), default=0, metavar="N", help="first N samples of a split (0: all)")
     where = parser.add_argument_group("where")
     where.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     where.add_argument("--compile", action="store_true", help="torch.compile the model")
-    where.add_argument("-j", "--workers", type=int, default=min(8, max(1, os.cpu_count() // 2)), metavar="N",
+    where.add_argument("-j", "--workers", type=at_least(0), default=min(8, max(1, os.cpu_count() // 2)), metavar="N",
                        help="loader processes per training process")
     where.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and dropout")
-    where.add_argument("--output", metavar="DIR", help="run folder (default: runs/MODEL-DATASET)")
-    where.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="save resume.pt also within an epoch")
+    where.add_argument("--output", metavar="DIR",
+                       help="run folder (default: runs/MODEL-DATASET, then -tiny on real data and the ablation row)")
+    where.add_argument("--save-every", type=at_least(0), default=0, metavar="STEPS",
+                       help="save resume.pt also within an epoch")
     again = where.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the run in --output")
     again.add_argument("--overwrite", action="store_true", help="begin anew in --output")
     args = parser.parse_args(argv)
-    for option in ("epochs", "batch_size", "micro_batch"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1")
-    args.preset = args.preset or ("tiny" if args.dataset == "synthetic" else "paper")
-    args.output = Path(args.output or f"runs/{args.model}-{args.dataset}")
+    usual = "tiny" if args.dataset == "synthetic" else "paper"
+    args.preset = args.preset or usual
+    parts = [args.model, args.dataset, *[args.preset] * (args.preset != usual), *[args.ablation] * bool(args.ablation)]
+    args.output = Path(args.output or f"runs/{in_file_name('-'.join(parts))}")
     return args
 
 
@@ -95,7 +98,9 @@ def settle(args):
         recipe |= {key: value for key, value in change.items() if key not in fields}
     config, recipe = models.override(config, recipe, args.set)
     named = {key: getattr(args, key) for key in ("epochs", "batch_size", "micro_batch", "lr", "weight_decay")}
-    return config, recipe | {key: value for key, value in named.items() if value is not None}
+    recipe |= {key: value for key, value in named.items() if value is not None}
+    models.check_recipe(recipe)
+    return config, recipe
 
 
 def check_same_run(args, config, recipe):
@@ -377,6 +382,8 @@ def build(run):
 def start_phase(run, epoch):
     """Enter the phase that begins with `epoch`, if one does; a run without phases has its optimiser from epoch 0 on."""
     names = [name for start, name in phase_starts(run.recipe) if start == epoch]
+    if names and not hasattr(run.model, "start_phase"):
+        raise ValueError(f"phases={run.recipe['phases']}: {run.args.model} has none; say --set phases=none")
     if names:
         run.model.start_phase(names[-1])
     if names or epoch == 0:
@@ -525,6 +532,8 @@ def score_tests(run):
         dist.barrier()
     models.load_own_state(run.model, *models.read_weights(kept), kept)
     wanted = next((split for split in ("test", "val") if data.has_split(args.dataset, args.data_root, split)), None)
+    if processes.first and not wanted:
+        print("nothing is scored: the data have neither a test nor a val split")
     for split in data.split_names(args.dataset, wanted, args.data_root) if wanted else []:
         def score(control, split=split):
             return evaluate.score_split(

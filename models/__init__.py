@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import sys
 import typing
@@ -69,6 +70,28 @@ def override(config, recipe, settings):
             raise ValueError(f"--set {setting}: neither the configuration nor the recipe has a field '{field}'; "
                              f"there are {', '.join(sorted([*kinds, *recipe]))}")
     return dataclasses.replace(config, **changes), recipe
+
+
+CHOICES = {"schedule": ("poly", "cosine", "step", "constant"), "protocol": ("resized", "original"),
+           "empty": ("zero", "one", "skip"), "precision": ("bf16", "fp16", "fp32"),
+           "select": ("mIoU", "oIoU", "mIoU+oIoU", "last")}
+
+
+def check_recipe(recipe):
+    """ValueError, in one line, for a recipe that no run can follow, before anything is read or written."""
+    for field, choices in CHOICES.items():
+        if recipe.get(field, choices[0]) not in choices:
+            raise ValueError(f"{field}={recipe[field]}: there are {', '.join(choices)}")
+    for field, value in recipe.items():
+        if type(value) not in (int, float):
+            continue
+        least = 1 if field in ("epochs", "batch_size", "micro_batch") else 0
+        if not least <= value < math.inf:
+            raise ValueError(f"{field}={value}: expected a number of at least {least}")
+    fractions = list((recipe.get("phases") or {}).values())
+    if fractions and not (all(type(one) in (int, float) and one > 0 for one in fractions)
+                          and math.isclose(sum(fractions), 1)):
+        raise ValueError(f"phases={recipe['phases']}: expected a share of the run for each phase, 1 together")
 
 
 def _typed(field, text, kind):
@@ -210,6 +233,7 @@ def load(run, settings=(), device="cpu"):
     name = values["model"]
     config = config_from(name, values["config"])
     config, recipe = override(config, values["recipe"], settings)
+    check_recipe(recipe)
     candidates = [Path(run)] if Path(run).is_file() else [folder / "best.safetensors", folder / "last.safetensors"]
     path = next((file for file in candidates if file.is_file()), None)
     if path is None:

@@ -107,28 +107,38 @@ def test_a_scored_split_can_be_recomputed_from_its_files(run, tmp_path, capsys, 
     score(run, tmp_path, "--protocol", protocol, "--split", "val,test", "--save-masks")
     assert f"protocol {protocol}" in capsys.readouterr().out
     for split in ("val", "test"):
-        lines = metrics.read_records(tmp_path / split / "per_sample.jsonl")
-        written = json.loads((tmp_path / split / "metrics.json").read_text())
+        folder = tmp_path / f"{split}{'-protocol=original' * (protocol == 'original')}-limit=24"
+        lines = metrics.read_records(folder / "per_sample.jsonl")
+        written = json.loads((folder / "metrics.json").read_text())
         assert (written["split"], written["protocol"], written["samples"]) == (split, protocol, len(lines))
         assert written["mIoU"] == pytest.approx(100 * np.mean([line["iou"] for line in lines]))
         assert written["oIoU"] == pytest.approx(
             100 * sum(line["intersection"] for line in lines) / sum(line["union"] for line in lines))
         samples = {sample.id: sample for sample in data.read("synthetic", "", split, limit=24)}
         for line in lines[:8]:
-            mask = Image.open(tmp_path / split / "masks" / f"{line['id']}.png")
+            mask = Image.open(folder / "masks" / f"{line['id']}.png")
             prediction = np.array(mask)
             assert mask.size == (side, side) and set(np.unique(prediction)) <= {0, 255}
             if protocol == "original":
                 truth = data.read_mask(samples[line["id"]], (96, 96))
                 assert line["intersection"] == ((prediction > 0) & truth).sum()
                 assert line["union"] == ((prediction > 0) | truth).sum()
-        assert Image.open(tmp_path / split / "sheet.png").height > 1000
+        assert Image.open(folder / "sheet.png").height > 1000
 
 
 def test_control_is_written_beside_the_split(run, tmp_path):
     score(run, tmp_path, "--control", "shuffled")
-    assert json.loads((tmp_path / "test-shuffled/metrics.json").read_text())["split"] == "test-shuffled"
-    assert not (tmp_path / "test").exists()
+    assert json.loads((tmp_path / "test-shuffled-limit=24/metrics.json").read_text())["split"] == "test-shuffled"
+    assert [path.name for path in tmp_path.iterdir()] == ["test-shuffled-limit=24"]
+
+
+def test_what_differs_from_the_run_is_written_down_and_overwrites_no_score_of_its_own(run, tmp_path, capsys):
+    for settings in ((), ("--set", "explode_at=3", "--set", "dropout=0.2"), ("--protocol", "resized")):
+        score(run, tmp_path, *settings)
+    assert "changes explode_at=3, dropout=0.2, limit=24 · precision fp32" in capsys.readouterr().out
+    folders = {path.name: json.loads((path / "metrics.json").read_text()) for path in tmp_path.iterdir()}
+    assert {name: written["changes"] for name, written in folders.items()} == {
+        "test-limit=24": "limit=24", "test-explode_at=3-dropout=0.2-limit=24": "explode_at=3, dropout=0.2, limit=24"}
 
 
 def test_several_splits_end_in_a_row_each(run, tmp_path, capsys):
@@ -137,7 +147,7 @@ def test_several_splits_end_in_a_row_each(run, tmp_path, capsys):
     assert printed[0].split() == ["split", "samples", *(f"Pr@0.{k}" for k in range(5, 10)), "oIoU", "mIoU", "ImgAcc",
                                   "InstAcc"]
     for line, split in zip(printed[1:], ("val", "test"), strict=True):
-        scores = json.loads((tmp_path / split / "metrics.json").read_text())
+        scores = json.loads((tmp_path / f"{split}-limit=24" / "metrics.json").read_text())
         names = printed[0].split()[1:]
         assert line.split() == [split, *(format(scores[name], "d" if name == "samples" else ".2f") for name in names)]
 
@@ -150,7 +160,7 @@ def test_categories_and_other_data_sets_have_folders_of_their_own(run, tmp_path,
         score(run, tmp_path / "out", *words, "--split", "testA+testB", "--categories", categories, "--limit", "99")
     parts = {}
     for categories in ("seen", "unseen"):
-        folder = tmp_path / "out" / f"refcoco-testA+testB-{categories}"
+        folder = tmp_path / "out" / f"refcoco-testA+testB-{categories}-limit=99"
         lines = metrics.read_records(folder / "per_sample.jsonl")
         assert {line["category"] for line in lines} <= data.CATEGORIES[categories]
         written = json.loads((folder / "metrics.json").read_text())
@@ -167,12 +177,14 @@ def test_the_empty_policy_reaches_the_records(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "counts", lambda _, batch: (nothing[:len(batch["samples"])],) * 2)
     for policy, value in (("zero", 0.0), ("one", 1.0)):
         score(run, tmp_path / policy, "--empty", policy)
-        assert {line["iou"] for line in metrics.read_records(tmp_path / policy / "test/per_sample.jsonl")} == {value}
-        assert json.loads((tmp_path / policy / "test/metrics.json").read_text())["mIoU"] == 100 * value
+        folder = tmp_path / policy / f"test{'-empty=one' * (policy == 'one')}-limit=24"
+        assert {line["iou"] for line in metrics.read_records(folder)} == {value}
+        assert json.loads((folder / "metrics.json").read_text())["mIoU"] == 100 * value
 
 
 @pytest.mark.parametrize("words, message", [
     (["--split", "testA"], "testA"), (["--set", "width=9"], "does not fit this configuration"),
+    (["--set", "protocol=squared"], "protocol=squared: there are resized, original"),
     (["--dataset", "rrsisd", "--data-root", "nowhere"], "nowhere")])
 def test_wrong_input_is_named(run, tmp_path, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -211,7 +223,7 @@ def test_a_fault_of_a_library_keeps_its_traceback():
 # ------------------------------------------------------------------------------------------------------- own images
 
 
-def test_predict_gives_masks_and_maps_at_the_image_own_size(run, photo):
+def test_predict_gives_masks_and_maps_at_the_image_own_size(run, photo, tmp_path):
     model = models.load(run)
     result = evaluate.predict(model, photo, ["the red ship", "the windmill"])
     assert result["masks"].shape == result["probs"].shape == result["coarse"].shape == (2, 77, 131)
@@ -220,6 +232,16 @@ def test_predict_gives_masks_and_maps_at_the_image_own_size(run, photo):
     array = evaluate.predict(model, np.array(Image.open(photo)), ["the red ship"])
     np.testing.assert_allclose(one["probs"][0], result["probs"][0], atol=1e-6)
     np.testing.assert_allclose(array["probs"][0], result["probs"][0], atol=1e-6)
+    gray = np.array(Image.open(photo).convert("L"))
+    deep = Image.fromarray(gray.astype(np.uint16) * 256)            # stretched as from a file, not cut off at 255
+    deep.save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(evaluate.predict(model, deep, "a ship")["probs"],
+                                  evaluate.predict(model, tmp_path / "deep.png", "a ship")["probs"])
+    for wrong in (gray, np.array(deep), np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.float32)):
+        with pytest.raises(ValueError, match=r"expected a uint8 array \(H,W,3\), got"):
+            evaluate.predict(model, wrong, "a ship")
+    with pytest.raises(FileNotFoundError, match=r"of a folder, name the files"):
+        evaluate.segment_files(model, [tmp_path], ["a ship"], tmp_path / "out", "fp32")
     for empty in ([], "", ["a ship", " "]):
         with pytest.raises(ValueError, match="expression is empty"):
             evaluate.predict(model, photo, empty)

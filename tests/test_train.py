@@ -87,6 +87,27 @@ def test_precedence_is_recipe_then_preset_then_ablation_then_command_line(tmp_pa
         toy.Config(width=5), {**toy.RECIPE, **toy.RECIPE_TINY, "clip": 0.5})
 
 
+def test_a_second_set_adds_to_the_first(tmp_path):
+    args = train.arguments(["--model", "toy", "--set", "width=5", "--epochs", "3", "--set", "clip=0.5", "dropout=0.3"])
+    config, recipe = train.settle(args)
+    assert (config.width, config.dropout, recipe["clip"], recipe["epochs"]) == (5, 0.3, 0.5, 3)
+
+
+def test_run_folder_is_named_by_what_is_trained():
+    for words, folder in (([], "toy-synthetic"), (["--preset", "paper"], "toy-synthetic-paper"),
+                          (["--dataset", "rrsisd"], "toy-rrsisd"),
+                          (["--dataset", "rrsisd", "--preset", "tiny", "--ablation", "1/wide"],
+                           "toy-rrsisd-tiny-1_wide")):
+        assert train.arguments(["--model", "toy", *words]).output == Path("runs") / folder
+
+
+@pytest.mark.parametrize("words", [["--limit", "-1"], ["--epochs", "0"], ["--save-every", "-1"], ["-j", "-1"]])
+def test_numbers_out_of_range_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        train.arguments(["--model", "toy", *words])
+    assert "must be at least" in capsys.readouterr().err
+
+
 def test_underscores_are_taken_for_hyphens(tmp_path):
     assert train.arguments(["--batch_size", "4", "--weight_decay=0.1"]).batch_size == 4
 
@@ -311,7 +332,10 @@ def test_resume_of_nothing_and_of_a_torn_file(tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["--ablation", "2/none"], "no such row; there are 1/wide"),
-    (["--set", "schedule=linear"], "there are poly"),
+    (["--set", "schedule=linear"], "there are poly"), (["--set", "select=AP"], "select=AP: there are mIoU"),
+    (["--set", "empty=half"], "empty=half: there are"), (["--set", "precision=fp8"], "precision=fp8: there are bf16"),
+    (["--set", "batch_size=0"], "batch_size=0: expected a number of at least 1"), (["--lr", "-1"], "lr=-1"),
+    (["--lr", "nan"], "lr=nan"), (["--set", "phases={'first': 0.5}"], "a share of the run for each phase"),
     (["--set", "witdh=3"], "has a field 'witdh'"), (["--dataset", "rrsisd", "--data-root", "nowhere"], "nowhere"),
     (["--dataset", "refsegrs", "--data-root", "/dev"], "/dev")])
 def test_wrong_input_is_named(tmp_path, words, message):

@@ -438,6 +438,7 @@ def main(args):
     own = models.run_settings(args.checkpoint)[0]["recipe"]
     changes = [*args.set, *(f"{key}={recipe[key]}" for key in ("protocol", "empty")
                             if getattr(args, key) and recipe[key] != own[key])]
+    changes += ["small=True"] * (args.small and not run["small"])
     changes += [f"limit={args.limit}"] * (args.limit != run["limit"])
     summaries = {split: score_split(
         model, processes, dataset=dataset, data_root=data_root, split=split, recipe=recipe,

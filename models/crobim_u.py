@@ -254,8 +254,8 @@ def find_weights(config, name):
         raise FileNotFoundError(
             f"{path}: no such file; SMLFR's is linked (Baidu) in the README of github.com/HIT-SIRS/SMLFR, "
             "Meta's in that of github.com/facebookresearch/ConvNeXt: put one there under this name, "
-            "or set image_backbone=facebook/convnext-base-224-22k")
-    raise FileNotFoundError(f"{path}: no such folder; put huggingface.co/{name} there, or set pretrained=hub")
+            "or say --set image_backbone=facebook/convnext-base-224-22k")
+    raise FileNotFoundError(f"{path}: no such folder; put huggingface.co/{name} there, or say --set pretrained=hub")
 
 
 def from_hub(load, source, **options):
@@ -268,7 +268,7 @@ def from_hub(load, source, **options):
                              f"({str(error).strip().splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
-            f"or put its files in DIR/{source.split('/')[-1]} and set pretrained=DIR") from error
+            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
 META_TO_HUGGINGFACE = (

@@ -259,8 +259,8 @@ def find_weights(config, name):
         raise FileNotFoundError(
             f"{path}: no such file; Microsoft's swin_base_patch4_window12_384_22k.pth is linked in the README of "
             "github.com/microsoft/Swin-Transformer: put it there under this name, "
-            "or set image_backbone=microsoft/swin-base-patch4-window12-384-in22k")
-    raise FileNotFoundError(f"{path}: no such folder; put huggingface.co/{name} there, or set pretrained=hub")
+            "or say --set image_backbone=microsoft/swin-base-patch4-window12-384-in22k")
+    raise FileNotFoundError(f"{path}: no such folder; put huggingface.co/{name} there, or say --set pretrained=hub")
 
 
 def from_hub(load, source, **options):
@@ -273,7 +273,7 @@ def from_hub(load, source, **options):
                              f"({str(error).strip().splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
-            f"or put its files in DIR/{source.split('/')[-1]} and set pretrained=DIR") from error
+            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
 MICROSOFT_TO_HUGGINGFACE = (

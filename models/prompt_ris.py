@@ -281,7 +281,7 @@ def find_weights(config, name):
     if path.is_dir():
         return str(path)
     raise FileNotFoundError(f"{path}: no such folder; put the files of huggingface.co/{name} there, "
-                            "or set pretrained=hub")
+                            "or say --set pretrained=hub")
 
 
 def from_hub(load, source, **options):
@@ -294,7 +294,7 @@ def from_hub(load, source, **options):
                              f"({str(error).strip().splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
-            f"or put its files in DIR/{source.split('/')[-1]} and set pretrained=DIR") from error
+            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
 def read_huggingface(kind, source, extra):

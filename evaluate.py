@@ -403,9 +403,9 @@ def arguments(argv=None):
     score.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: as in training)")
     score.add_argument("--split", default="test",
                        help="one or several with commas (default test; on refcoco testA,testB; testA+testB as one)")
-    score.add_argument("--protocol", choices=["resized", "original"],
+    score.add_argument("--protocol", choices=models.CHOICES["protocol"],
                        help="size masks are scored at (default: recipe)")
-    score.add_argument("--empty", choices=["zero", "one", "skip"], help="IoU of empty on empty (default: recipe)")
+    score.add_argument("--empty", choices=models.CHOICES["empty"], help="IoU of empty on empty (default: recipe)")
     score.add_argument("--categories", choices=["all", "seen", "unseen"], default="all", help="COCO categories to keep")
     score.add_argument("--small", action="store_true", help="synthetic scenes: objects from 0.2 %% of the image")
     score.add_argument("--control", choices=["shuffled"], help="score with another image's sentences instead")
@@ -427,7 +427,7 @@ def arguments(argv=None):
 def main(args):
     processes = start_processes(args.device)
     model = models.load(args.checkpoint, args.set, processes.device)
-    run, folder = model.run, models.run_settings(args.checkpoint)[1]
+    run, (trained, folder) = model.run, models.run_settings(args.checkpoint)
     precision = args.precision or (run["recipe"]["precision"] if processes.device.type == "cuda" else "fp32")
     if args.image:
         segment_files(model, args.image, args.text, args.output or "out", precision)
@@ -435,9 +435,9 @@ def main(args):
     recipe = {**run["recipe"], **{key: value for key in ("protocol", "empty") if (value := getattr(args, key))}}
     dataset, data_root = args.dataset or run["dataset"], args.data_root or run["data_root"]
     prefix = f"{dataset}-" * (dataset != run["dataset"])
-    own = models.run_settings(args.checkpoint)[0]["recipe"]
-    changes = [*args.set, *(f"{key}={recipe[key]}" for key in ("protocol", "empty")
-                            if getattr(args, key) and recipe[key] != own[key])]
+    changes = [one for one in args.set if not one.startswith(("pretrained=", "weights_dir="))]    # where, not what
+    changes += [f"{key}={recipe[key]}" for key in ("protocol", "empty")
+                if getattr(args, key) and recipe[key] != trained["recipe"][key]]
     changes += ["small=True"] * (args.small and not run["small"])
     changes += [f"limit={args.limit}"] * (args.limit != run["limit"])
     summaries = {split: score_split(

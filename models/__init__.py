@@ -108,7 +108,8 @@ def _typed(field, text, kind):
             return tuple(value)
         if base is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-        if base is str and value is not None and not isinstance(value, (list, tuple, dict)):
+        absent = value is None and type(None) in kinds      # none is a word where the field can't be empty
+        if base is str and not absent and not isinstance(value, (list, tuple, dict)):
             return text.strip("'\"")
         if base in (bool, int, dict) and type(value) is base:
             return value

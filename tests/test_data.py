@@ -1044,6 +1044,13 @@ def test_check_finds_every_kind_of_fault(capsys, tmp_path):
     assert out.splitlines()[-1].endswith("the files are sound, but their number is not the published one")
 
 
+def test_check_of_own_data_names_the_splits_that_it_lacks(capsys, tmp_path):
+    layouts.write("custom", tmp_path, splits={"train": 2})
+    code, out, _ = check(capsys, "--dataset", "custom", "--data-root", tmp_path)
+    assert code == 0 and "not there: val, test (without val the last epoch is kept)" in out
+    assert out.splitlines()[-1].endswith("ready for training")
+
+
 def test_check_counts_resized_masks_of_rrsisd(capsys, tmp_path):
     refer(tmp_path, [layouts.rle(box(8, 8))], size=(8, 8), actual=(8, 9))
     code, out, _ = check(capsys, "--dataset", "rrsisd", "--data-root", tmp_path)

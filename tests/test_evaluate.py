@@ -133,7 +133,8 @@ def test_control_is_written_beside_the_split(run, tmp_path):
 
 
 def test_what_differs_from_the_run_is_written_down_and_overwrites_no_score_of_its_own(run, tmp_path, capsys):
-    for settings in ((), ("--set", "explode_at=3", "--set", "dropout=0.2"), ("--protocol", "resized")):
+    for settings in ((), ("--set", "explode_at=3", "--set", "dropout=0.2"),
+                     ("--protocol", "resized", "--set", "pretrained=none")):
         score(run, tmp_path, *settings)
     assert "changes explode_at=3, dropout=0.2, limit=24 · precision fp32" in capsys.readouterr().out
     folders = {path.name: json.loads((path / "metrics.json").read_text()) for path in tmp_path.iterdir()}

@@ -24,6 +24,9 @@ def test_settings_reach_config_and_recipe_with_their_types():
     assert (config.width, config.dropout, recipe["lr"], recipe["schedule"]) == (16, 0.0, 1e-3, "cosine")
     assert type(config.dropout) is float
     assert toy.RECIPE["schedule"] == "poly"
+    config, recipe = models.override(toy.Config(pretrained="hub"), {"phases": {"a": 1.0}},
+                                     ["pretrained=none", "phases=none"])
+    assert (config.pretrained, recipe["phases"]) == ("none", None)          # a word in one, nothing in the other
 
 
 @pytest.mark.parametrize("setting, message", [

@@ -1,4 +1,4 @@
-"""models/prompt_ris.py against the paper: Eqs. (1)-(6) and (9) here, (7) and (8) in test_losses.py."""
+"""models/prompt_ris.py against the paper: Eqs. (1)-(6) and (9) here, Eqs. (7)-(8) in test_losses.py."""
 
 import math
 from dataclasses import fields, replace

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import layouts
 import pytest
@@ -125,7 +126,25 @@ def test_factor_of_each_schedule():
     assert [train.factor(step, k, 40) for k in (29, 30)] == [1.0, 0.1]
     assert train.factor({"epochs": 4, "schedule": "constant"}, 39, 40) == 1
     with pytest.raises(ValueError, match="there are poly, cosine"):
-        train.factor({"epochs": 4, "schedule": "linear"}, 0, 40)
+        models.check_recipe({"epochs": 4, "schedule": "linear"})
+    assert set(models.CHOICES["empty"]) == set(metrics.EMPTY)
+    assert set(models.CHOICES["precision"]) == set(evaluate.PRECISIONS)
+
+
+def test_phases_of_a_model_that_has_none_are_refused():
+    run = SimpleNamespace(recipe={"epochs": 2, "phases": {"first": 1.0}}, model=torch.nn.Linear(1, 1),
+                          args=SimpleNamespace(model="plain"))
+    with pytest.raises(ValueError, match="plain has none; say --set phases=none"):
+        train.start_phase(run, 0)
+
+
+def test_data_without_val_and_test_keep_the_last_epoch_and_say_that_nothing_is_scored(tmp_path, capsys):
+    layouts.write("custom", tmp_path / "data", splits={"train": 3})
+    run_to_end(tmp_path / "run", "--dataset", "custom", "--data-root", str(tmp_path / "data"), "--preset", "tiny",
+               "--epochs", "1", "--batch-size", "4")
+    out = capsys.readouterr().out
+    assert "the last epoch" in out and "nothing is scored: the data have neither a test nor a val split" in out
+    assert not (tmp_path / "run/test").exists() and not (tmp_path / "run/best.safetensors").exists()
 
 
 def test_phases_begin_with_an_epoch():

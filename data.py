@@ -1080,6 +1080,31 @@ def collate(items: list[dict]) -> dict:
     return batch
 
 
+class WordTokenizer:
+    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,length).
+
+    special: number of "pad", "unknown" and, where an architecture marks them, of "begin" and "end"; they are 0, 1, ...
+    and the words come after them. A sentence that is too long is cut, its marks kept.
+    """
+
+    def __init__(self, words: list[str], length: int, special: dict[str, int]):
+        self.words, self.length, self.special = list(words), length, special
+        self.numbers = {word: number for number, word in enumerate(self.words, len(special))}
+
+    def __len__(self):
+        return len(self.special) + len(self.words)
+
+    def __call__(self, expressions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        pad, unknown = self.special["pad"], self.special["unknown"]
+        begin, end = ([self.special[mark]] if mark in self.special else [] for mark in ("begin", "end"))
+        tokens = torch.full((len(expressions), self.length), pad)
+        for row, expression in zip(tokens, expressions, strict=True):
+            kept = words(expression)[:self.length - len(begin) - len(end)]
+            numbers = begin + [self.numbers.get(word, unknown) for word in kept] + end
+            row[:len(numbers)] = torch.tensor(numbers)
+        return tokens, tokens != pad
+
+
 class TrainSampler:
     """Which expressions make up each step of an epoch, divided over processes and micro-batches.
 

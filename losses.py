@@ -7,6 +7,7 @@ An equation ends on the line that carries its number, with the paper's name wher
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 # ------------------------------------------------------------------------------------------------------------- shared
@@ -94,6 +95,42 @@ def contrastive_loss(images, texts, every_image, every_text, first, scale):
     to_text = F.cross_entropy(scale * images @ every_text.T, partner, reduction="none")
     to_image = F.cross_entropy(scale * texts @ every_image.T, partner, reduction="none")
     return (to_text + to_image) / 2
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all processes (M,C) -> (K,C) in order of rank, and where one's own begin.
+
+    The gradient of a row is summed over the processes, so that the sum of their losses is differentiated.
+    """
+
+    @staticmethod
+    def forward(ctx, rows):
+        counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(processes())]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        counts = torch.cat(counts).tolist()
+        padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        ctx.first, ctx.count = sum(counts[:dist.get_rank()]), len(rows)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), ctx.first
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.first:ctx.first + ctx.count]
+
+
+def processes():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def contrast(images, texts, scale):
+    """contrastive_loss of (M,C) and (M,C) within the vectors of all processes -> (M,)."""
+    every, first = torch.cat((images, texts), -1), 0                          # (M,2C)
+    if processes() > 1:
+        every, first = GatherRows.apply(every)                                # (K,2C)
+    return contrastive_loss(images, texts, *every.chunk(2, -1), first, scale)
 
 
 def multi_instance_loss(logits, masks):

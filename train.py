@@ -350,10 +350,11 @@ def begin(args, processes):
     precision = args.precision or (recipe["precision"] if processes.device.type == "cuda" else "fp32")
     samples = read_samples(args, "train")
     validation = read_samples(args, "val") if data.has_split(args.dataset, args.data_root, "val") else []
-    vocabulary = data.vocabulary(args.dataset, samples) if config.pretrained == "none" else None
-    tokenizer = models.paper(args.model).tokenizer(config, vocabulary)
-    if vocabulary is not None:
+    if config.pretrained == "none":
+        tokenizer = models.word_tokenizer(args.model, config, data.vocabulary(args.dataset, samples))
         config = dataclasses.replace(config, vocab_size=len(tokenizer))
+    else:
+        tokenizer = models.paper(args.model).tokenizer(config)
     if args.resume:
         check_same_run(args, config, recipe)
     sampler = make_sampler(args, recipe, processes, samples)

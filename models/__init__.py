@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import data
+
 PAPERS = {
     "crobim_u": "CroBIMU",
     "icipnet": "ICIPNet",
@@ -214,6 +216,11 @@ def run_settings(run):
         raise ValueError(f"{folder / 'config.json'} is not valid JSON ({error})") from None
 
 
+def word_tokenizer(name, config, words):
+    """data.WordTokenizer over `words` with the marks of paper `name`, for pretrained="none"."""
+    return data.WordTokenizer(words, config.text_length, paper(name).SPECIAL_TOKENS)
+
+
 def read_tokenizer(name, config, folder):
     """The tokenizer of a run: the pretrained one, or the word list that the run kept in tokenizer.json."""
     if config.pretrained != "none":
@@ -221,7 +228,7 @@ def read_tokenizer(name, config, folder):
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: the run's vocabulary is missing; copy it beside config.json")
-    return paper(name).tokenizer(config, json.loads(path.read_text())["words"])
+    return word_tokenizer(name, config, json.loads(path.read_text())["words"])
 
 
 def load(run, settings=(), device="cpu"):

@@ -192,25 +192,7 @@ ABLATIONS = {                                       # both on RefSegRS; III is s
 # --------------------------------------------------------------------------------------- tokenizer, published weights
 
 
-class WordTokenizer:
-    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,L)."""
-
-    SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-
-    def __init__(self, words, length):
-        self.words, self.length = list(words), length
-        self.numbers = {word: number for number, word in enumerate((*self.SPECIAL, *self.words))}
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __call__(self, expressions):
-        tokens = torch.zeros(len(expressions), self.length, dtype=torch.long)
-        for row, expression in zip(tokens, expressions, strict=True):
-            words = re.findall(r"\w+|[^\w\s]", expression.lower())[:self.length - 2]
-            numbers = [self.numbers.get(word, 1) for word in words]
-            row[:len(words) + 2] = torch.tensor([2, *numbers, 3])
-        return tokens, tokens != 0
+SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # [PAD] [UNK] [CLS] [SEP], as BERT has them
 
 
 class BertWords:
@@ -228,12 +210,8 @@ class BertWords:
         return batch["input_ids"], batch["attention_mask"].bool()
 
 
-def tokenizer(config, vocabulary=None):
-    """A callable, strings -> (tokens, text_mask); over the words of `vocabulary` exactly when pretrained="none"."""
-    if config.pretrained == "none":
-        if vocabulary is None:
-            raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
-        return WordTokenizer(vocabulary, config.text_length)
+def tokenizer(config):
+    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
     source = find_weights(config, config.text_backbone)
     words = from_hub(bert_vocabulary, source)
     if len(words) != config.vocab_size:

@@ -74,7 +74,6 @@ Omits
 
 import contextlib
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,25 +213,7 @@ ABLATIONS = {
 # --------------------------------------------------------------------------------------- tokenizer, published weights
 
 
-class WordTokenizer:
-    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,L)."""
-
-    SPECIAL = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")
-
-    def __init__(self, words, length):
-        self.words, self.length = list(words), length
-        self.numbers = {word: number for number, word in enumerate((*self.SPECIAL, *self.words))}
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __call__(self, expressions):
-        tokens = torch.zeros(len(expressions), self.length, dtype=torch.long)
-        for row, expression in zip(tokens, expressions, strict=True):
-            words = re.findall(r"\w+|[^\w\s]", expression.lower())[:self.length - 2]
-            numbers = [self.numbers.get(word, 1) for word in words]
-            row[:len(words) + 2] = torch.tensor([2, *numbers, 3])
-        return tokens, tokens != 0
+SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # as CLIP marks a sentence: [SOS] words [EOS]
 
 
 class ClipWords:
@@ -253,12 +234,8 @@ class ClipWords:
         return batch["input_ids"], batch["attention_mask"].bool()
 
 
-def tokenizer(config, vocabulary=None):
-    """A callable: strings -> (tokens, text_mask); `vocabulary`, a list of words, for pretrained="none"."""
-    if config.pretrained == "none":
-        if vocabulary is None:
-            raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
-        return WordTokenizer(vocabulary, config.text_length)
+def tokenizer(config):
+    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
     source = find_weights(config, config.clip_backbone)
     words = from_hub(clip_vocabulary, source)
     if len(words) != config.vocab_size:

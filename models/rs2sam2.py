@@ -76,7 +76,6 @@ Omits
 
 import argparse
 import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,25 +218,7 @@ ABLATIONS = {
 # --------------------------------------------------------------------------------------- tokenizer, published weights
 
 
-class WordTokenizer:
-    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,L)."""
-
-    SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-
-    def __init__(self, words, length):
-        self.words, self.length = list(words), length
-        self.numbers = {word: number for number, word in enumerate((*self.SPECIAL, *self.words))}
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __call__(self, expressions):
-        tokens = torch.ones(len(expressions), self.length, dtype=torch.long)
-        for row, expression in zip(tokens, expressions, strict=True):
-            words = re.findall(r"\w+|[^\w\s]", expression.lower())[:self.length - 2]
-            numbers = [self.numbers.get(word, 3) for word in words]
-            row[:len(words) + 2] = torch.tensor([0, *numbers, 2])
-        return tokens, tokens != 1
+SPECIAL_TOKENS = {"begin": 0, "pad": 1, "end": 2, "unknown": 3}      # as BEiT-3's: <s> <pad> </s> <unk>
 
 
 class BEiT3Words:
@@ -264,12 +245,8 @@ class BEiT3Words:
         return tokens, tokens != 1
 
 
-def tokenizer(config, vocabulary=None):
-    """A callable from a list of strings to (tokens, text_mask); `vocabulary`, a list of words, if pretrained="none"."""
-    if config.pretrained == "none":
-        if vocabulary is None:
-            raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
-        return WordTokenizer(vocabulary, config.text_length)
+def tokenizer(config):
+    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
     source = find_weights(config, config.beit_words)
     words = BEiT3Words(source, config.text_length)
     if len(words) + UNUSED_WORDS != config.vocab_size:

@@ -80,7 +80,6 @@ Omits
 """
 
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,8 +93,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Sam2Config, Sam2Model
 from transformers import SiglipConfig, SiglipModel, SiglipTextModel, SiglipVisionModel
 
-from losses import binary_cross_entropy, contrastive_loss, dice_loss
-from losses import mask_pooled, multi_instance_loss, orthogonal_loss
+from losses import (
+    binary_cross_entropy,
+    contrast,
+    dice_loss,
+    mask_pooled,
+    multi_instance_loss,
+    orthogonal_loss,
+    processes,
+)
 
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # SAM 2's; SigLIP's are 0.5 and 0.5
 MAPS = ("dense_prompt",)
@@ -291,25 +297,7 @@ ABLATIONS["official"] = {"all": {                   # not of the paper: the form
 # --------------------------------------------------------------------------------------- tokenizer, published weights
 
 
-class WordTokenizer:
-    """Words of a given list to numbers, for training from scratch: strings -> tokens, text_mask, both (M,L)."""
-
-    SPECIAL = ("[PAD]", "[UNK]", "[EOS]")
-
-    def __init__(self, words, length):
-        self.words, self.length = list(words), length
-        self.numbers = {word: number for number, word in enumerate((*self.SPECIAL, *self.words))}
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __call__(self, expressions):
-        tokens = torch.zeros(len(expressions), self.length, dtype=torch.long)
-        for row, expression in zip(tokens, expressions, strict=True):
-            words = re.findall(r"\w+|[^\w\s]", expression.lower())[:self.length - 1]
-            numbers = [self.numbers.get(word, 1) for word in words]
-            row[:len(words) + 1] = torch.tensor([*numbers, 2])
-        return tokens, tokens != 0
+SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "end": 2}     # as SigLIP's: words [EOS], nothing before them
 
 
 class SiglipWords:
@@ -328,12 +316,8 @@ class SiglipWords:
         return batch["input_ids"], batch["attention_mask"].bool()
 
 
-def tokenizer(config, vocabulary=None):
-    """A callable, strings -> (tokens, text_mask); over the words of `vocabulary` exactly when pretrained="none"."""
-    if config.pretrained == "none":
-        if vocabulary is None:
-            raise ValueError("pretrained=none: the tokenizer needs a vocabulary, the words of the training split")
-        return WordTokenizer(vocabulary, config.text_length)
+def tokenizer(config):
+    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
     return SiglipWords(from_hub(AutoTokenizer.from_pretrained, find_weights(config, config.clip)), config.text_length)
 
 
@@ -746,42 +730,6 @@ class CascadedPrompter(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------- model
-
-
-class GatherRows(torch.autograd.Function):
-    """The rows of all processes (M,C) -> (K,C) in order of rank, and where one's own begin.
-
-    The gradient of a row is summed over the processes, so that the sum of their losses is differentiated.
-    """
-
-    @staticmethod
-    def forward(ctx, rows):
-        counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(processes())]
-        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-        counts = torch.cat(counts).tolist()
-        padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        ctx.first, ctx.count = sum(counts[:dist.get_rank()]), len(rows)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), ctx.first
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient[ctx.first:ctx.first + ctx.count]
-
-
-def processes():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def contrast(images, texts, scale):
-    """contrastive_loss of (M,C) and (M,C) within the vectors of all processes -> (M,)."""
-    every, first = torch.cat((images, texts), -1), 0                          # (M,2C)
-    if processes() > 1:
-        every, first = GatherRows.apply(every)                                # (K,2C)
-    return contrastive_loss(images, texts, *every.chunk(2, -1), first, scale)
 
 
 class RSRefSeg2(nn.Module):

@@ -249,9 +249,8 @@ class Bench:
                 return result
             return call
 
-        paper = models.paper(self.args.model)
         config = dataclasses.replace(self.model.config, vocab_size=100)
-        tokenizer = paper.tokenizer(config, data.vocabulary("synthetic", []))
+        tokenizer = models.word_tokenizer(self.args.model, config, data.vocabulary("synthetic", []))
         evaluate.counts, metrics.records = timed("counts"), timed("records")
         begun = time.perf_counter()
         lines, _ = evaluate.evaluate(self.model, data.read("synthetic", "", "test", limit=24),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GemmaTokenizer, Sam2Model, SiglipModel
 
+import data
 import metrics
 import models
 from models import rsrefseg2
@@ -803,7 +804,7 @@ def test_the_log_says_what_accumulation_does_to_the_contrast(capsys):
 
 
 def test_words_to_tokens():
-    tokenizer = rsrefseg2.tokenizer(small(), ["red", "ship", "the"])
+    tokenizer = data.WordTokenizer(["red", "ship", "the"], small().text_length, rsrefseg2.SPECIAL_TOKENS)
     assert len(tokenizer) == 6 and tokenizer.words == ["red", "ship", "the"]
     tokens, text_mask = tokenizer(["The red ship", "ship, " * 20])
     assert tokens[0, :5].tolist() == [5, 3, 4, 2, 0] and text_mask.sum(1).tolist() == [4, 10]

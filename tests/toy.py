@@ -3,7 +3,6 @@
 It has what can go wrong in a trainer: dropout, batch norm, a frozen part, two phases, a loss that can be made infinite.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,23 +42,7 @@ RECIPE_TINY = {"per_image": 2}
 ABLATIONS = {"1": {"wide": {"width": 12}, "slow": {"lr": 1e-4}}}
 
 
-class Tokenizer:
-    def __init__(self, length, words):
-        self.length, self.words = length, words
-        self.numbers = {word: k for k, word in enumerate(["[PAD]", "[UNK]", *words])}
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __call__(self, expressions):
-        rows = [[self.numbers.get(word, 1) for word in re.findall(r"\w+", text.lower())][:self.length]
-                for text in expressions]
-        tokens = torch.tensor([row + [0] * (self.length - len(row)) for row in rows])
-        return tokens, tokens > 0
-
-
-def tokenizer(config, vocabulary=None):
-    return Tokenizer(config.text_length, vocabulary)
+SPECIAL_TOKENS = {"pad": 0, "unknown": 1}
 
 
 class Toy(nn.Module):

@@ -30,6 +30,15 @@ def known(monkeypatch):
     monkeypatch.setitem(models.PAPERS, "prompt_ris", "PromptRIS")
 
 
+@pytest.fixture
+def double(monkeypatch):
+    """Model and losses in float64, also where they ask for float32."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def small(**changes):
     """The tiny architecture once more shrunk; CLIP's position table is for another grid than the image's."""
     return replace(Config.tiny(), **{
@@ -646,7 +655,7 @@ def test_groups_by_the_recipe_and_the_log_says_where_there_are_none(dataset, lin
     assert all(len(image) == 1 for image in images) and len(set.union(*images)) == len(groups)
 
 
-def test_accumulation_over_groups_gives_the_gradient_of_the_whole():
+def test_accumulation_over_groups_gives_the_gradient_of_the_whole(double):
     """In eval mode, where nothing is drawn: the mean over two groups is that of each alone, ICL included."""
     model, grads = build(), []
     batch = batch_of(model.config)

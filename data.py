@@ -2,10 +2,11 @@
 
     python data.py --dataset rrsisd --data-root DIR     checks a download before hours are spent on it
 
-Sections: records - synthetic scenes - readers - masks and images - dataset and sampler - check command.
+Sections: records - readers - images and masks - dataset, sampler, tokenizer - check command - synthetic scenes.
 """
 
 import argparse
+import cmath
 import csv
 import functools
 import hashlib
@@ -17,9 +18,10 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -56,379 +58,6 @@ def words(expression: str) -> list[str]:
 def vocabulary(dataset: str, samples: list[Sample]) -> list[str]:
     """Sorted distinct words; for synthetic, whose scenes are fresh in every epoch, all that the generator knows."""
     return sorted(SYNTHETIC_WORDS if dataset == "synthetic" else {w for s in samples for w in words(s.expression)})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Synthetic scenes: aerial pictures of a few objects, with sentences that each fit exactly one of them
-# ---------------------------------------------------------------------------------------------------------------------
-# A scene is a function of its number: what stands where and which sentences refer to it (`scene`, cheap) and its pixels
-# and masks (`render`). Lengths and positions are fractions of the image side, x to the right and y downwards.
-
-SCENES = {"train": 400, "val": 24, "test": 120}         # of training: per epoch, always new ones
-FIRST_SCENE = {"val": 0, "test": 1_000_000, "train": 2_000_000}         # training has no end, so it comes last
-SMALL_SCENES = 1 << 40                                  # scenes from this number on hold smaller objects
-REFERRED, EXPRESSIONS = 4, 3                            # objects of a scene that are referred to; sentences for each
-SIDE = 96                                               # pixels
-SEED = 20250711
-
-COLOURS = {"red": (205, 40, 40), "orange": (245, 135, 20), "yellow": (245, 220, 50), "green": (40, 205, 85),
-           "blue": (40, 80, 230), "white": (238, 238, 238)}
-GROUNDS = {"grass": (98, 116, 70), "soil": (136, 112, 84), "sand": (180, 162, 124), "concrete": (128, 127, 122),
-           "forest": (62, 82, 56), "asphalt": (88, 88, 92), "water": (56, 84, 100)}
-
-
-# Shapes are polygons in the object's own frame, u along its length and v along its width, both in [-1, 1], each with a
-# tone: 0 is the object's colour, towards 1 it is lighter, towards -1 darker. Later polygons cover earlier ones.
-
-def bar(u0, u1, v0, v1):
-    return [(u0, v0), (u1, v0), (u1, v1), (u0, v1)]
-
-
-def disc(radius, u=0.0, v=0.0):
-    turns = [2 * math.pi * k / 20 for k in range(20)]
-    return [(u + radius * math.cos(turn), v + radius * math.sin(turn)) for turn in turns]
-
-
-def blade(turn):
-    c, s = math.cos(turn), math.sin(turn)
-    outline = (0, -0.12), (0.3, -0.25), (0.97, -0.13), (0.97, 0.13), (0.2, 0.13)
-    return [(c * u - s * v, s * u + c * v) for u, v in outline]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A category: its names in sentences, how it is drawn, how large it is."""
-    names: tuple[str, ...]
-    shape: list                         # of (tone, polygon)
-    aspect: float                       # length / width; 1 for a round outline
-    fill: float                         # share of the box length x width that the shape covers
-    area: tuple[float, float]           # of the shape, smallest and largest, as a share of the image
-    site: tuple | None = None           # ground around it: (cover, half-axes along and across, in lengths)
-
-
-KINDS = {
-    "building": Kind(("building", "house"), [            # a hip roof
-        (0.25, [(-1, -1), (1, -1), (0.45, 0), (-0.45, 0)]), (-0.1, [(-1, -1), (-0.45, 0), (-1, 1)]),
-        (-0.2, [(1, -1), (0.45, 0), (1, 1)]), (-0.4, [(-1, 1), (1, 1), (0.45, 0), (-0.45, 0)])],
-        1.4, 1.03, (0.019, 0.055)),
-    "storage tank": Kind(("storage tank", "tank"), [
-        (-0.4, disc(1)), (0, disc(0.8)), (0.4, disc(0.42, -0.2, -0.2))],
-        1.0, 0.80, (0.018, 0.045)),
-    "ship": Kind(("ship", "boat"), [
-        (0, [(-1, -0.75), (0.35, -1), (0.75, -0.6), (1, 0), (0.75, 0.6), (0.35, 1), (-1, 0.75)]),
-        (-0.45, [(-0.85, -0.45), (0.3, -0.6), (0.7, 0), (0.3, 0.6), (-0.85, 0.45)]),
-        (0.7, bar(-0.75, -0.3, -0.45, 0.45)), (0.5, bar(0, 0.2, -0.3, 0.3))],
-        2.8, 0.82, (0.018, 0.040), ("water", 0.75, 0.42)),
-    "airplane": Kind(("airplane", "plane", "aircraft"), [
-        (0, [(0.35, 0), (-0.15, 1), (-0.45, 1), (-0.2, 0), (-0.45, -1), (-0.15, -1)]),
-        (0, [(-0.6, 0), (-0.85, 0.42), (-1, 0.42), (-0.9, 0), (-1, -0.42), (-0.85, -0.42)]),
-        (0.2, [(1, 0), (0.8, 0.12), (-0.9, 0.1), (-1, 0), (-0.9, -0.1), (0.8, -0.12)])],
-        1.0, 0.34, (0.016, 0.028), ("asphalt", 0.62, 0.6)),
-    "vehicle": Kind(("vehicle", "car"), [
-        (0, [(-1, -0.8), (-0.85, -1), (0.8, -1), (1, -0.7), (1, 0.7), (0.8, 1), (-0.85, 1), (-1, 0.8)]),
-        (-0.75, [(0.15, -0.75), (0.5, -0.85), (0.5, 0.85), (0.15, 0.75)]), (-0.75, bar(-0.8, -0.6, -0.75, 0.75)),
-        (0.25, bar(-0.55, 0.1, -0.7, 0.7))],
-        1.9, 1.00, (0.017, 0.034), ("asphalt", 0.8, 0.5)),
-    "tennis court": Kind(("tennis court", "court"), [
-        (0, bar(-1, 1, -1, 1)), (0.9, bar(-0.8, 0.8, -0.75, 0.75)), (0, bar(-0.72, 0.72, -0.6, 0.6)),
-        (0.9, bar(-0.42, -0.34, -0.6, 0.6)), (0.9, bar(0.34, 0.42, -0.6, 0.6)), (0.9, bar(-0.4, 0.4, -0.07, 0.07)),
-        (-0.6, bar(-0.05, 0.05, -0.95, 0.95))],
-        1.8, 1.03, (0.020, 0.048)),
-    "bridge": Kind(("bridge",), [
-        (0, bar(-1, 1, -1, 1)), (0.6, bar(-1, 1, -1, -0.7)), (0.6, bar(-1, 1, 0.7, 1)),
-        *((0.8, bar(u - 0.08, u + 0.08, -0.12, 0.12)) for u in (-0.8, -0.4, 0, 0.4, 0.8))],
-        4.0, 1.03, (0.018, 0.040), ("water", 0.38, 0.62)),
-    "windmill": Kind(("windmill", "wind turbine"), [
-        *((0, blade(2 * math.pi * k / 3)) for k in range(3)), (-0.5, disc(0.17))],
-        1.0, 0.24, (0.016, 0.023)),
-}
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One object of a scene; lengths in image sides, angle in radians from +x towards +y."""
-    category: str
-    colour: str
-    rgb: tuple[int, ...]
-    x: float
-    y: float
-    angle: float
-    length: float
-    width: float
-    area: float
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a sentence says: a category, perhaps a colour, perhaps one cue, perhaps what the cue refers to."""
-    category: str
-    colour: str | None = None
-    cue: str | None = None                               # a key of CUES
-    anchor: "Description | None" = None
-
-
-@dataclass(frozen=True)
-class Expression:
-    text: str
-    target: int                                          # number of the object
-    description: Description
-
-
-@dataclass(frozen=True)
-class Scene:
-    number: int
-    size: int                                            # pixels
-    things: tuple[Thing, ...]
-    referred: tuple[int, ...]                            # REFERRED numbers of objects, ascending
-    expressions: tuple[tuple[Expression, ...], ...]      # for each referred object, EXPRESSIONS different ones
-
-
-# The meaning of the cues. A cue gives each object of the named category and colour a score. A superlative means the
-# object of the highest score, which must lead by the margin. Every other cue means the objects of positive score: just
-# one may have it, and no score may lie within the margin of zero. So no sentence rests on a close call.
-
-@dataclass(frozen=True)
-class Cue:
-    group: str
-    score: Callable[[Thing, Thing | None], float]        # of the object, and of the anchor for a relation
-    wordings: tuple[str, ...]
-
-
-def beside(gap, aside):
-    """Score of `left of` and the like: objects of that side count, but one that lies more aside is a close call."""
-    return gap if gap <= 0 or gap > abs(aside) else 0.0
-
-
-MARGINS = {"place": 0.07, "extreme": 0.08, "size": math.log(1.5), "relation": 0.07, "nearest": 0.1}
-SUPERLATIVE = ("extreme", "size", "nearest")
-CUES = {
-    "left": Cue("place", lambda t, _: 0.5 - t.x, ("{} on the left", "{} on the left side", "{} in the left half")),
-    "right": Cue("place", lambda t, _: t.x - 0.5, ("{} on the right", "{} on the right side", "{} in the right half")),
-    "top": Cue("place", lambda t, _: 0.5 - t.y, ("{} at the top", "{} on the upper side", "{} in the upper half")),
-    "bottom": Cue("place", lambda t, _: t.y - 0.5,
-                  ("{} at the bottom", "{} on the lower side", "{} in the lower half")),
-    "upper left": Cue("place", lambda t, _: min(0.5 - t.x, 0.5 - t.y),
-                  ("{} in the upper left", "{} at the top left", "{} in the upper left quarter")),
-    "upper right": Cue("place", lambda t, _: min(t.x - 0.5, 0.5 - t.y),
-                  ("{} in the upper right", "{} at the top right", "{} in the upper right quarter")),
-    "lower left": Cue("place", lambda t, _: min(0.5 - t.x, t.y - 0.5),
-                  ("{} in the lower left", "{} at the bottom left", "{} in the lower left quarter")),
-    "lower right": Cue("place", lambda t, _: min(t.x - 0.5, t.y - 0.5),
-                  ("{} in the lower right", "{} at the bottom right", "{} in the lower right quarter")),
-    "middle": Cue("place", lambda t, _: 0.2 - max(abs(t.x - 0.5), abs(t.y - 0.5)),
-                  ("{} in the middle", "{} in the center", "{} near the center")),
-    "leftmost": Cue("extreme", lambda t, _: -t.x, ("leftmost {}", "{} on the far left", "{} farthest to the left")),
-    "rightmost": Cue("extreme", lambda t, _: t.x, ("rightmost {}", "{} on the far right", "{} farthest to the right")),
-    "topmost": Cue("extreme", lambda t, _: -t.y, ("topmost {}", "uppermost {}", "{} at the very top")),
-    "bottommost": Cue("extreme", lambda t, _: t.y, ("bottommost {}", "lowest {}", "{} at the very bottom")),
-    "largest": Cue("size", lambda t, _: math.log(t.area), ("largest {}", "biggest {}", "large {}")),
-    "smallest": Cue("size", lambda t, _: -math.log(t.area), ("smallest {}", "small {}")),
-    "left of": Cue("relation", lambda t, a: beside(a.x - t.x, a.y - t.y), ("{} left of {}", "{} to the left of {}")),
-    "right of": Cue("relation", lambda t, a: beside(t.x - a.x, a.y - t.y), ("{} right of {}", "{} to the right of {}")),
-    "above": Cue("relation", lambda t, a: beside(a.y - t.y, a.x - t.x), ("{} above {}",)),
-    "below": Cue("relation", lambda t, a: beside(t.y - a.y, a.x - t.x), ("{} below {}", "{} under {}")),
-    "nearest": Cue("nearest", lambda t, a: -math.hypot(t.x - a.x, t.y - a.y), ("{} nearest to {}", "{} closest to {}")),
-}
-COLOUR_WORDINGS = ("{colour} {name}", "{colour} {name}", "{name} that is {colour}")     # where the colour is all
-ARTICLES = ("the ", "the ", "the ", "the ", "a ", "an ", "")
-# How often a group is tried; few sentences by relation or place fit just one object, most by colour do.
-DRAWN = ("attribute",) * 7 + ("place",) * 5 + ("extreme",) * 4 + ("size",) * 2 + ("relation",) * 2 + ("nearest",)
-CUES_OF = {"attribute": [None], **{group: [name for name in CUES if CUES[name].group == group] for group in MARGINS}}
-
-SYNTHETIC_WORDS = sorted({word for text in (
-    *(name for kind in KINDS.values() for name in kind.names), *COLOURS,
-    *(wording.format("", "") for cue in CUES.values() for wording in cue.wordings),
-    *ARTICLES, "that is", "of the image", ".") for word in words(text)})
-
-
-def referent(description: Description, things) -> int | None:
-    """Number of the one object that fits; None where none or several do, or where it is a close call."""
-    anchor = description.anchor and referent(description.anchor, things)
-    if description.anchor and anchor is None:
-        return None
-    numbers = [number for number, thing in enumerate(things) if thing.category == description.category
-               and description.colour in (None, thing.colour) and number != anchor]
-    if not numbers or not description.cue:
-        return numbers[0] if len(numbers) == 1 else None
-    cue, anchor = CUES[description.cue], None if anchor is None else things[anchor]
-    ranked = sorted(((cue.score(things[number], anchor), number) for number in numbers), reverse=True)
-    margin = MARGINS[cue.group]
-    if cue.group in SUPERLATIVE:
-        clear = len(ranked) > 1 and ranked[0][0] - ranked[1][0] >= margin
-    else:
-        clear = ranked[0][0] >= margin and all(score <= -margin for score, _ in ranked[1:])
-    return ranked[0][1] if clear else None
-
-
-def pick(rng, options):
-    return options[int(rng.random() * len(options))]
-
-
-def phrase(rng, description: Description) -> str:
-    """The description in words, without article."""
-    name = pick(rng, KINDS[description.category].names)
-    colour, cue = description.colour, CUES.get(description.cue)
-    if cue is None:
-        return pick(rng, COLOUR_WORDINGS).format(colour=colour, name=name) if colour else name
-    name = f"{colour} {name}" if colour else name
-    anchor = "the " + phrase(rng, description.anchor) if description.anchor else ""
-    text = pick(rng, cue.wordings).format(name, anchor)
-    return text + " of the image" if cue.group == "place" and rng.random() < 0.2 else text
-
-
-def sentence(rng, description: Description) -> str:
-    text, article = phrase(rng, description), pick(rng, ARTICLES)
-    if article in ("a ", "an "):
-        superlative = description.cue and CUES[description.cue].group in SUPERLATIVE
-        article = "the " if superlative else "an " if text[0] in "aeiou" else "a "
-    text = article + text
-    return text[0].upper() + text[1:] + "." if rng.random() < 0.2 else text
-
-
-def express(rng, things, target: int) -> tuple[Expression, ...]:
-    """Up to EXPRESSIONS sentences of different meaning that each fit the target alone."""
-    thing, found = things[target], {}
-    for _ in range(40):
-        group, anchor = pick(rng, DRAWN), None
-        colour = thing.colour if rng.random() < (0.8 if group == "attribute" else 0.4) else None
-        if group in ("relation", "nearest"):
-            other = things[(target + 1 + int(rng.random() * (len(things) - 1))) % len(things)]
-            anchor = Description(other.category, other.colour if rng.random() < 0.7 else None)
-        meaning = Description(thing.category, colour, pick(rng, CUES_OF[group]), anchor)
-        if referent(meaning, things) == target and meaning not in found:
-            found[meaning] = Expression(sentence(rng, meaning), target, meaning)
-            if len(found) == EXPRESSIONS:
-                break
-    return tuple(found.values())
-
-
-def room(rng, length: float, width: float, taken: np.ndarray):
-    """(centre, angle, discs) of a free place for a box, or None; places are x + iy, discs rows of (centre, radius).
-
-    Discs in a row cover a box, one disc a round shape; all keep clear of the border and of the discs that are taken.
-    """
-    n = round(1.5 * length / width) if length > width else 1
-    radius = math.hypot(length / n, width) / 2 if n > 1 else 0.54 * length
-    centres, angles = rng.random(40) + 1j * rng.random(40), 2 * math.pi * rng.random(40)
-    row = ((np.arange(n) + 0.5) / n - 0.5) * length
-    discs = centres[:, None] + np.exp(1j * angles)[:, None] * row                                   # (tries, n)
-    inside = np.maximum(abs(discs.real - 0.5), abs(discs.imag - 0.5)).max(1) < 0.48 - radius
-    gaps = abs(discs[:, :, None] - taken[:, 0]) - radius - taken[:, 1].real                         # (tries, n, taken)
-    free = inside & (gaps > 0.02).all((1, 2))
-    first = int(free.argmax())
-    discs = np.stack([discs[first], np.full(n, radius)], 1)
-    return (complex(centres[first]), float(angles[first]), discs) if free[first] else None
-
-
-def draw_things(rng, small: bool) -> list[Thing] | None:
-    """4 to 6 objects that do not touch; None where they did not find room.
-
-    Categories come in groups and colours from a short palette, so that neither alone tells the objects apart.
-    """
-    categories = [str(name) for name in rng.permutation(list(KINDS)) for _ in range(pick(rng, (1, 2, 2, 3)))]
-    palette = [str(name) for name in rng.permutation(list(COLOURS))[:4]]
-    boxes, things, taken = [], [], np.zeros((0, 2), complex)
-    for category in categories[:pick(rng, (4, 5, 5, 6))]:
-        kind = KINDS[category]
-        low, high = (kind.area[0] / 7, kind.area[1] / 2) if small else kind.area
-        area = low * (high / low) ** rng.random()
-        aspect = kind.aspect * 1.2 ** (2 * rng.random() - 1) if kind.aspect > 1 else 1.0
-        boxes.append((math.sqrt(area / kind.fill * aspect), math.sqrt(area / kind.fill / aspect), area, category))
-    for length, width, area, category in sorted(boxes, reverse=True):
-        if (spot := room(rng, length, width, taken)) is None:
-            return None
-        centre, angle, discs = spot
-        taken = np.concatenate([taken, discs])
-        colour = pick(rng, palette)
-        rgb = tuple(int(min(max(level + 16 * (rng.random() - 0.5), 0), 255)) for level in COLOURS[colour])
-        things.append(Thing(category, colour, rgb, centre.real, centre.imag, angle, length, width, area))
-    return things
-
-
-@functools.lru_cache(maxsize=1024)                       # loader workers forked after the listing find it made
-def scene(number: int, *, size: int = SIDE) -> Scene:
-    """Scene by number: its objects and the sentences that refer to REFERRED of them. Nothing is drawn yet."""
-    rng = np.random.default_rng((SEED, number))
-    while True:
-        things = draw_things(rng, small=number >= SMALL_SCENES)
-        expressions = {}
-        for target in rng.permutation(len(things or ())):
-            if len(expressions) < REFERRED and len(found := express(rng, things, int(target))) == EXPRESSIONS:
-                expressions[int(target)] = found
-        if len(expressions) == REFERRED:
-            referred = tuple(sorted(expressions))
-            return Scene(number, size, tuple(things), referred, tuple(expressions[target] for target in referred))
-
-
-def shade(rgb, tone: float) -> tuple[int, ...]:
-    """Lighter for a positive tone, darker for a negative one; white cannot get lighter, so it gets darker."""
-    tone = -0.35 * tone if tone > 0 and min(rgb) > 200 else tone
-    return tuple(int(level + tone * ((255 - level) if tone > 0 else level)) for level in rgb)
-
-
-def smooth(rng, cells: int, size: int) -> np.ndarray:
-    """(size, size) soft random blobs around 0.5."""
-    grid = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
-    return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def render(scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Picture (H, W, 3) uint8 and for each object its mask (H, W) bool: the pixels whose centre it covers."""
-    size, fine = scene.size, 3                           # objects are drawn `fine` times as large, then averaged
-    canvas = Image.new("RGBA", (size * fine, size * fine))         # the fourth channel holds the object's number + 1
-    draw = ImageDraw.Draw(canvas)
-    for number, thing in enumerate(scene.things):
-        c, s = math.cos(thing.angle) * fine * size / 2, math.sin(thing.angle) * fine * size / 2
-        x, y = thing.x * fine * size, thing.y * fine * size
-        for tone, polygon in KINDS[thing.category].shape:
-            points = [(x + u * thing.length * c - v * thing.width * s, y + u * thing.length * s + v * thing.width * c)
-                      for u, v in polygon]
-            draw.polygon(points, fill=(*shade(thing.rgb, tone), number + 1))
-    labels = canvas.getchannel("A")
-    numbers = np.asarray(labels)[fine // 2::fine, fine // 2::fine]
-    cover = np.asarray(labels.point([0] + [255] * 255).reduce(fine), np.float32) / 255
-    paint = np.moveaxis(np.asarray(canvas.convert("RGB").reduce(fine)), -1, 0) / np.maximum(cover, 1 / fine**2)
-
-    rng = np.random.default_rng((SEED, scene.number, 1))           # the ground does not depend on the objects
-    grounds = {name: np.array(colour, np.float32)[:, None, None] for name, colour in GROUNDS.items()}
-    base, patch = (grounds[name] for name in rng.permutation(list(GROUNDS))[:2])
-    picture = base + (patch - base) * np.clip(8 * smooth(rng, 4, size) - 4.5, 0, 1)                 # (3, H, W)
-    wobble, grain = smooth(rng, 8, size), rng.normal(0, 5, (size, size)).astype(np.float32)
-    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
-    sites = {name: np.full((size, size), -1, np.float32) for name in ("asphalt", "water")}      # above 0 near an object
-    for thing in scene.things:
-        if site := KINDS[thing.category].site:
-            ground, along, across = site
-            c, s = math.cos(thing.angle) / thing.length, math.sin(thing.angle) / thing.length
-            dx, dy = centres - thing.x, (centres - thing.y)[:, None]
-            u, v = (dx * c + dy * s) / along, (dy * c - dx * s) / across
-            np.maximum(sites[ground], 1.4 - u * u - v * v, out=sites[ground])
-    for name, near in sites.items():
-        picture += (grounds[name] - picture) * np.clip(2 * near + 4 * wobble - 2, 0, 1)
-    picture *= 0.85 + 0.3 * smooth(rng, 16, size)
-    shadow = max(1, round(size / 60))                    # pixels, to the lower right; objects stay off the border
-    picture *= 1 - 0.5 * np.roll(cover, (shadow, shadow), (0, 1))
-    picture = np.clip(np.where(numbers > 0, paint, picture) + grain, 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(np.moveaxis(picture, 0, -1)), [numbers == i + 1 for i in range(len(scene.things))]
-
-
-def synthetic_samples(split: str, epoch=0, scenes: int | None = None, small=False) -> list[Sample]:
-    """REFERRED x EXPRESSIONS samples for each scene; every training epoch has scenes of its own.
-
-    A sample's picture is `render(scene(sample.image, size=sample.size[0]))`, sample.mask the number of its object.
-    """
-    if split not in SCENES:
-        raise ValueError(f"synthetic has no split {split!r}; choose one of {', '.join(SCENES)}")
-    scenes = SCENES[split] if scenes is None else scenes
-    first = epoch * scenes if split == "train" else 0
-    samples = []
-    for place in range(first, first + scenes):
-        drawn, image_id = scene(FIRST_SCENE[split] + place + small * SMALL_SCENES), f"{split}-{place:05d}"
-        for target, expressions in zip(drawn.referred, drawn.expressions, strict=True):
-            instance, category = f"{image_id}-{target}", drawn.things[target].category
-            samples += [Sample(f"{instance}-{i}", drawn.number, target, expression.text, split, image_id, instance,
-                               category, "file", (drawn.size, drawn.size)) for i, expression in enumerate(expressions)]
-    return samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,7 +100,7 @@ def _holds(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is {'a file' if folder.exists() else 'not there'}"
     names = sorted(os.listdir(folder))
-    return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{', ...' * (len(names) > 12)}"
+    return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{', ...' if len(names) > 12 else ''}"
 
 
 def _first(folder: Path, names) -> Path | None:
@@ -529,8 +158,8 @@ def _read_list(dataset: str, split: str, path: Path, images: Path, masks: Path, 
     benchmark, samples = DATASETS[dataset], []
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
-            name, *expression = line.split(None, 1)
-            expression = _clean("".join(expression), f"{path}:{number}")
+            name, expression = [*line.split(None, 1), ""][:2]
+            expression = _clean(expression, f"{path}:{number}")
             if not re.fullmatch(benchmark.names, name):
                 raise ValueError(f"{path}:{number}: {name!r} is no name of {dataset}; is it another data set's list?")
             name = name if "." in name else f"{name}.tif"
@@ -758,7 +387,7 @@ class NoSplit(ValueError):
     """The data set is there, the split is not."""
 
     def __init__(self, dataset: str, data_root, wanted: str, splits):
-        hint = "; its tests are those of refcoco, refcoco+ and refcocog-umd" * (dataset == "refcoco-union")
+        hint = "; its tests are those of refcoco, refcoco+ and refcocog-umd" if dataset == "refcoco-union" else ""
         super().__init__(f"{dataset} has no split {wanted!r} in {data_root}; it has {', '.join(splits)}{hint}")
 
 
@@ -770,10 +399,9 @@ def split_names(dataset: str, wanted: str, data_root) -> list[str]:
     splits, names = _splits(dataset, data_root), {}
     for name in wanted.replace(" ", "").split(","):
         group = [split for split in splits if split == name or (name == "test" and split in ("testA", "testB"))]
-        group = group or [name] * (set(name.split("+")) <= set(splits))
-        if not group:
+        if not group and not set(name.split("+")) <= set(splits):
             raise NoSplit(dataset, data_root, name, splits)
-        names |= dict.fromkeys(group)
+        names |= dict.fromkeys(group or [name])
     return list(names)
 
 
@@ -832,29 +460,31 @@ def _missing(samples: list[Sample]) -> Iterator[Path]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masks and images
+# Images and masks
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _open(path: Path) -> Image.Image:
     """The decoded picture of a file, turned upright by its EXIF tag; whatever is wrong with the file is one line."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; half a picture is no picture
-    try:
-        with Image.open(path) as image:
-            if not (refusal := _refusal(path, *_bands(image))):
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        refusal = _refusal(path, *_unread_bands(path)) or (
-            f"{path}: not an image, or one cut short ({path.stat().st_size} bytes); PNG, JPEG and TIFF are read")
-    except Image.DecompressionBombError:
-        refusal = (f"{path}: above {2 * Image.MAX_IMAGE_PIXELS} pixels; cut it: gdal_translate -srcwin 0 0 4096 4096 "
-                   f"{path} part.tif")
-    except Exception as error:  # PIL's decoders raise nearly anything on a damaged file
-        refusal = f"{path}: truncated or damaged image ({error}); download or export it anew"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Corrupt EXIF data")  # of the pixels, which alone are read, it says nothing
+        try:
+            with Image.open(path) as image:
+                if not (refusal := _refusal(path, *_bands(image))):
+                    image.load()
+                    ImageOps.exif_transpose(image, in_place=True)
+                    return image
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file") from None
+        except UnidentifiedImageError:
+            refusal = _refusal(path, *_unread_bands(path)) or (
+                f"{path}: not an image, or one cut short ({path.stat().st_size} bytes); PNG, JPEG and TIFF are read")
+        except Image.DecompressionBombError:
+            refusal = (f"{path}: above {2 * Image.MAX_IMAGE_PIXELS} pixels; cut it: gdal_translate -srcwin 0 0 4096 "
+                       f"4096 {path} part.tif")
+        except Exception as error:  # PIL's decoders raise nearly anything on a damaged file
+            refusal = f"{path}: truncated or damaged image ({error}); download or export it anew"
     raise ValueError(refusal)
 
 
@@ -891,8 +521,8 @@ def _refusal(path: Path, bands: int, kind: str) -> str:
         return ""
     options = "-b 1" if bands < 3 else "-b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"
     options += "" if "uint8" in kind else " -ot Byte -scale"
-    return (f"{path}: {bands} band{'s' * (bands > 1)} of {kind}; 8-bit images of 1, 3 or 4 bands and 16-bit gray are "
-            f"read. Convert it: gdal_translate {options} {path} converted.tif")
+    return (f"{path}: {bands} band{'s' if bands > 1 else ''} of {kind}; 8-bit images of 1, 3 or 4 bands and 16-bit "
+            f"gray are read. Convert it: gdal_translate {options} {path} converted.tif")
 
 
 def read_image(path) -> Image.Image:
@@ -951,17 +581,18 @@ def run_lengths(counts: list | str | bytes) -> np.ndarray:
 def _mask_from_parts(parts: list, size: tuple[int, int]) -> np.ndarray:
     """Union of RLEs (column-major) and polygons; without any part an empty mask."""
     mask, (height, width) = np.zeros(size, bool), size
-    for part in (part for part in parts if isinstance(part, dict) and len(part["counts"])):
-        # Where there are too few runs this raises; pycocotools would leave memory as it finds it.
-        runs = run_lengths(part["counts"])
-        mask |= np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    codes = [part for part in parts if isinstance(part, dict) and len(part["counts"])]
     # Two corners have no area, and pycocotools takes four numbers for a box.
     if polygons := [part for part in parts if not isinstance(part, dict) and len(part) >= 6]:
         try:
             from pycocotools import mask as coco
         except ImportError:
             raise ModuleNotFoundError("masks stored as polygons need: pip install pycocotools") from None
-        mask |= coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
+        codes.append(coco.merge(coco.frPyObjects(polygons, height, width)))
+    for code in codes:
+        # Where there are too few runs this raises; pycocotools would leave memory as it finds it.
+        runs = run_lengths(code["counts"])
+        mask |= np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
     return mask
 
 
@@ -1004,7 +635,7 @@ def load(samples: list[Sample]) -> tuple[Image.Image, list[np.ndarray]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Dataset and sampler
+# Dataset, sampler, tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1217,7 +848,8 @@ def _counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
     for part in UNION if union and "train" in splits else ():
         kept = refs([sample for sample in splits["train"] if sample.id.startswith(f"{part}_")])
         whole = DATASETS[part].reference[categories].get("train")
-        yield f"train  {kept} refs of {part}" + f", of {whole} with images that are held out elsewhere" * bool(whole)
+        beside = f", of {whole} with images that are held out elsewhere" if whole else ""
+        yield f"train  {kept} refs of {part}{beside}"
     for name, expected in benchmark.reference.get(categories, {}).items() if categories != "all" else ():
         parts = [samples for split, samples in splits.items() if split.startswith(name)]
         if parts and (name, union) != ("train", True):
@@ -1233,7 +865,7 @@ def check(dataset: str, data_root, split: str | None, categories: str) -> int:
     """Prints the counts, every bad file and a summary; returns how many files would stop a training."""
     splits = _read_all(dataset, data_root)
     if absent := [name for name in DATASETS[dataset].splits if name not in splits]:
-        print(f"not there: {', '.join(absent)}" + " (without val the last epoch is kept)" * ("val" in absent))
+        print(f"not there: {', '.join(absent)}{' (without val the last epoch is kept)' if 'val' in absent else ''}")
     wanted = split_names(dataset, split, data_root) if split else splits
     splits = {name: _select(dataset, splits[name], categories) for name in wanted}
     counts = list(_counts(dataset, splits, categories))
@@ -1267,6 +899,268 @@ def main(arguments: list[str] | None = None):
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if stops else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthetic scenes: aerial pictures of a few objects, with sentences that each fit exactly one of them
+# ---------------------------------------------------------------------------------------------------------------------
+# A scene is a function of its number: objects and the sentences that refer to them (`scene`, cheap), pixels and masks
+# (`render`). Lengths and positions are fractions of the image side, x to the right and y downwards.
+
+SCENES = {"train": 400, "val": 24, "test": 120}                     # of training: per epoch, always new ones
+FIRST_SCENE = {"val": 0, "test": 1_000_000, "train": 2_000_000}     # training has no end, so it comes last
+SMALL_SCENES = 1 << 40                                              # from this number on objects are smaller
+REFERRED, EXPRESSIONS = 4, 3                    # objects of a scene that are referred to; sentences for each
+SIDE, SEED = 96, 20250711                       # of a picture, in pixels; of all that is drawn
+COLOURS = {"red": (205, 40, 40), "orange": (245, 135, 20), "yellow": (245, 220, 50), "green": (40, 205, 85),
+           "blue": (40, 80, 230), "white": (238, 238, 238)}
+GROUNDS = {"grass": (98, 116, 70), "soil": (136, 112, 84), "sand": (180, 162, 124), "concrete": (128, 127, 122),
+           "forest": (62, 82, 56), "asphalt": (88, 88, 92), "water": (56, 84, 100)}
+record = functools.partial(make_dataclass, frozen=True)
+# An object; angle in radians from +x towards +y, area of its shape as a share of the image.
+Thing = record("Thing", ["category", "colour", "rgb", "x", "y", "angle", "length", "width", "area"])
+# What a sentence says: a category, perhaps a colour, perhaps one of CUES, perhaps the Description it relates to.
+Description = record("Description", ["category", *((name, object, None) for name in ("colour", "cue", "anchor"))])
+Expression = record("Expression", ["text", "target", "description"])            # target: number of the object
+Scene = record("Scene", ["number", "size", "things", "referred", "expressions"])    # numbers of objects; those of each
+# A category: names; length / width; share of that box that its shape covers; smallest and largest area of the shape;
+# ground around it, with half-axes along and across in lengths; the shape: polygons of u + iv, u along its length and v
+# along its width, both in [-1, 1], each with a tone (lighter towards 1, darker towards -1), later over earlier ones.
+Kind = record("Kind", ["names", "aspect", "fill", "area", "site", "shape"])
+
+
+def bar(u0, u1, v0, v1):
+    return [u0 + v0 * 1j, u1 + v0 * 1j, u1 + v1 * 1j, u0 + v1 * 1j]
+
+
+DISC = np.exp(2j * math.pi * np.arange(20) / 20)
+BLADES = np.exp(2j * math.pi * np.arange(3) / 3)[:, None] * [-0.12j, 0.3-0.25j, 0.97-0.13j, 0.97+0.13j, 0.2+0.13j]
+KINDS = {
+    "building": Kind(("building", "house"), 1.4, 1.03, (0.019, 0.055), None, [(0.25, [-1-1j, 1-1j, 0.45, -0.45]),
+        (-0.1, [-1-1j, -0.45, -1+1j]), (-0.2, [1-1j, 0.45, 1+1j]), (-0.4, [-1+1j, 1+1j, 0.45, -0.45])]),
+    "storage tank": Kind(("storage tank", "tank"), 1.0, 0.80, (0.018, 0.045), None, [
+        (-0.4, DISC), (0, 0.8 * DISC), (0.4, 0.42 * DISC - 0.2 - 0.2j)]),
+    "ship": Kind(("ship", "boat"), 2.8, 0.82, (0.018, 0.040), ("water", 0.75, 0.42), [
+        (0, [-1-0.75j, 0.35-1j, 0.75-0.6j, 1, 0.75+0.6j, 0.35+1j, -1+0.75j]),
+        (-0.45, [-0.85-0.45j, 0.3-0.6j, 0.7, 0.3+0.6j, -0.85+0.45j]),
+        (0.7, bar(-0.75, -0.3, -0.45, 0.45)), (0.5, bar(0, 0.2, -0.3, 0.3))]),
+    "airplane": Kind(("airplane", "plane", "aircraft"), 1.0, 0.34, (0.016, 0.028), ("asphalt", 0.62, 0.6), [
+        (0, [0.35, -0.15+1j, -0.45+1j, -0.2, -0.45-1j, -0.15-1j]),
+        (0, [-0.6, -0.85+0.42j, -1+0.42j, -0.9, -1-0.42j, -0.85-0.42j]),
+        (0.2, [1, 0.8+0.12j, -0.9+0.1j, -1, -0.9-0.1j, 0.8-0.12j])]),
+    "vehicle": Kind(("vehicle", "car"), 1.9, 1.00, (0.017, 0.034), ("asphalt", 0.8, 0.5), [
+        (0, [-1-0.8j, -0.85-1j, 0.8-1j, 1-0.7j, 1+0.7j, 0.8+1j, -0.85+1j, -1+0.8j]),
+        (-0.75, [0.15-0.75j, 0.5-0.85j, 0.5+0.85j, 0.15+0.75j]), (-0.75, bar(-0.8, -0.6, -0.75, 0.75)),
+        (0.25, bar(-0.55, 0.1, -0.7, 0.7))]),
+    "tennis court": Kind(("tennis court", "court"), 1.8, 1.03, (0.020, 0.048), None, [(0, bar(-1, 1, -1, 1)),
+        (0.9, bar(-0.8, 0.8, -0.75, 0.75)), (0, bar(-0.72, 0.72, -0.6, 0.6)), (0.9, bar(-0.42, -0.34, -0.6, 0.6)),
+        (0.9, bar(0.34, 0.42, -0.6, 0.6)), (0.9, bar(-0.4, 0.4, -0.07, 0.07)), (-0.6, bar(-0.05, 0.05, -0.95, 0.95))]),
+    "bridge": Kind(("bridge",), 4.0, 1.03, (0.018, 0.040), ("water", 0.38, 0.62), [
+        (0, bar(-1, 1, -1, 1)), (0.6, bar(-1, 1, -1, -0.7)), (0.6, bar(-1, 1, 0.7, 1)),
+        *((0.8, bar(u - 0.08, u + 0.08, -0.12, 0.12)) for u in (-0.8, -0.4, 0, 0.4, 0.8))]),
+    "windmill": Kind(("windmill", "wind turbine"), 1.0, 0.24, (0.016, 0.023), None, [
+        *((0, blade) for blade in BLADES), (-0.5, 0.17 * DISC)])}
+
+# A cue gives each object t of the named category and colour a score, in relation to the anchor a. A superlative means
+# the object of the highest score, which must lead by the margin. Every other cue means the objects of positive score:
+# just one may have it, and no score may lie within the margin of zero. So no sentence rests on a close call.
+Cue = record("Cue", ["group", "score", "wordings"])
+MARGINS = {"place": 0.07, "extreme": 0.08, "size": math.log(1.5), "relation": 0.07, "nearest": 0.1}
+SUPERLATIVE = ("extreme", "size", "nearest")
+CUES = {name: Cue(group, score, tuple(wordings.split("|"))) for group, name, score, wordings in (
+    ("place", "left", lambda t, _: 0.5 - t.x, "{} on the left|{} on the left side|{} in the left half"),
+    ("place", "right", lambda t, _: t.x - 0.5, "{} on the right|{} on the right side|{} in the right half"),
+    ("place", "top", lambda t, _: 0.5 - t.y, "{} at the top|{} on the upper side|{} in the upper half"),
+    ("place", "bottom", lambda t, _: t.y - 0.5, "{} at the bottom|{} on the lower side|{} in the lower half"),
+    *(("place", f"{half} {side}", lambda t, _, x=x, y=y: min(x * (t.x - 0.5), y * (t.y - 0.5)),
+       f"{{}} in the {half} {side}|{{}} at the {end} {side}|{{}} in the {half} {side} quarter")
+      for half, end, y in (("upper", "top", -1), ("lower", "bottom", 1)) for side, x in (("left", -1), ("right", 1))),
+    ("place", "middle", lambda t, _: 0.2 - max(abs(t.x - 0.5), abs(t.y - 0.5)),
+     "{} in the middle|{} in the center|{} near the center"),
+    ("extreme", "leftmost", lambda t, _: -t.x, "leftmost {}|{} on the far left|{} farthest to the left"),
+    ("extreme", "rightmost", lambda t, _: t.x, "rightmost {}|{} on the far right|{} farthest to the right"),
+    ("extreme", "topmost", lambda t, _: -t.y, "topmost {}|uppermost {}|{} at the very top"),
+    ("extreme", "bottommost", lambda t, _: t.y, "bottommost {}|lowest {}|{} at the very bottom"),
+    ("size", "largest", lambda t, _: math.log(t.area), "largest {}|biggest {}|large {}"),
+    ("size", "smallest", lambda t, _: -math.log(t.area), "smallest {}|small {}"),
+    ("relation", "left of", lambda t, a: beside(a.x - t.x, a.y - t.y), "{} left of {}|{} to the left of {}"),
+    ("relation", "right of", lambda t, a: beside(t.x - a.x, a.y - t.y), "{} right of {}|{} to the right of {}"),
+    ("relation", "above", lambda t, a: beside(a.y - t.y, a.x - t.x), "{} above {}"),
+    ("relation", "below", lambda t, a: beside(t.y - a.y, a.x - t.x), "{} below {}|{} under {}"),
+    ("nearest", "nearest", lambda t, a: -math.hypot(t.x - a.x, t.y - a.y), "{} nearest to {}|{} closest to {}"))}
+# How often a group is tried; few sentences by relation or place fit just one object, most by colour do.
+DRAWN = ("attribute",) * 7 + ("place",) * 5 + ("extreme",) * 4 + ("size",) * 2 + ("relation",) * 2 + ("nearest",)
+CUES_OF = {"attribute": [None], **{group: [name for name in CUES if CUES[name].group == group] for group in MARGINS}}
+COLOUR_WORDINGS = ("{colour} {name}", "{colour} {name}", "{name} that is {colour}")     # where the colour is all
+ARTICLES = ("the ", "the ", "the ", "the ", "a ", "an ", "")
+SYNTHETIC_WORDS = sorted({word for text in (
+    *(name for kind in KINDS.values() for name in kind.names), *COLOURS, *ARTICLES, "that is", "of the image", ".",
+    *(wording.format("", "") for cue in CUES.values() for wording in cue.wordings)) for word in words(text)})
+
+
+def beside(gap, aside):
+    """Score of `left of` and the like: objects of that side count, but one that lies more aside is a close call."""
+    return gap if gap <= 0 or gap > abs(aside) else 0.0
+
+
+def referent(description, things) -> int | None:
+    """Number of the one object that fits; None where none or several do, or where it is a close call."""
+    anchor = description.anchor and referent(description.anchor, things)
+    if description.anchor and anchor is None:
+        return None
+    numbers = [number for number, thing in enumerate(things) if thing.category == description.category
+               and description.colour in (None, thing.colour) and number != anchor]
+    if not numbers or not description.cue:
+        return numbers[0] if len(numbers) == 1 else None
+    cue, anchor = CUES[description.cue], None if anchor is None else things[anchor]
+    ranked = sorted(((cue.score(things[number], anchor), number) for number in numbers), reverse=True)
+    lead = min([ranked[0][0], *(-score for score, _ in ranked[1:])])
+    if cue.group in SUPERLATIVE:
+        lead = ranked[0][0] - ranked[1][0] if len(ranked) > 1 else 0.0
+    return ranked[0][1] if lead >= MARGINS[cue.group] else None
+
+
+def pick(rng, options):
+    return options[int(rng.random() * len(options))]
+
+
+def sentence(rng, description, *, bare=False) -> str:
+    """The description in words, with an article and at times a full stop; `bare`, an anchor's, without both."""
+    name, colour, cue = pick(rng, KINDS[description.category].names), description.colour, CUES.get(description.cue)
+    if cue:
+        anchor = "the " + sentence(rng, description.anchor, bare=True) if description.anchor else ""
+        text = pick(rng, cue.wordings).format(f"{colour} {name}" if colour else name, anchor)
+        text += " of the image" if cue.group == "place" and rng.random() < 0.2 else ""
+    else:
+        text = pick(rng, COLOUR_WORDINGS).format(colour=colour, name=name) if colour else name
+    if bare:
+        return text
+    article = pick(rng, ARTICLES)
+    if article in ("a ", "an "):
+        article = "the " if cue and cue.group in SUPERLATIVE else "an " if text[0] in "aeiou" else "a "
+    text = article + text
+    return text[0].upper() + text[1:] + "." if rng.random() < 0.2 else text
+
+
+def express(rng, things, target: int) -> tuple:
+    """Up to EXPRESSIONS sentences of different meaning that each fit the target alone."""
+    thing, found = things[target], {}
+    for _ in range(40):
+        group, anchor = pick(rng, DRAWN), None
+        colour = thing.colour if rng.random() < (0.8 if group == "attribute" else 0.4) else None
+        if group in ("relation", "nearest"):
+            other = pick(rng, things[target + 1:] + things[:target])
+            anchor = Description(other.category, other.colour if rng.random() < 0.7 else None)
+        meaning = Description(thing.category, colour, pick(rng, CUES_OF[group]), anchor)
+        if referent(meaning, things) == target and meaning not in found:
+            found[meaning] = Expression(sentence(rng, meaning), target, meaning)
+        if len(found) == EXPRESSIONS:
+            break
+    return tuple(found.values())
+
+
+def room(rng, length: float, width: float, taken: np.ndarray):
+    """(centre x + iy, angle, discs) of a box clear of border and `taken`, or None; a disc is a row (centre, radius)."""
+    n = round(1.5 * length / width) if length > width else 1
+    radius = math.hypot(length / n, width) / 2 if n > 1 else 0.54 * length
+    centres, angles = rng.random(40) + 1j * rng.random(40), 2 * math.pi * rng.random(40)
+    discs = centres[:, None] + np.exp(1j * angles)[:, None] * (((np.arange(n) + 0.5) / n - 0.5) * length)   # (tries, n)
+    inside = np.maximum(abs(discs.real - 0.5), abs(discs.imag - 0.5)).max(1) < 0.48 - radius
+    gaps = abs(discs[:, :, None] - taken[:, 0]) - radius - taken[:, 1].real                         # (tries, n, taken)
+    free = inside & (gaps > 0.02).all((1, 2))
+    k = int(free.argmax())
+    return (complex(centres[k]), float(angles[k]), np.stack([discs[k], np.full(n, radius)], 1)) if free[k] else None
+
+
+def draw_things(rng, small: bool) -> list:
+    """4 to 6 objects that do not touch, some alike in category, some in colour; none where they did not find room."""
+    categories = [str(name) for name in rng.permutation(list(KINDS)) for _ in range(pick(rng, (1, 2, 2, 3)))]
+    palette = [str(name) for name in rng.permutation(list(COLOURS))[:4]]
+    boxes, things, taken = [], [], np.zeros((0, 2), complex)
+    for category in categories[:pick(rng, (4, 5, 5, 6))]:
+        kind = KINDS[category]
+        low, high = (kind.area[0] / 7, kind.area[1] / 2) if small else kind.area
+        area = low * (high / low) ** rng.random()
+        aspect = kind.aspect * 1.2 ** (2 * rng.random() - 1) if kind.aspect > 1 else 1.0
+        boxes.append((math.sqrt(area / kind.fill * aspect), math.sqrt(area / kind.fill / aspect), area, category))
+    for length, width, area, category in sorted(boxes, reverse=True):
+        if (spot := room(rng, length, width, taken)) is None:
+            return []
+        centre, angle, discs = spot
+        taken, colour = np.concatenate([taken, discs]), pick(rng, palette)
+        rgb = tuple(int(min(max(level + 16 * (rng.random() - 0.5), 0), 255)) for level in COLOURS[colour])
+        things.append(Thing(category, colour, rgb, centre.real, centre.imag, angle, length, width, area))
+    return things
+
+
+@functools.lru_cache(maxsize=1024)                       # loader workers forked after the listing find it made
+def scene(number: int, *, size: int = SIDE):
+    """Scene by number: its objects and the sentences that refer to REFERRED of them. Nothing is drawn yet."""
+    rng, expressions = np.random.default_rng((SEED, number)), {}
+    while len(expressions) < REFERRED:
+        things, expressions = draw_things(rng, small=number >= SMALL_SCENES), {}
+        for target in map(int, rng.permutation(len(things))):
+            if len(expressions) < REFERRED and len(found := express(rng, things, target)) == EXPRESSIONS:
+                expressions[target] = found
+    referred, said = zip(*sorted(expressions.items()), strict=True)
+    return Scene(number, size, tuple(things), referred, said)
+
+
+def render(scene) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Picture (H, W, 3) uint8 and for each object its mask (H, W) bool: the pixels whose centre it covers."""
+    size, fine = scene.size, 3                           # objects are drawn `fine` times as large, then averaged
+    canvas = Image.new("RGBA", (size * fine, size * fine))                  # the fourth channel: the object's number
+    for number, thing in enumerate(scene.things, 1):
+        place, turn = complex(thing.x, thing.y) * fine * size, cmath.rect(fine * size / 2, thing.angle)
+        for tone, polygon in KINDS[thing.category].shape:
+            outline = place + turn * (np.real(polygon) * thing.length + np.imag(polygon) * thing.width * 1j)
+            tone *= -0.35 if tone > 0 and min(thing.rgb) > 200 else 1               # white cannot get lighter
+            rgb = [int(level + tone * (255 - level if tone > 0 else level)) for level in thing.rgb]
+            ImageDraw.Draw(canvas).polygon(outline.view(float).tolist(), fill=(*rgb, number))
+    labels = canvas.getchannel("A")
+    numbers = np.asarray(labels)[fine // 2::fine, fine // 2::fine]
+    cover = np.asarray(labels.point([0] + [255] * 255).reduce(fine), np.float32) / 255
+    paint = np.moveaxis(np.asarray(canvas.convert("RGB").reduce(fine)), -1, 0) / np.maximum(cover, 1 / fine**2)
+    rng = np.random.default_rng((SEED, scene.number, 1))                    # the ground does not depend on the objects
+
+    def smooth(cells: int) -> np.ndarray:                # (H, W) soft random blobs around 0.5
+        grid = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
+        return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
+
+    grounds = {name: np.array(colour, np.float32)[:, None, None] for name, colour in GROUNDS.items()}
+    base, patch = (grounds[name] for name in rng.permutation(list(GROUNDS))[:2])
+    picture = base + (patch - base) * np.clip(8 * smooth(4) - 4.5, 0, 1)                 # (3, H, W)
+    wobble, grain = smooth(8), rng.normal(0, 5, (size, size)).astype(np.float32)
+    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
+    sites = {name: np.full((size, size), -1, np.float32) for name in ("asphalt", "water")}      # above 0 near an object
+    for thing in scene.things:
+        if site := KINDS[thing.category].site:
+            ground, along, across = site
+            c, s = math.cos(thing.angle) / thing.length, math.sin(thing.angle) / thing.length
+            dx, dy = centres - thing.x, (centres - thing.y)[:, None]
+            u, v = (dx * c + dy * s) / along, (dy * c - dx * s) / across
+            np.maximum(sites[ground], 1.4 - u * u - v * v, out=sites[ground])
+    for name, near in sites.items():
+        picture += (grounds[name] - picture) * np.clip(2 * near + 4 * wobble - 2, 0, 1)
+    picture *= 0.85 + 0.3 * smooth(16)
+    picture *= 1 - 0.5 * np.roll(cover, [max(1, round(size / 60))] * 2, (0, 1))      # a shadow to the lower right
+    picture = np.clip(np.where(numbers > 0, paint, picture) + grain, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(np.moveaxis(picture, 0, -1)), [numbers == i + 1 for i in range(len(scene.things))]
+
+
+def synthetic_samples(split: str, epoch=0, scenes: int | None = None, small=False) -> list[Sample]:
+    """REFERRED x EXPRESSIONS samples of each scene, each object's number as mask; every epoch trains on new scenes."""
+    if split not in SCENES:
+        raise ValueError(f"synthetic has no split {split!r}; choose one of {', '.join(SCENES)}")
+    scenes, samples = SCENES[split] if scenes is None else scenes, []
+    first = epoch * scenes if split == "train" else 0
+    for place in range(first, first + scenes):
+        drawn, image_id = scene(FIRST_SCENE[split] + place + (SMALL_SCENES if small else 0)), f"{split}-{place:05d}"
+        for target, expressions in zip(drawn.referred, drawn.expressions, strict=True):
+            instance, category = f"{image_id}-{target}", drawn.things[target].category
+            samples += [Sample(f"{instance}-{i}", drawn.number, target, expression.text, split, image_id, instance,
+                               category, "file", (drawn.size, drawn.size)) for i, expression in enumerate(expressions)]
+    return samples
 
 
 if __name__ == "__main__":

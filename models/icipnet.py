@@ -3,16 +3,16 @@
 Paper
     Ren, Wang, Xu, Yang, Wang. Image-Conditioned Instance Prompt Network for Referring Remote Sensing Image
     Segmentation. arXiv:2605.24532, 2026, https://arxiv.org/abs/2605.24532
-    At each stage of a Swin Transformer, prompts gather what the image shows (ICIP) and stand beside the words; the
-    visual tokens read both through two attention maps, one subtracted from the other, and the result is mixed over
-    tokens and over channels (BIF). A convolutional decoder draws the mask from the four fused maps. Trained and scored
-    on RefSegRS and RRSIS-D.
 Official
     github.com/Ren-by/ICIPNet; it cannot be built: the class of (10)-(13), the lines of (2)-(4) and several attributes
-    are missing. The calls that stand show layout and widths, no more is taken from it. No code was copied.
+    are missing. What the Notes at the foot of this file mark (code) follows it. No code was copied.
+Idea
+    At each stage of a Swin Transformer, prompts gather what the image shows (ICIP) and stand before the words. The
+    visual tokens read both through two attention maps, one subtracted from the other, and what was read is mixed over
+    tokens and over channels (BIF). A convolutional decoder draws the mask from the four fused maps.
 Shapes
     N images, M expressions, B whichever of the two, S image side
-    i           stage 1..4 of stride s = 4, 8, 16, 32; h,w = S/s; P = h*w positions; C its width 128, 256, 512, 1024
+    i           stage 1..4 of stride s = 4, 8, 16, 32; h,w = S/s; P = h*w positions; C its channels 128, 256, 512, 1024
     D           width 768 of words and prompts;  m prompts per stage, the paper's M_i
     L           as a size, words with padding, the paper's N; as a tensor, the words themselves (B,L,D);  n = m+L
     V, V_hat    visual tokens (B,P,C) and (B,P,D);  T, T_o prompts (B,m,D);  L_o prompts and words (B,n,D)
@@ -27,55 +27,13 @@ Equations
     Eq. (10), Eq. (11)  MultiModalFeatureReconstruction.forward
     Eq. (12), Eq. (13)  MultiModalFeatureReconstruction.forward
     Eq. (14)            ICIPNet.criterion
-Departs from the paper
-    network      the text names ICIP, BIF and a "lightweight", a "standard" decoder; Table III's base is RMSIN, so its
-                 parts are on: intra_scale, cross_scale, rotated; all three False: the text's, with LAVT's decoder
-    (1)          a vector t is D wide, as (2) and the concatenation need, and so is L; the text says C_i and C
-    (5)          Q has P rows, K and H have n, not M_i; O has P rows, not M_i+N
-    (5)          H is D wide, as (12) and (13) need; value_mult=2: 2D, as (5) prints it, and O likewise
-    (5)          Q passes an instance norm over positions (code); query_norm=False: none, as printed
-    (7)          lambda^i, "layer-wise dynamic": 0.8 at each stage (code); [16]: lambda_bias=(0.2, 0.356, 0.471, 0.556)
-    (8)          each map is a softmax over prompts and real words (code), as in [16], which III-B1 follows;
-                 softmax=False: as printed, padded words zero
-    (9)          V_o passes an RMS norm and the factor 1 - lambda^i (code, [16]); sublayer_norm=False: as printed
-Departs from the official code
-    width        D per half of Q and K at every stage, as the paper's 768; bif_width="stage": C for all of BIF, as there
-    (4)          T_o joins the words; there the raw T does
-    (7)          std 0.1, as in [16]; there 1, with which exp() overflows in 1 of 200 draws at width 1024
-    (10)-(13)    built once and learned; there built, with random weights, in every forward
-    CE           a mean of per-expression means, so that any division into micro-batches gives the same; there over the
-                 batch. Dice likewise, of the foreground; dice_sum=True: the sum over both classes and a batch of 4
-    logits       resized with align_corners=False
-    stage 4      no gates and no intra-scale interaction: what they feed is not read (4,194,342 weights there)
-    BERT         no dropout in the layers that do not learn
-Departs from RMSIN's code
-    cross-scale  heads and tokens keep their axes, so that `to_map` mixes tokens; two reshapes there scramble them.
-                 One residual round the feed-forward of each scale, there two
-    sizes        the coarsest map's, there 15 x 15; a coarser copy of one place only is left out
-Silent (code: as the official code has it; LAVT, RMSIN: as theirs; unmarked: our choice)
-    Table III    ICIP alone: the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L
-    f            two linear layers C-C-D with GELU
-    (1)          a normal draw with std 0.02, so that A neither saturates nor vanishes
-    (7) (8)      the four vectors and lambda_v are each stage's own; one head (code); G_i is the width of one half, [16]
-    (10) (12)    hidden widths 256 (code) and 2D; GELU also in (12); no norms, no dropout
-    starts       Xavier-uniform in f, f_q, f_k, f_v, W, zero biases (code); PyTorch's in MFR; std 0.02 in gates (LAVT)
-    O to V       linear W D-C, instance norm, times GELU(linear V), linear, GELU: the fused map. V, the gated fused map
-                 and the gated intra-scale V, summed, go on to the next stage; LayerNorm(fused) goes through the
-                 cross-scale interaction to the decoder (LAVT, RMSIN, code)
-    decoder      with batch norm (LAVT, RMSIN); decoder_norm="tanh": DyT (code)
-    BERT         the text says pre-trained, Fig. 2 draws it frozen: freeze=True; the default is the code's: layers 0-9
-                 learn, layers 10, 11 and the embeddings do not
-    training     at 480, 20 tokens with [CLS] and [SEP], power 0.9, drop-path 0.3, class weights 0.9/1.1, Dice with
-                 epsilon 1e-6, decay on all but Swin's norms and position biases and the four output norms, selection by
-                 validation oIoU (code); mixed precision
-Omits
-    the code's black squares on a fifth of the training images, which the paper does not mention
 """
 
 import math
 import pickle
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,7 +83,6 @@ class Config:
     sublayer_norm: bool = True                      # official code, [16]: RMS norm, 1 - lambda^i after Eq. (9)
     lambda_bias: tuple[float, ...] = (0.8, 0.8, 0.8, 0.8)       # official code: lambda^i of Eq. (7), one per stage
     token_hidden: int = 256                         # official code, Eq. (10)
-    channel_mult: int = 2                           # our choice, Eq. (12): "increases channels"
 
     intra_scale: bool = True                        # RMSIN's parts, the base model of IV-C
     cross_scale: bool = True
@@ -144,7 +101,7 @@ class Config:
     def __post_init__(self):
         if self.bif_width not in ("D", "stage"):
             raise ValueError(f"bif_width={self.bif_width}: expected D or stage")
-        if self.decoder_norm not in ("batch", "tanh"):
+        if self.decoder_norm not in NORMS:
             raise ValueError(f"decoder_norm={self.decoder_norm}: expected batch or tanh")
         for field in ("depths", "swin_heads", "lambda_bias"):
             if len(getattr(self, field)) != 4:
@@ -153,7 +110,7 @@ class Config:
             raise ValueError(f"prompts={self.prompts}: expected at least 1, or icip=False")
 
     @property
-    def widths(self):
+    def channels(self):
         """C of the four stages."""
         return [self.embed * 2 ** i for i in range(4)]
 
@@ -172,147 +129,11 @@ class Config:
                    dice_weight=0.5, background_weight=1.0, foreground_weight=1.0)   # Dice finds small objects sooner
 
 
-RECIPE = {
-    "epochs": 40, "batch_size": 4, "lr": 3e-5, "weight_decay": 0.01,            # IV-A1, for AdamW
-    "schedule": "poly", "power": 0.9, "warmup": 0.0, "clip": 0.0,               # IV-A1: poly; the rest official code
-    "micro_batch": 4, "precision": "bf16", "phases": None,                      # our choice: precision
-    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "oIoU",   # official code; III-B4: resized
-}
-RECIPE_FOR = {}                                     # IV-A1: one recipe for both data sets
-RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "schedule": "cosine", "warmup": 0.5,
-               "clip": 1.0, "per_image": 4}
-ABLATIONS = {                                       # both on RefSegRS; III is scored on its val split, IV on test
-    "III": {row: {"icip": icip, "bif": bif, "prompts": 5} for row, icip, bif in (
-        ("Base", False, False), ("+ICIP", True, False), ("+BIF", False, True), ("Full", True, True))},
-    "IV": {"Base": {"icip": False, "bif": False},
-           **{f"+ICIP M={m}": {"icip": True, "bif": False, "prompts": m} for m in (3, 5, 8)}},
-}
-
-
-# --------------------------------------------------------------------------------------- tokenizer, published weights
-
-
-SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # [PAD] [UNK] [CLS] [SEP], as BERT has them
-
-
-class BertWords:
-    """BERT's own tokenizer, padded and cut to `length` with [CLS] and [SEP] kept: strings -> tokens, text_mask."""
-
-    def __init__(self, tokenizer, length):
-        self.tokenizer, self.length = tokenizer, length
-
-    def __len__(self):
-        return len(self.tokenizer)
-
-    def __call__(self, expressions):
-        batch = self.tokenizer(list(expressions), padding="max_length", truncation=True, max_length=self.length,
-                               return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"].bool()
-
-
-def tokenizer(config):
-    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
-    source = find_weights(config, config.text_backbone)
-    words = from_hub(bert_vocabulary, source)
-    if len(words) != config.vocab_size:
-        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
-    return BertWords(words, config.text_length)
-
-
-def bert_vocabulary(source):
-    words = BertTokenizer.from_pretrained(source)
-    if len(words) <= 5:                             # transformers' answer to a missing file is its five special words
-        raise OSError("neither vocab.txt nor tokenizer.json found")
-    return words
-
-
-def find_weights(config, name):
-    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
-    if config.pretrained == "hub" and not name.endswith(".pth"):
-        return name
-    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
-    if path.exists():
-        return str(path)
-    if name.endswith(".pth"):
-        raise FileNotFoundError(
-            f"{path}: no such file; Microsoft's swin_base_patch4_window12_384_22k.pth is linked in the README of "
-            "github.com/microsoft/Swin-Transformer: put it there under this name, "
-            "or say --set image_backbone=microsoft/swin-base-patch4-window12-384-in22k")
-    raise FileNotFoundError(f"{path}: no such folder; put huggingface.co/{name} there, or say --set pretrained=hub")
-
-
-def from_hub(load, source, **options):
-    """`load(source)` of transformers, with an answer that helps if it fails."""
-    try:
-        return load(source, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        if Path(source).is_dir():
-            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
-                             f"({str(error).strip().splitlines()[0]})") from error
-        raise FileNotFoundError(
-            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
-            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
-
-
-MICROSOFT_TO_HUGGINGFACE = (
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^patch_embed\.norm\.", "embeddings.norm."),
-    (r"^layers\.", "encoder.layers."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"\.attn\.(relative_position_bias_table)$", r".attention.relative_position_bias.\1"),
-)
-
-
-def read_microsoft_swin(path):
-    """A Swin file in Microsoft's naming -> tensors under HuggingFace's names, without the classifier and its norm."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
-    file = file.get("model", file) if isinstance(file, dict) else file
-    if not isinstance(file, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
-    tensors = {}
-    for name, value in file.items():
-        if name.startswith(("head.", "norm.")) or name.endswith(("relative_position_index", "attn_mask")):
-            continue
-        for pattern, replacement in MICROSOFT_TO_HUGGINGFACE:
-            name = re.sub(pattern, replacement, name)
-        if ".attn.qkv." in name:
-            tensors |= {name.replace(".attn.qkv.", f".attention.{part}_proj."): third
-                        for part, third in zip("qkv", value.chunk(3), strict=True)}
-        else:
-            tensors[name] = value
-    return tensors
-
-
-def read_huggingface(kind, source, extra):
-    """Tensors of a published checkpoint in float32, as the file names them but for those that begin with `extra`."""
-    model, info = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
-    tensors = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
-    tensors |= dict.fromkeys(info["unexpected_keys"])
-    return {name: value for name, value in tensors.items() if not name.startswith(extra)}
-
-
-def load_strictly(module, tensors, source, fields):
-    """All of `tensors` into `module` and nothing left over; `fields` are named if it does not fit."""
-    own = module.state_dict()
-    wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
-    wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
-    if wrong:
-        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
-                         f"of another shape, the first {wrong[:2]}")
-    module.load_state_dict(tensors)
-    print(f"{source}: {len(tensors)} tensors loaded")
-
-
 # ------------------------------------------------------------------------------------------- the paper's modules, III
 
 
-def mlp(width, hidden, width_out):
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+def mlp(inputs, hidden, outputs):
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
 
 
 def xavier(module):
@@ -330,73 +151,68 @@ def norm_over_positions(tokens):
     return functional.instance_norm(tokens.mT).mT
 
 
+def check_tokens(V, L, text_mask, channels, width):
+    """ValueError, in one line, for what would be misread: V (B,P,channels), L (B,n,width), text_mask (B,n) bool."""
+    if V.dim() != 3 or V.shape[-1] != channels:
+        raise ValueError(f"got visual tokens {tuple(V.shape)}, expected (B,P,{channels}): a map's places in one row, "
+                         f"its {channels} channels last")
+    if L.dim() != 3 or L.shape[::2] != (len(V), width):
+        raise ValueError(f"got words {tuple(L.shape)}, expected ({len(V)},n,{width}), channels last")
+    if text_mask.shape != L.shape[:2] or text_mask.dtype != torch.bool:
+        raise ValueError(f"got a text_mask {tuple(text_mask.shape)} of {text_mask.dtype}, expected "
+                         f"{tuple(L.shape[:2])} of torch.bool, True = a real token (text_mask.bool(), or ~padding)")
+
+
 class ImageConditionedInstancePrompt(nn.Module):
     """III-A, ICIP: prompts that have looked at the image stand before the words.
 
-    Fits any pair of encoders: V (B,P,C) visual tokens; L (B,L,D) words; text_mask (B,L), True = a real token
-    -> L_o (B,m+L,D) and its mask (B,m+L).
+    Fits any pair of encoders: ImageConditionedInstancePrompt(channels=C, width=D, prompts=m).
+    V (B,P,C) visual tokens of a map of any size; L (B,L,D) words; text_mask (B,L) bool, True = a real token
+    -> L_o (B,m+L,D) and its mask (B,m+L). To copy it out, bring along mlp, xavier, check_tokens.
     As A lies in [-1,1], no position weighs more than e^2 times another: T_o is T + a tilted mean of the whole image.
     """
 
     def __init__(self, channels, width, prompts):
         super().__init__()
-        self.prompts = nn.Parameter(torch.randn(prompts, width) * 0.02)
-        self.f = xavier(mlp(channels, channels, width))
+        self.channels, self.width = channels, width
+        self.prompts = nn.Parameter(torch.randn(prompts, width) * 0.02)         # Silent: (1)
+        self.f = xavier(mlp(channels, channels, width))                         # Silent: f
 
     def forward(self, V, L, text_mask):
-        T = self.prompts.expand(len(V), -1, -1)  # Eq. (1)                      # (B,m,D)
+        check_tokens(V, L, text_mask, self.channels, self.width)
+        T = self.prompts.expand(len(V), -1, -1)  # Eq. (1)                      # (B,m,D)  # Departs: (1)
         V_hat = self.f(V)                                                       # (B,P,D)
         # alpha differs little from place to place while the prompts are small: float32, or the differences are lost
         with torch.autocast(V.device.type, enabled=False):
             V_hat, T = V_hat.float(), T.float()
             A = torch.tanh(V_hat @ T.mT)  # Eq. (2)                             # (B,P,m)
             alpha = A.softmax(1)  # Eq. (3)                                     # (B,P,m)
-            T_o = alpha.mT @ V_hat + T  # Eq. (4)                               # (B,m,D)
-        L_o = torch.cat((T_o, L), 1)                                            # (B,m+L,D)
+            T_o = alpha.mT @ V_hat + T  # Eq. (4)                               # (B,m,D)  # Departs: (4)
+        L_o = torch.cat((T_o.to(L.dtype), L), 1)                                # (B,m+L,D)
         return L_o, functional.pad(text_mask, (T_o.shape[1], 0), value=True)
-
-
-class MultiModalFeatureReconstruction(nn.Module):
-    """III-B2, MFR (there also BFR): mixes over the tokens, then over the channels.
-
-    (B,P,D) -> (B,P,D), for one number P of tokens, to which its weights are tied.
-    """
-
-    def __init__(self, positions, width, token_hidden=256, channel_mult=2):
-        super().__init__()
-        self.P_token = mlp(positions, token_hidden, positions)
-        self.P_channel = mlp(width, channel_mult * width, width)
-
-    def forward(self, V_o):
-        built_for = self.P_token[0].in_features
-        if V_o.shape[1] != built_for:
-            raise ValueError(f"got {V_o.shape[1]} visual tokens; the token mixture of Eq. (10) has weights for "
-                             f"{built_for}: build it for the positions of this input size")
-        O_TM = self.P_token(V_o.mT).mT  # Eq. (10)
-        V_E = V_o + O_TM  # Eq. (11)
-        O_CM = self.P_channel(V_E)  # Eq. (12)
-        return V_E + O_CM  # Eq. (13)
 
 
 class BilateralInformationFusion(nn.Module):
     """III-B, BIF: each position reads L_o by the difference of two attention maps, then MFR mixes what was read.
 
-    Fits any pair of encoders: V (B,P,C) visual tokens; L_o (B,n,D), text_mask (B,n), True = may be read
-    -> O (B,P,value_mult*width).
+    Fits any pair of encoders: BilateralInformationFusion(channels=C, width=D, positions=P, half), where half is the
+    width of a half of Q and of K, the paper's D, and value_mult*half that of H and O. V (B,P,C) visual tokens; L_o
+    (B,n,D); text_mask (B,n) bool, True = may be read -> O (B,P,value_mult*half). Tied to maps of P = h*w places.
+    To copy it out, bring along mlp, xavier, norm_over_positions, check_tokens, MultiModalFeatureReconstruction.
     """
 
-    def __init__(self, channels, text_width, positions, width, *, value_mult=1, lambda_bias=0.8, query_norm=True,
-                 softmax=True, sublayer_norm=True, token_hidden=256, channel_mult=2):
+    def __init__(self, channels, width, positions, half, *, value_mult=1, lambda_bias=0.8, query_norm=True,
+                 softmax=True, sublayer_norm=True, token_hidden=256):
         super().__init__()
+        self.channels, self.width, self.value_width = channels, width, value_mult * half
         self.lambda_bias, self.query_norm, self.softmax = lambda_bias, query_norm, softmax
-        self.width_out = value_mult * width
-        self.f_q = xavier(nn.Linear(channels, 2 * width))
-        self.f_k = xavier(nn.Linear(text_width, 2 * width))
-        self.f_v = xavier(nn.Linear(text_width, self.width_out))
+        self.f_q = xavier(nn.Linear(channels, 2 * half))
+        self.f_k = xavier(nn.Linear(width, 2 * half))
+        self.f_v = xavier(nn.Linear(width, self.value_width))                   # Departs: (5), width of H
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
-            nn.Parameter(torch.randn(1, width) * 0.1) for _ in range(4))
-        self.norm = nn.RMSNorm(self.width_out, eps=1e-5) if sublayer_norm else None
-        self.reconstruct = MultiModalFeatureReconstruction(positions, self.width_out, token_hidden, channel_mult)
+            nn.Parameter(torch.randn(1, half) * 0.1) for _ in range(4))         # Departs: (7)
+        self.norm = nn.RMSNorm(self.value_width, eps=1e-5) if sublayer_norm else None
+        self.reconstruct = MultiModalFeatureReconstruction(positions, self.value_width, token_hidden)
 
     def balance(self):
         """lambda_v, a scalar; in float32, for the sake of exp()."""
@@ -406,37 +222,63 @@ class BilateralInformationFusion(nn.Module):
 
     def scores(self, Q, K, text_mask):
         """One of the two maps of Eq. (8), (B,P,n), in float32, for the sake of exp(); G is the width of Q."""
-        S = ((Q / math.sqrt(Q.shape[-1])) @ K.mT).float()
+        products = ((Q / math.sqrt(Q.shape[-1])) @ K.mT).float()
         if not self.softmax:
-            return S.masked_fill(~text_mask[:, None], 0)
-        return S.masked_fill(~text_mask[:, None], -math.inf).softmax(-1)
+            return products.masked_fill(~text_mask[:, None], 0)
+        return products.masked_fill(~text_mask[:, None], -math.inf).softmax(-1)             # Departs: (8)
 
     def forward(self, V, L_o, text_mask):
+        check_tokens(V, L_o, text_mask, self.channels, self.width)
         Q, K, H = self.f_q(V), self.f_k(L_o), self.f_v(L_o)  # Eq. (5)          # (B,P,2D), (B,n,2D), (B,n,D)
-        if self.query_norm:
+        if self.query_norm:                                                     # Departs: (5), norm of Q
             Q = norm_over_positions(Q)
         (Q1, Q2), (K1, K2) = Q.chunk(2, -1), K.chunk(2, -1)  # Eq. (6)
         F = self.scores(Q1, K1, text_mask) - self.balance() * self.scores(Q2, K2, text_mask)  # Eq. (8)   # (B,P,n)
-        V_o = F @ H  # Eq. (9)                                                  # (B,P,D)
-        if self.norm is not None:
-            V_o = self.norm(V_o.float()) * (1 - self.lambda_bias)
+        V_o = F.to(H.dtype) @ H  # Eq. (9)                                      # (B,P,D)
+        if self.norm is not None:                                               # Departs: (9)
+            V_o = self.norm(V_o.to(self.norm.weight.dtype)) * (1 - self.lambda_bias)
         return self.reconstruct(V_o)                                            # (B,P,D)
+
+
+class MultiModalFeatureReconstruction(nn.Module):
+    """III-B2, MFR (there also BFR): mixes over the tokens, then over the channels.
+
+    MultiModalFeatureReconstruction(positions=P, width=D): (B,P,D) -> (B,P,D), channels last. Tied to maps of P = h*w
+    places, whatever their shape. To copy it out, bring along mlp.
+    """
+
+    def __init__(self, positions, width, token_hidden=256):
+        super().__init__()
+        self.positions, self.width = positions, width
+        self.P_token = mlp(positions, token_hidden, positions)                  # Silent: (10)
+        self.P_channel = mlp(width, 2 * width, width)                           # Silent: (12)
+
+    def forward(self, V_o):
+        if V_o.shape[1:] != (self.positions, self.width):
+            raise ValueError(f"got {tuple(V_o.shape)}, expected (B,{self.positions},{self.width}): the token "
+                             f"mixture of Eq. (10) has weights for {self.positions} visual tokens, channels last; "
+                             "build it for the positions of this input size")
+        O_TM = self.P_token(V_o.mT).mT  # Eq. (10)
+        V_E = V_o + O_TM  # Eq. (11)
+        O_CM = self.P_channel(V_E)  # Eq. (12)
+        return V_E + O_CM  # Eq. (13)
 
 
 # ------------------------------------------------------------------------------- the base: LAVT's shell, RMSIN's parts
 
 
 class PixelWordAttention(nn.Module):
-    """LAVT's fusion, for Table III's rows without BIF: V (B,P,C), L_o (B,n,D), text_mask (B,n) -> (B,P,C)."""
+    """LAVT's fusion, for Table III's rows without BIF: V (B,P,C), L_o (B,n,D), text_mask (B,n) bool -> (B,P,C)."""
 
-    def __init__(self, channels, text_width):
+    def __init__(self, channels, width):
         super().__init__()
-        self.width_out = channels
+        self.channels, self.width, self.value_width = channels, width, channels
         self.f_q = xavier(nn.Linear(channels, channels))
-        self.f_k = xavier(nn.Linear(text_width, channels))
-        self.f_v = xavier(nn.Linear(text_width, channels))
+        self.f_k = xavier(nn.Linear(width, channels))
+        self.f_v = xavier(nn.Linear(width, channels))
 
     def forward(self, V, L_o, text_mask):
+        check_tokens(V, L_o, text_mask, self.channels, self.width)
         Q = norm_over_positions(self.f_q(V))
         return functional.scaled_dot_product_attention(Q, self.f_k(L_o), self.f_v(L_o), text_mask[:, None])
 
@@ -455,9 +297,8 @@ class Gate(nn.Module):
         return self.layers(tokens) * tokens
 
 
-def conv_norm(channels, width_out, kernel=1, **options):
-    return nn.Sequential(nn.Conv2d(channels, width_out, kernel, padding=kernel // 2, **options),
-                         nn.BatchNorm2d(width_out))
+def conv_norm(inputs, outputs, kernel=1, **options):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options), nn.BatchNorm2d(outputs))
 
 
 class IntraScaleInteraction(nn.Module):
@@ -478,26 +319,17 @@ class IntraScaleInteraction(nn.Module):
 
 
 class StageFusion(nn.Module):
-    """Fig. 2, one stage: ICIP, BIF, and LAVT's shell round them; gated on to the next stage unless it is the last."""
+    """Fig. 2, one stage: ICIP (or None) and BIF, LAVT's shell round them; gated on to the next stage, if any."""
 
-    def __init__(self, c, i):
+    def __init__(self, channels, icip, attention, *, last=False, intra_scale=True, init_std=0.02):
         super().__init__()
-        channels = c.widths[i]
-        self.icip = ImageConditionedInstancePrompt(channels, c.width, c.prompts) if c.icip else None
-        if c.bif:
-            self.attention = BilateralInformationFusion(
-                channels, c.width, c.sides[i] ** 2, c.width if c.bif_width == "D" else channels,
-                value_mult=c.value_mult, lambda_bias=c.lambda_bias[i], query_norm=c.query_norm, softmax=c.softmax,
-                sublayer_norm=c.sublayer_norm, token_hidden=c.token_hidden, channel_mult=c.channel_mult)
-        else:
-            self.attention = PixelWordAttention(channels, c.width)
-        self.W = xavier(nn.Linear(self.attention.width_out, channels))
+        self.icip, self.attention = icip, attention
+        self.W = xavier(nn.Linear(attention.value_width, channels))
         self.visual = nn.Linear(channels, channels)
         self.project = nn.Linear(channels, channels)
-        last = i == 3
-        self.gate = None if last else Gate(channels, c.init_std)
-        self.intra_scale = None if last or not c.intra_scale else IntraScaleInteraction()
-        self.visual_gate = None if self.intra_scale is None else Gate(channels, c.init_std)
+        self.gate = None if last else Gate(channels, init_std)                  # Departs: stage 4
+        self.intra_scale = IntraScaleInteraction() if intra_scale and not last else None
+        self.visual_gate = Gate(channels, init_std) if intra_scale and not last else None
 
     def forward(self, V, size, L, text_mask):
         """V (M,P,C), size (h,w), L (M,L,D), text_mask (M,L) -> V for the next stage, the fused map, both (M,P,C)."""
@@ -519,7 +351,7 @@ class StageFusion(nn.Module):
 class CrossScaleAttention(nn.Module):
     """RMSIN's: the tokens of a map and of two coarser copies of it attend to each other. (B,C,h,w) -> (B,C,h,w).
 
-    A copy of one place only is left out: a batch norm cannot learn from one value.
+    Tied to maps of side x side. A copy of one place only is left out: a batch norm cannot learn from one value.
     """
 
     def __init__(self, channels, side, heads, key):
@@ -540,16 +372,15 @@ class CrossScaleAttention(nn.Module):
     def forward(self, features):
         x = self.norm(features)
         maps = [x, *(layer(x) for layer in self.coarser)]
-        tokens = torch.cat([rearrange(m, "b c h w -> b (h w) c") for m in maps], 1)                 # (B,n,C)
+        tokens = torch.cat([rearrange(one, "b c h w -> b (h w) c") for one in maps], 1)             # (B,n,C)
         qkv = self.qkv_norm(self.qkv(tokens).mT).mT
-        qkv = rearrange(qkv, "b n (a d) -> b a n d", a=self.heads)
-        q, k, v = qkv.split([self.key, self.key, 2 * self.key], -1)
-        mixed = functional.scaled_dot_product_attention(q, k, v)                # (B,heads,n,d)
-        mixed = self.to_map(mixed.mT).mT                                        # (B,heads,h*w,d)
-        values = rearrange(v[:, :, :self.side ** 2], "b a (h w) d -> b (a d) h w", h=self.side)
-        local = rearrange(self.local(functional.hardswish(values)), "b (a d) h w -> b a (h w) d", a=self.heads)
-        x = self.to_out(rearrange(mixed + local, "b a n d -> b n (a d)"))       # (B,h*w,C)
-        return self.out(rearrange(x, "b (h w) c -> b c h w", h=self.side))
+        q, k, v = rearrange(qkv, "b n (a d) -> b a n d", a=self.heads).split([self.key, self.key, 2 * self.key], -1)
+        mixed = functional.scaled_dot_product_attention(q, k, v)                                    # (B,heads,n,d)
+        finest = v[:, :, :self.side ** 2]                                                           # (B,heads,h*w,d)
+        mixed = rearrange(mixed, "b a n d -> b (a d) n")
+        finest = rearrange(finest, "b a (h w) d -> b (a d) h w", h=self.side)
+        mixed = self.to_map(mixed) + self.local(functional.hardswish(finest)).flatten(2)            # (B,heads*d,h*w)
+        return self.out(rearrange(self.to_out(mixed.mT), "b (h w) c -> b c h w", h=self.side))
 
 
 def conv_feed_forward(channels):
@@ -558,41 +389,44 @@ def conv_feed_forward(channels):
                          nn.Conv2d(2 * channels, channels, 1))
 
 
+def resize(maps, like, align_corners=False):
+    """(B,C,h,w) bilinearly to the size of `like`."""
+    return functional.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+
 class CrossScaleInteraction(nn.Module):
     """RMSIN's: the maps of all stages meet at the size of the coarsest, then each is gated by what came of it.
 
-    features fine to coarse, (B,C_i,h_i,w_i) -> the same shapes.
+    features fine to coarse, (B,C_i,h_i,w_i) -> the same shapes; the coarsest is side x side, to which it is tied.
     """
 
-    def __init__(self, widths, side, heads=8, key=32):
+    def __init__(self, channels, side, heads=8, key=32):
         super().__init__()
-        self.widths, self.reduced = list(widths), [width // 4 for width in widths]
-        total, inner = sum(self.widths), sum(self.reduced)
+        self.side, self.channels, self.reduced = side, list(channels), [one // 4 for one in channels]
+        total, inner = sum(self.channels), sum(self.reduced)
         self.reduce = nn.Conv2d(total, inner, 1)
         self.attentions = nn.ModuleList(CrossScaleAttention(inner, side, heads, key) for _ in range(2))
-        self.per_scale = nn.ModuleList(conv_feed_forward(width) for width in self.reduced)
+        self.per_scale = nn.ModuleList(conv_feed_forward(one) for one in self.reduced)
         self.across = conv_feed_forward(inner)
         self.expand = nn.Sequential(nn.BatchNorm2d(inner), nn.Conv2d(inner, total, 1))
         self.local, self.weight, self.shift = (
-            nn.ModuleList(conv_norm(width, width) for width in self.widths) for _ in range(3))
+            nn.ModuleList(conv_norm(one, one) for one in self.channels) for _ in range(3))
 
     def forward(self, features):
-        size = features[-1].shape[-2:]
+        size = tuple(features[-1].shape[-2:])
+        if size != (self.side, self.side):
+            raise ValueError(f"got a coarsest map of {size[0]} x {size[1]}, expected {self.side} x {self.side}: the "
+                             "cross-scale interaction has weights for one size; build it for this one")
         x = self.reduce(torch.cat([functional.adaptive_avg_pool2d(feature, size) for feature in features], 1))
         x = x + self.attentions[0](x)
         x = x + torch.cat([layer(part) for layer, part in
                            zip(self.per_scale, x.split(self.reduced, 1), strict=True)], 1)
         x = x + self.attentions[1](x)
         x = x + self.across(x)
-        shared = self.expand(x).split(self.widths, 1)                           # four of (B,C_i,h_4,w_4)
+        shared = self.expand(x).split(self.channels, 1)                         # four of (B,C_i,h_4,w_4)
         return [self.local[i](feature) * resize(functional.hardsigmoid(self.weight[i](part)), feature)
                 + resize(self.shift[i](part), feature)
                 for i, (feature, part) in enumerate(zip(features, shared, strict=True))]
-
-
-def resize(maps, like, align_corners=False):
-    """(B,C,h,w) bilinearly to the size of `like`."""
-    return functional.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=align_corners)
 
 
 def rotation(theta):
@@ -608,14 +442,14 @@ def rotation(theta):
 class RotatedConv(nn.Module):
     """Adaptive rotated 3x3 convolution (Pu et al. 2023): each image turns and scales the kernel. Keeps (B,C,h,w)."""
 
-    def __init__(self, width, dropout=0.2):
+    def __init__(self, channels, dropout=0.2):
         super().__init__()
-        self.kernel = nn.Parameter(torch.empty(width, width, 3, 3))
-        self.local = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-        self.norm = nn.LayerNorm(width)
+        self.kernel = nn.Parameter(torch.empty(channels, channels, 3, 3))
+        self.local = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.norm = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
-        self.alpha = nn.Linear(width, 1)
-        self.theta = nn.Linear(width, 1, bias=False)
+        self.alpha = nn.Linear(channels, 1)
+        self.theta = nn.Linear(channels, 1, bias=False)
         nn.init.kaiming_normal_(self.kernel, mode="fan_out", nonlinearity="relu")
         for layer in (self.local, self.alpha, self.theta):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -629,7 +463,7 @@ class RotatedConv(nn.Module):
             turned = torch.einsum("bts,ois->boit", alpha[..., None] * rotation(theta), self.kernel.flatten(2).float())
         turned = rearrange(turned, "b o i (y x) -> (b o) i y x", y=3)
         rows = rearrange(features, "b c h w -> 1 (b c) h w")
-        result = functional.conv2d(rows, turned, padding=1, groups=len(features))
+        result = functional.conv2d(rows, turned.to(rows.dtype), padding=1, groups=len(features))
         return rearrange(result, "1 (b c) h w -> b c h w", b=len(features))
 
 
@@ -645,18 +479,23 @@ class TanhNorm(nn.Module):
         return self.scale * torch.tanh(self.alpha * features) + self.shift
 
 
-class Decoder(nn.Module):
-    """LAVT's, with RMSIN's rotated convolutions: four features, fine to coarse -> logits (B,1,S/4,S/4)."""
+NORMS = {"batch": nn.BatchNorm2d, "tanh": TanhNorm}         # Config.decoder_norm
 
-    def __init__(self, widths, hidden, rotated, norm, dropout):
+
+class Decoder(nn.Module):
+    """LAVT's, with RMSIN's rotated convolutions: four features, fine to coarse -> logits (B,1,S/4,S/4).
+
+    channels: of the features, fine to coarse; norm: the class of its six norms.
+    """
+
+    def __init__(self, channels, hidden, rotated=True, norm=nn.BatchNorm2d, dropout=0.2):
         super().__init__()
-        Norm = {"batch": nn.BatchNorm2d, "tanh": TanhNorm}[norm]
         self.merge, self.refine = nn.ModuleList(), nn.ModuleList()
-        for width, coarser in zip(widths[-2::-1], (widths[-1], hidden, hidden), strict=True):
+        for finer, coarser in zip(channels[-2::-1], (channels[-1], hidden, hidden), strict=True):
             conv = RotatedConv(hidden, dropout) if rotated else nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
-            self.merge.append(nn.Sequential(nn.Conv2d(coarser + width, hidden, 3, padding=1, bias=False), Norm(hidden),
+            self.merge.append(nn.Sequential(nn.Conv2d(coarser + finer, hidden, 3, padding=1, bias=False), norm(hidden),
                                             nn.ReLU()))
-            self.refine.append(nn.Sequential(conv, Norm(hidden), nn.ReLU()))
+            self.refine.append(nn.Sequential(conv, norm(hidden), nn.ReLU()))
         self.classify = nn.Conv2d(hidden, 2, 1)
 
     def forward(self, features):
@@ -688,26 +527,34 @@ class ICIPNet(nn.Module):
             window_size=c.window, embed_dim=c.embed, depths=list(c.depths), num_heads=list(c.swin_heads),
             drop_path_rate=c.drop_path, initializer_range=c.init_std), add_pooling_layer=False)
         self.swin.layernorm = nn.Identity()                                     # it serves the classifier only
-        self.stages = nn.ModuleList(StageFusion(c, i) for i in range(4))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in c.widths)
+        self.stages = nn.ModuleList(self.fusion(i) for i in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in c.channels)
         if c.cross_scale:
-            self.cross_scale = CrossScaleInteraction(c.widths, c.sides[-1], c.cross_heads, c.cross_key)
-        self.decoder = Decoder(c.widths, c.decoder_width, c.rotated, c.decoder_norm, c.router_dropout)
+            self.cross_scale = CrossScaleInteraction(c.channels, c.sides[-1], c.cross_heads, c.cross_key)
+        self.decoder = Decoder(c.channels, c.decoder_width, c.rotated, NORMS[c.decoder_norm], c.router_dropout)
         for part in self.frozen():
             part.requires_grad_(False)
+
+    def fusion(self, i):
+        """What follows stage i of Swin; Table III's rows differ in it."""
+        c, channels = self.config, self.config.channels[i]
+        icip = ImageConditionedInstancePrompt(channels, c.width, c.prompts) if c.icip else None
+        if c.bif:
+            half = c.width if c.bif_width == "D" else channels                  # Departs: width
+            attention = BilateralInformationFusion(
+                channels, c.width, c.sides[i] ** 2, half, value_mult=c.value_mult, lambda_bias=c.lambda_bias[i],
+                query_norm=c.query_norm, softmax=c.softmax, sublayer_norm=c.sublayer_norm, token_hidden=c.token_hidden)
+        else:
+            attention = PixelWordAttention(channels, c.width)                   # Silent: Table III
+        return StageFusion(channels, icip, attention, last=i == 3, intra_scale=c.intra_scale, init_std=c.init_std)
 
     def load_pretrained(self):
         """Published weights into Swin and BERT, strictly -> {state-dict prefix: source}."""
         c = self.config
         if c.pretrained == "none":
             return {}
-        source = find_weights(c, c.image_backbone)
-        tensors = (read_microsoft_swin(source) if source.endswith(".pth") else
-                   read_huggingface(SwinModel, source, extra=("layernorm.", "pooler.", "classifier.")))
-        load_strictly(self.swin, tensors, source, "embed, depths, swin_heads, window")
-        source = find_weights(c, c.text_backbone)
-        tensors = read_huggingface(BertModel, source, extra=("pooler.", "cls."))
-        load_strictly(self.bert, tensors, source, "width, bert_layers, bert_ffn, vocab_size")
+        load_published(self.swin, find_weights(c, c.image_backbone), "embed, depths, swin_heads, window")
+        load_published(self.bert, find_weights(c, c.text_backbone), "width, bert_layers, bert_ffn, vocab_size")
         return {"swin.": c.image_backbone, "bert.": c.text_backbone}
 
     def frozen(self):
@@ -733,7 +580,7 @@ class ICIPNet(nn.Module):
                              f"{c.image_size}; resize them, or build and train a model for another image_size")
         # A mask per query and key is taken as it is; of a plain one transformers asks the device if it is full.
         L = self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state            # (M,L,D)
-        pixels = (images / 255 - self.mean) / self.std                          # (N,3,S,S)
+        pixels = ((images / 255 - self.mean) / self.std).to(self.mean.dtype)    # (N,3,S,S)
         V, (h, w) = self.swin.embeddings(pixels)                                # (N,P,C)
         features = []
         for i, stage in enumerate(self.swin.encoder.layers):
@@ -773,3 +620,155 @@ class ICIPNet(nn.Module):
                 (plain if in_swin or name.startswith("norms.") else decayed).append(parameter)
         return [{"params": decayed, "lr": recipe["lr"], "weight_decay": recipe["weight_decay"]},
                 {"params": plain, "lr": recipe["lr"], "weight_decay": 0.0}]
+
+
+RECIPE = {
+    "epochs": 40, "batch_size": 4, "lr": 3e-5, "weight_decay": 0.01,            # IV-A1, for AdamW
+    "schedule": "poly", "power": 0.9, "warmup": 0.0, "clip": 0.0,               # IV-A1: poly; the rest official code
+    "micro_batch": 4, "precision": "bf16", "phases": None,                      # our choice: precision
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "oIoU",   # official code; III-B4: resized
+}
+RECIPE_FOR = {}                                     # IV-A1: one recipe for both data sets
+RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "schedule": "cosine", "warmup": 0.5,
+               "clip": 1.0, "per_image": 4}
+ABLATIONS = {                                       # both on RefSegRS; III is scored on its val split, IV on test
+    "III": {row: {"icip": icip, "bif": bif, "prompts": 5} for row, icip, bif in (
+        ("Base", False, False), ("+ICIP", True, False), ("+BIF", False, True), ("Full", True, True))},
+    "IV": {"Base": {"icip": False, "bif": False},
+           **{f"+ICIP M={m}": {"icip": True, "bif": False, "prompts": m} for m in (3, 5, 8)}},
+}
+RETIRED = {"channel_mult": 2}                       # fields of older runs, at the value that is built in now
+
+
+# --------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # [PAD] [UNK] [CLS] [SEP], as BERT has them
+MICROSOFT = {r"^patch_embed\.proj": "embeddings.patch_embeddings.projection", r"^patch_embed\.norm": "embeddings.norm",
+             r"^layers": "encoder.layers", r"\.norm1": ".layernorm_before", r"\.norm2": ".layernorm_after",
+             r"\.attn\.(relative_position_bias_table)": r".attention.relative_position_bias.\1",
+             r"\.attn\.proj": ".attention.o_proj", r"\.attn\.qkv": ".attention.qkv_proj"}
+HEADS = ("layernorm.", "pooler.", "classifier.", "cls.", "head.", "norm.")      # what published files hold besides
+
+
+def tokenizer(config):
+    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
+    source = find_weights(config, config.text_backbone)
+    words = from_hub(BertTokenizer.from_pretrained, source)
+    if len(words) != config.vocab_size:             # where its file is missing, transformers knows five special words
+        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}; is "
+                         "vocab.txt or tokenizer.json there?")
+    return partial(bert_tokens, words, config.text_length)
+
+
+def bert_tokens(words, length, expressions):
+    """Padded and cut to `length`, [CLS] and [SEP] kept."""
+    batch = words(list(expressions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def find_weights(config, name):
+    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
+    in_file = name.endswith(".pth")
+    if config.pretrained == "hub" and not in_file:
+        return name
+    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
+    if path.exists():
+        return str(path)
+    raise FileNotFoundError(
+        f"{path}: no such file; Microsoft's swin_base_patch4_window12_384_22k.pth is linked in the README of "
+        f"github.com/microsoft/Swin-Transformer: put it there, or say --set image_backbone={Config.image_backbone}"
+        if in_file else
+        f"{path}: no such folder; put huggingface.co/{name} there, or say --set pretrained=hub")
+
+
+def from_hub(load, source, **options):
+    """`load(source)`, with an answer that helps if it fails."""
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        if Path(source).exists():
+            raise ValueError(f"{source}: damaged, of another architecture, or not as transformers or Microsoft has it "
+                             f"({str(error).strip().splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
+            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
+
+
+def microsoft_swin(path):
+    """A file of Microsoft's -> its tensors under the names of transformers."""
+    file, tensors = torch.load(path, map_location="cpu", weights_only=True), {}
+    for name, value in file.get("model", file).items():
+        for pattern, replacement in MICROSOFT.items():
+            name = re.sub(pattern, replacement, name)
+        if ".qkv_proj." in name:
+            tensors |= {name.replace("qkv", part): third for part, third in zip("qkv", value.chunk(3), strict=True)}
+        elif not name.endswith(("position_index", "attn_mask")):
+            tensors[name] = value
+    return tensors
+
+
+def load_published(module, source, fields):
+    """Float32 tensors into `module`, none missing, left over (but HEADS) or of another shape than `fields` ask for."""
+    if source.endswith(".pth"):
+        tensors = from_hub(microsoft_swin, source)
+    else:
+        model, info = from_hub(type(module).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+        tensors = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
+        tensors |= dict.fromkeys(info["unexpected_keys"])
+    tensors, own = {name: tensors[name] for name in tensors if not name.startswith(HEADS)}, module.state_dict()
+    wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    module.load_state_dict(tensors)
+    print(f"{source}: {len(tensors)} tensors loaded")
+
+
+# Notes
+#
+# Departs from the paper
+#   network      the text names ICIP, BIF and a "lightweight", a "standard" decoder; Table III's base is RMSIN, so its
+#                parts are on: intra_scale, cross_scale, rotated; all three False: the text's, with LAVT's decoder
+#   (1)          a vector t is D wide, as (2) and the concatenation need, and so is L; the text says C_i and C
+#   (5)          Q has P rows, K and H have n, not M_i; O has P rows, not M_i+N
+#   (5)          width of H: D, as (12) and (13) need; value_mult=2: 2D, as (5) prints it, and O likewise
+#   (5)          norm of Q: an instance norm over positions (code); query_norm=False: none, as printed
+#   (7)          lambda^i, "layer-wise dynamic": 0.8 at each stage (code); [16]: lambda_bias=(0.2, 0.356, 0.471, 0.556)
+#   (8)          each map is a softmax over prompts and real words (code), as in [16], which III-B1 follows;
+#                softmax=False: as printed, padded words zero
+#   (9)          V_o passes an RMS norm and the factor 1 - lambda^i (code, [16]); sublayer_norm=False: as printed
+# Departs from the official code
+#   width        D per half of Q and K at every stage, as the paper's 768; bif_width="stage": C, as there
+#   (4)          T_o joins the words; there the raw T does
+#   (7)          std 0.1, as in [16]; there 1, with which exp() overflows in 1 of 200 draws at width 1024
+#   (10)-(13)    built once and learned; there built, with random weights, in every forward
+#   CE           a mean of per-expression means, so that any division into micro-batches gives the same; there over the
+#                batch. Dice likewise, of the foreground; dice_sum=True: the sum over both classes and a batch of 4
+#   logits       resized with align_corners=False
+#   stage 4      no gates and no intra-scale interaction: what they feed is not read (4,194,342 weights there)
+#   BERT         no dropout in the layers that do not learn
+# Departs from RMSIN's code
+#   cross-scale  heads and tokens keep their axes, so that `to_map` mixes tokens; two reshapes there scramble them.
+#                One residual round the feed-forward of each scale, there two
+#   sizes        the coarsest map's, there 15 x 15; a coarser copy of one place only is left out
+# Silent (code: as the official code has it; LAVT, RMSIN: as theirs; unmarked: our choice)
+#   Table III    ICIP alone: the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L
+#   f            two linear layers C-C-D with GELU, Xavier-uniform, zero biases
+#   (1)          a normal draw with std 0.02, so that A neither saturates nor vanishes
+#   (7) (8)      the four vectors and lambda_v are each stage's own; one head (code); G_i is the width of one half, [16]
+#   (10) (12)    hidden widths 256 (code) and 2D; GELU also in (12); no norms, no dropout
+#   starts       Xavier-uniform in f_q, f_k, f_v, W, zero biases (code); PyTorch's in MFR; std 0.02 in gates (LAVT)
+#   O to V       linear W D-C, instance norm, times GELU(linear V), linear, GELU: the fused map. V, the gated fused map
+#                and the gated intra-scale V, summed, go on to the next stage; LayerNorm(fused) goes through the
+#                cross-scale interaction to the decoder (LAVT, RMSIN, code)
+#   decoder      with batch norm (LAVT, RMSIN); decoder_norm="tanh": DyT (code)
+#   BERT         the text says pre-trained, Fig. 2 draws it frozen: freeze=True; the default is the code's: layers 0-9
+#                learn, layers 10, 11 and the embeddings do not
+#   text         20 tokens (code), [CLS] and [SEP] among them, which also a longer sentence keeps; there the
+#                cut takes the [SEP]
+#   training     at 480, power 0.9, drop-path 0.3, class weights 0.9/1.1, Dice with epsilon 1e-6, decay on all but
+#                Swin's norms and position biases and the four output norms, selection by validation oIoU (code); mixed
+#                precision
+# Omits
+#   the code's black squares on a fifth of the training images, which the paper does not mention

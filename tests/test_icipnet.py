@@ -1,9 +1,11 @@
 """ICIPNet against its paper: every equation re-derived with plain loops, shapes, counts, gradients, weights."""
 
 import dataclasses
+import inspect
 import math
 import pickle
 import re
+import runpy
 
 import numpy as np
 import pytest
@@ -140,7 +142,7 @@ def test_eq04_zero_prompts_take_the_mean_and_change_with_the_image(icip):
 def fusion(**options):
     torch.manual_seed(0)
     options = {"query_norm": False, "sublayer_norm": False, **options}
-    module = BilateralInformationFusion(channels=5, text_width=4, positions=6, width=3, **options)
+    module = BilateralInformationFusion(channels=5, width=4, positions=6, half=3, **options)
     for layer in (module.f_q, module.f_k, module.f_v):
         nn.init.normal_(layer.bias)
     module.reconstruct = nn.Identity()
@@ -215,7 +217,7 @@ def test_eq07_lambda_is_the_difference_of_exponentials_plus_the_bias():
 
 @pytest.mark.parametrize("width", [128, 256, 512, 768, 1024])
 def test_eq07_lambda_stays_finite_and_moderate(width):
-    module = BilateralInformationFusion(1, 1, 1, width, token_hidden=1, channel_mult=1)
+    module = BilateralInformationFusion(1, 1, 1, width, token_hidden=1)
     vectors = [module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2]
     values = []
     torch.manual_seed(0)
@@ -225,7 +227,7 @@ def test_eq07_lambda_stays_finite_and_moderate(width):
         values.append(module.balance().item())
     assert np.isfinite(values).all() and np.abs(values).max() < 10
     assert 0.5 < np.median(values) < 1.1
-    fresh = torch.cat([BilateralInformationFusion(1, 1, 1, width, token_hidden=1, channel_mult=1).lambda_q1
+    fresh = torch.cat([BilateralInformationFusion(1, 1, 1, width, token_hidden=1).lambda_q1
                        for _ in range(8)])
     assert 0.09 < fresh.std() < 0.11                           # what a new module draws is what was drawn here
     module.half()
@@ -278,7 +280,7 @@ def test_lambda_zero_is_ordinary_attention():
 @pytest.fixture
 def mfr():
     torch.manual_seed(0)
-    return MultiModalFeatureReconstruction(positions=6, width=4, token_hidden=5, channel_mult=3), torch.randn(2, 6, 4)
+    return MultiModalFeatureReconstruction(positions=6, width=4, token_hidden=5), torch.randn(2, 6, 4)
 
 
 def test_eq10_eq11_tokens_mix_within_each_channel(mfr):
@@ -294,7 +296,7 @@ def test_eq10_eq11_tokens_mix_within_each_channel(mfr):
 
 def test_eq12_eq13_channels_mix_within_each_token(mfr):
     module, V_o = mfr
-    assert module.P_channel[0].out_features == 12              # "first increases channels"
+    assert module.P_channel[0].out_features == 8               # "first increases channels": twice, our choice
     O_loops = np.zeros((2, 6, 4))
     for b in range(2):
         V_E = np.stack([numpy(V_o[b, :, d]) + mlp(module.P_token, numpy(V_o[b, :, d])) for d in range(4)], 1)
@@ -499,7 +501,7 @@ def test_cross_scale_interaction_gates_each_map_by_the_shared_one():
 
 def test_decoder_goes_from_coarse_to_fine():
     torch.manual_seed(0)
-    decoder = Decoder([4, 8, 16, 32], 6, rotated=False, norm="batch", dropout=0.0).eval()
+    decoder = Decoder([4, 8, 16, 32], 6, rotated=False).eval()
     features = [torch.randn(2, width, side, side) for width, side in ((4, 9), (8, 5), (16, 3), (32, 2))]
     x, scale = features[3], math.sqrt(1 + 1e-5)
     for k, feature in enumerate(features[2::-1]):
@@ -516,13 +518,83 @@ def test_decoder_goes_from_coarse_to_fine():
 def test_decoder_norms():
     features = [torch.randn(2, width, side, side) for width, side in ((4, 16), (8, 8), (16, 4), (32, 2))]
     for norm, kind in (("batch", nn.BatchNorm2d), ("tanh", icipnet.TanhNorm)):
-        decoder = Decoder([4, 8, 16, 32], 8, rotated=True, norm=norm, dropout=0.0)
+        decoder = build(decoder_norm=norm).decoder
         assert sum(isinstance(module, kind) for module in decoder.modules()) == 6
+        decoder = Decoder([4, 8, 16, 32], 8, norm=kind)
         assert decoder(features).shape == (2, 1, 16, 16)
     layer, x = icipnet.TanhNorm(3), torch.randn(1, 3, 2, 2)
     for parameter, value in ((layer.alpha, 0.5), (layer.scale, 2.0), (layer.shift, 1.0)):
         nn.init.constant_(parameter, value)
     assert torch.allclose(layer(x), 2 * torch.tanh(x / 2) + 1)
+
+
+# ------------------------------------------------------------------------------------------------------- copying out
+
+
+def test_modules_live_in_a_file_of_their_own(tmp_path, icip):
+    """What the docstrings of ICIP and BIF tell an engineer to bring along is all that they need."""
+    parts = (icipnet.mlp, icipnet.xavier, icipnet.norm_over_positions, icipnet.check_tokens,
+             ImageConditionedInstancePrompt, BilateralInformationFusion, MultiModalFeatureReconstruction)
+    for part in parts[4:]:
+        helpers = re.search(r"bring along ([\w\s,]+)\.", part.__doc__)[1]
+        assert set(re.findall(r"\w+", helpers)) <= {one.__name__ for one in parts}
+    imports = "import math\nimport torch\nfrom torch import nn\nfrom torch.nn import functional\n\n"
+    path = tmp_path / "copied.py"
+    path.write_text(imports + "\n\n".join(map(inspect.getsource, parts)))
+    copied = runpy.run_path(str(path))
+    module, V, L, mask = icip
+    theirs = copied["ImageConditionedInstancePrompt"](channels=5, width=4, prompts=3)
+    theirs.load_state_dict(module.state_dict())
+    L_o, mask_o = module(V, L, mask)
+    for mine, copy in zip((L_o, mask_o), theirs(V, L, mask), strict=True):
+        assert torch.equal(mine, copy)
+    fusion_, copy = (kind(5, 4, 6, 3) for kind in (BilateralInformationFusion, copied["BilateralInformationFusion"]))
+    copy.load_state_dict(fusion_.state_dict())
+    assert torch.equal(fusion_(V, L_o, mask_o), copy(V, L_o, mask_o))
+
+
+def readers():
+    """The modules that read visual tokens (B,6,5) and words (B,n,4)."""
+    torch.manual_seed(0)
+    return [ImageConditionedInstancePrompt(5, 4, 3), BilateralInformationFusion(5, 4, 6, 3), PixelWordAttention(5, 4)]
+
+
+@pytest.mark.parametrize("module", readers(), ids=lambda module: type(module).__name__)
+def test_what_would_be_misread_is_refused_in_one_line(module):
+    V, L, mask = torch.randn(2, 6, 5), torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+    wrong = {"visual tokens (2, 5, 6), expected (B,P,5)": (V.mT, L, mask),
+             "visual tokens (2, 5, 2, 3), expected (B,P,5)": (V.mT.reshape(2, 5, 2, 3), L, mask),
+             "words (2, 4, 3), expected (2,n,4)": (V, L.mT, mask),
+             "words (1, 3, 4), expected (2,n,4)": (V, L[:1], mask),
+             "text_mask (2, 3) of torch.int64, expected (2, 3) of torch.bool": (V, L, mask.long()),
+             "text_mask (2, 3) of torch.float32, expected (2, 3) of torch.bool": (V, L, mask.float()),
+             "text_mask (2, 3, 1) of torch.bool, expected (2, 3) of torch.bool": (V, L, mask[..., None])}
+    for message, arguments in wrong.items():
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            module(*arguments)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", readers(), ids=lambda module: type(module).__name__)
+def test_modules_work_with_bfloat16_weights(module):
+    V, L, mask = torch.randn(2, 6, 5), torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True] * 3])
+    full = module(V, L, mask)
+    half = module.bfloat16()(V.bfloat16(), L.bfloat16(), mask)
+    full, half = (out[0] if isinstance(out, tuple) else out for out in (full, half))
+    assert half.dtype == torch.bfloat16 and (half.float() - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_the_whole_model_works_with_bfloat16_weights():
+    model = build().eval().bfloat16()
+    assert torch.isfinite(model(*inputs()[:3])["logits"]).all()
+
+
+def test_modules_tied_to_a_size_say_so():
+    with pytest.raises(ValueError, match=r"got \(2, 4, 6\), expected \(B,6,4\).*channels last"):
+        MultiModalFeatureReconstruction(positions=6, width=4)(torch.randn(2, 4, 6))
+    features = [torch.randn(1, channels, side, side + 1) for channels, side in ((4, 8), (8, 4), (16, 2), (32, 2))]
+    with pytest.raises(ValueError, match="got a coarsest map of 2 x 3, expected 2 x 2.*build it for this one"):
+        CrossScaleInteraction([4, 8, 16, 32], side=2, heads=2, key=4)(features)
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -537,10 +609,10 @@ def test_documented_shapes():
     outputs = model(pictures, tokens, text_mask, image_index)
     assert list(outputs) == ["logits"]
     assert outputs["logits"].shape == (6, 1, 16, 16) and outputs["logits"].dtype == torch.float32
-    for i, (channels, side) in enumerate(zip(TINY.widths, TINY.sides, strict=True)):
+    for i, (channels, side) in enumerate(zip(TINY.channels, TINY.sides, strict=True)):
         assert seen[i] == ((6, side ** 2, channels), (side, side), (6, side ** 2, channels))
     assert TINY.sides == [16, 8, 4, 2]
-    assert Config().sides == [120, 60, 30, 15] and Config().widths == [128, 256, 512, 1024]
+    assert Config().sides == [120, 60, 30, 15] and Config().channels == [128, 256, 512, 1024]
 
 
 def test_swin_stage_by_stage_is_transformers_own():
@@ -638,7 +710,7 @@ def test_another_input_size_is_refused_with_the_remedy():
         build()(pictures, tokens, text_mask)
     with pytest.raises(ValueError, match="96 x 96: the cross-scale interaction ties.*image_size=64; resize"):
         build(bif=False)(pictures, tokens, text_mask)
-    with pytest.raises(ValueError, match="got 7 visual tokens.*for 6: build it"):
+    with pytest.raises(ValueError, match=r"got \(1, 7, 4\), expected \(B,6,4\).*weights for 6 visual tokens"):
         MultiModalFeatureReconstruction(positions=6, width=4)(torch.randn(1, 7, 4))
     assert build(bif=False, **PLAIN)(pictures[..., :72, :], tokens, text_mask)["logits"].shape == (2, 1, 18, 24)
     assert build(bif=False, **PLAIN)(pictures[..., :68], tokens, text_mask)["logits"].shape == (2, 1, 24, 17)
@@ -697,7 +769,7 @@ def test_other_choices_run(changes):
     model = build(**changes)
     assert model(pictures, tokens, text_mask)["logits"].shape == (2, 1, 16, 16)
     if "bif_width" in changes:
-        assert [stage.attention.width_out for stage in model.stages] == [2 * width for width in TINY.widths]
+        assert [stage.attention.value_width for stage in model.stages] == [2 * width for width in TINY.channels]
     if "lambda_bias" in changes:
         assert tuple(stage.attention.lambda_bias for stage in model.stages) == changes["lambda_bias"]
 
@@ -861,7 +933,12 @@ def test_wrong_weights_are_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="nobody/nothing: not reached on the hub.*HF_ENDPOINT.*pretrained=DIR"):
         load(pretrained="hub", image_backbone="nobody/nothing")
     (tmp_path / "broken.pth").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="broken.pth: damaged"):
-        load(pretrained=str(tmp_path), image_backbone="broken.pth")
+    torch.save([1], tmp_path / "list.pth")
+    for name in ("broken.pth", "list.pth"):
+        with pytest.raises(ValueError, match=f"{name}: damaged, of another architecture"):
+            load(pretrained=str(tmp_path), image_backbone=name)
+    (tmp_path / "bert-base-uncased").mkdir()
+    with pytest.raises(ValueError, match="bert-base-uncased: "):
+        icipnet.tokenizer(dataclasses.replace(TINY, pretrained=str(tmp_path)))
     with pytest.raises(ValueError, match="a vocabulary of 8 words, expected vocab_size=40"):
         icipnet.tokenizer(dataclasses.replace(TINY, pretrained=str(folder)))

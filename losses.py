@@ -167,11 +167,19 @@ def boundary_loss(logits, masks, weight, hard=False):
 def instance_contrastive_loss(logits, masks, image_index, instance, eps=1e-4):
     """Masks of one object should be alike, those of two objects of an image apart -> (M,).
 
-    image_index, instance (M,) int: equal numbers = same image, same object. An expression's value is the mean over the
-    b expressions of its image, itself among them, so the mean over expressions is Prompt-RIS's 1/b^2 sum, averaged over
-    images of equal b. eps keeps the logarithms finite. A clamp would, too, but is flat all around the point where two
-    objects got one mask, the very case to repel. The weight is the hard IoU with the truth and carries no gradient.
+    logits (M,1,h,w) float, before the sigmoid; masks (M,1,h,w) bool, the truth; image_index, instance (M,) int: equal
+    numbers = same image, same object. An expression's value is the mean over the b expressions of its image, itself
+    among them, so the mean over expressions is Prompt-RIS's 1/b^2 sum, averaged over images of equal b. eps keeps the
+    logarithms finite. A clamp would, too, but is flat all around the point where two objects got one mask, the very
+    case to repel. The weight is the hard IoU with the truth and carries no gradient.
     """
+    fits = logits.ndim == 4 and logits.shape[1] == 1 and masks.shape == logits.shape
+    if not fits or not logits.is_floating_point() or masks.dtype != torch.bool:
+        raise ValueError(f"logits {logits.dtype} {tuple(logits.shape)}, masks {masks.dtype} {tuple(masks.shape)}: "
+                         "expected float logits and bool masks, both (M,1,h,w)")
+    if not image_index.shape == instance.shape == logits.shape[:1]:
+        raise ValueError(f"image_index {tuple(image_index.shape)}, instance {tuple(instance.shape)}: expected "
+                         f"({len(logits)},), one number per expression")
     with torch.autocast(logits.device.type, enabled=False):
         S = logits.float().sigmoid().flatten(1)                                             # (M,h*w)
         products = S @ S.T                                                                  # (M,M)

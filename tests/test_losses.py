@@ -307,6 +307,21 @@ def test_prompt_ris_instance_contrast_weighs_by_a_detached_iou():
     assert learning.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("wrong", [
+    {"masks": torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)}, {"masks": torch.ones(2, 4, 4, dtype=torch.bool)},
+    {"masks": torch.ones(2, 1, 8, 8, dtype=torch.bool)}, {"masks": torch.ones(2, 1, 4, 4)},
+    {"logits": torch.ones(2, 4, 4), "masks": torch.ones(2, 4, 4, dtype=torch.bool)},
+    {"logits": torch.ones(2, 3, 4, 4), "masks": torch.ones(2, 3, 4, 4, dtype=torch.bool)},
+    {"logits": torch.ones(2, 1, 4, 4, dtype=torch.long)}, {"image_index": torch.zeros(3)},
+    {"instance": torch.zeros(2, 1)}])
+def test_prompt_ris_instance_contrast_refuses_what_it_would_misread(wrong):
+    given = {"logits": torch.ones(2, 1, 4, 4), "masks": torch.ones(2, 1, 4, 4, dtype=torch.bool),
+             "image_index": torch.zeros(2), "instance": torch.arange(2)}
+    instance_contrastive_loss(**given)
+    with pytest.raises(ValueError, match=r"^[^\n]*expected[^\n]*$"):
+        instance_contrastive_loss(**given | wrong)
+
+
 def test_prompt_ris_instance_contrast_computes_in_float32_under_autocast():
     logits, _, masks = example(M=4, seed=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,6 +1,9 @@
 """models/prompt_ris.py against the paper: Eqs. (1)-(6) and (9) here, Eqs. (7)-(8) in test_losses.py."""
 
+import inspect
 import math
+import re
+import runpy
 from dataclasses import fields, replace
 
 import layouts
@@ -110,7 +113,7 @@ def test_eq01_both_directions_read_what_came_in():
     model = build()
     F_I, F_T = torch.randn(2, 9, 16), torch.randn(2, 8, 12)
     text_mask = torch.arange(8) < torch.tensor([[5], [8]])
-    S = model.decoder(F_I, F_T, text_mask)
+    S = model.decoder(F_I, F_T, text_mask, (3, 3))
     assert S.shape == (2, 1, 3, 3)
     for m in range(2):
         image, text = F_I[m] @ model.decoder.image_projection.weight.T, F_T[m] @ model.decoder.text_projection.weight.T
@@ -131,7 +134,7 @@ def test_eq02_response_is_the_inner_product_with_eos():
     decoder.to_image, decoder.to_text = Through(), Through()
     F_I, F_T = torch.randn(1, 12, 16)[:, :9], torch.randn(1, 8, 12)
     for length in (2, 6):
-        S = decoder(F_I, F_T, (torch.arange(8) < length)[None])
+        S = decoder(F_I, F_T, (torch.arange(8) < length)[None], (3, 3))
         for y in range(3):
             for x in range(3):
                 patch = decoder.image_projection.weight @ F_I[0, 3 * y + x]
@@ -149,7 +152,7 @@ def test_eq03_point_is_drawn_by_gumbel_softmax_and_its_gradient_is_the_soft_one(
     noise = -torch.empty(3, 256).exponential_().log()
     soft = torch.stack([torch.tensor(softmax(row)) for row in ((S_C.detach().flatten(1) + noise) / 0.7).tolist()])
     chosen = soft.argmax(1)
-    E = model.positions()
+    E = model.encoded_cells()
     for m in range(3):
         assert M[m].argmax() == chosen[m] and M[m].sum().item() == pytest.approx(1, abs=1e-5)
         torch.testing.assert_close(M[m].detach().round(), F.one_hot(chosen[m], 256).float())
@@ -289,7 +292,7 @@ def seg_by_hand(logits, truth):
     return total / len(logits)
 
 
-@pytest.mark.parametrize("changes", [{}, {"icl_size": 16}, {"icl": False}, {"sam": False}])
+@pytest.mark.parametrize("changes", [{}, {"icl": False}, {"sam": False}])
 def test_eq09_sum_of_three_losses_on_the_maps_that_the_paper_names(changes):
     model = build(**changes)
     batch = batch_of(model.config)
@@ -307,10 +310,7 @@ def test_eq09_sum_of_three_losses_on_the_maps_that_the_paper_names(changes):
     icl = contrast(outputs["coarse_logits"], coarse)
     if model.config.sam:
         expected["sam_seg"] = seg_by_hand(outputs["logits"], batch["masks"])
-        S, y = outputs["logits"], batch["masks"]
-        if model.config.icl_size:
-            S, y = F.interpolate(S, (16, 16), mode="bilinear", align_corners=False), y[:, 1::2, 1::2]
-        icl += contrast(S, y)
+        icl += contrast(outputs["logits"], batch["masks"])
     if model.config.icl:
         expected["icl"] = icl
         assert icl > 0.001
@@ -352,7 +352,7 @@ def test_documented_shapes_and_one_pass_of_sam_per_image():
         "logits": (8, 1, 32, 32), "coarse": (8, 1, 3, 3), "coarse_logits": (8, 1, 3, 3), "image_index": (8,),
         "point": (8, 1, 16, 16)}
     assert seen == [(2, 3, 32, 32)]
-    for name in model.MAPS:
+    for name in prompt_ris.MAPS:
         assert outputs[name].min() >= 0 and outputs[name].max() <= 1
     model.start_phase("clip")
     outputs = run(model, batch)
@@ -521,6 +521,114 @@ def test_low_precision_keeps_the_response_map_in_float32():
         outputs = run(model, batch)
     assert outputs["coarse_logits"].dtype == outputs["logits"].dtype == outputs["point"].dtype == torch.float32
     assert sum(model.criterion(outputs, batch, 0.0).values()).isfinite()
+
+
+# -------------------------------------------------------------------------------------------------------- copying out
+
+
+def copied_out(path, *names):
+    """The source of these classes and of what their docstrings bring along, in a file of its own, imported."""
+    wanted, parts = list(names), {}
+    while wanted:
+        part = getattr(prompt_ris, wanted.pop())
+        parts[part.__name__] = inspect.getsource(part)
+        along = re.search(r"To copy it out, bring along ([^.]*)\.", " ".join(part.__doc__.split()))
+        wanted += along[1].split(", ") if along else []
+    imports = ["import math", "import torch", "from einops import rearrange", "from torch import nn",
+               "from torch.nn import functional"]
+    path.write_text("\n\n".join([*imports, *parts.values()]))
+    return runpy.run_path(str(path))
+
+
+def test_two_modules_copied_into_a_file_of_their_own_do_the_same(tmp_path):
+    copied = copied_out(tmp_path / "copied.py", "TinyDecoder", "TextPrompts")
+    assert "Prompter" not in copied and "PromptRIS" not in copied
+    text_mask = torch.arange(8) < torch.tensor([[5], [8]])
+    for name, numbers, given in (
+            ("TinyDecoder", (16, 12, 8, 2, 24), (torch.randn(2, 36, 16), torch.randn(2, 8, 12), text_mask, (4, 9))),
+            ("TextPrompts", (12, 16, 2, 4, 24), (torch.randn(2, 8, 12), torch.randn(2, 36, 16), torch.randn(1, 36, 16),
+                                                 text_mask))):
+        ours, theirs = getattr(prompt_ris, name)(*numbers), copied[name](*numbers)
+        theirs.load_state_dict(ours.state_dict())
+        assert torch.equal(ours(*given), theirs(*given))
+
+
+def test_the_third_copied_module_prompts_published_towers(tmp_path):
+    model = build()
+    copied = copied_out(tmp_path / "copied.py", "CrossModalPrompting")["CrossModalPrompting"](16, 12, 3, 2)
+    copied.load_state_dict(model.cmp[0].state_dict())
+    given = (torch.randn(2, 8, 12), torch.randn(2, 10, 16), model.clip_text.encoder.layers[0],
+             model.clip_image.encoder.layers[0], torch.arange(8) < torch.tensor([[5], [8]]))
+    for ours, theirs in zip(model.cmp[0](*given), copied(*given), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_map_that_is_not_square_keeps_its_rows():
+    """Two sentences of the same words, one patch marked: the response stands where the patch does, on 4 x 9."""
+    decoder = prompt_ris.TinyDecoder(16, 12, 8, 2, 24).eval()
+    F_I, F_T = torch.zeros(1, 36, 16), torch.randn(1, 8, 12)
+    F_I[0, 2 * 9 + 5] = 3.0
+    S = decoder(F_I, F_T, torch.ones(1, 8, dtype=torch.bool), (4, 9))[0, 0]
+    assert S.shape == (4, 9)
+    other = (S - S[0, 0]).abs() > 1e-4
+    assert other[2, 5] and other.sum() == 1
+
+
+def test_masks_of_any_sides_are_read_at_the_centres_of_the_cells():
+    masks = torch.zeros(1, 4, 12, dtype=torch.bool)
+    masks[0, 1, 6] = True                                    # cell (0, 1) of 2 x 2 has its centre at row 1, column 9
+    assert not prompt_ris.nearest(masks, 2).any()
+    masks[0, 1, 9] = True
+    assert prompt_ris.nearest(masks, 2)[0, 0].tolist() == [[False, True], [False, False]]
+    pixels = prompt_ris.normalised(torch.zeros(1, 3, 12, 24, dtype=torch.uint8), 24, (0, 0, 0), (1, 1, 1))
+    assert pixels.shape == (1, 3, 24, 24)
+
+
+@torch.no_grad()
+def test_modules_work_in_bfloat16():
+    model, results = build(), []
+    text_mask = torch.arange(8) < torch.tensor([[5], [8]])
+    given = torch.randn(2, 8, 12), torch.randn(2, 10, 16), torch.randn(2, 16, 16)
+    layers = model.clip_text.encoder.layers[0], model.clip_image.encoder.layers[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        F_T, F_I, features = (one.to(dtype) for one in given)
+        model.to(dtype)
+        results.append([*model.cmp[0](F_T, F_I, *layers, text_mask), model.decoder(F_I[:, 1:], F_T, text_mask, (3, 3)),
+                        model.text_prompts(F_T, features, features[:1], text_mask)])
+    assert results[1][2].dtype == torch.float32                                 # the response map stays whole
+    for whole, low in zip(*results, strict=True):
+        torch.testing.assert_close(low.float(), whole, rtol=0, atol=0.1 * whole.abs().max().item())
+
+
+DECODER, PROMPTS = (16, 12, 8, 2, 9), (12, 16, 2, 4, 9)      # widths, then blocks, heads, units
+EIGHT = torch.ones(1, 8, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: prompt_ris.Attention(10, 4), "heads=4 do not divide a width of 10"),
+    (lambda: prompt_ris.Prompter(10, 6, 3, 4), "heads=4 do not divide"),
+    (lambda: prompt_ris.Prompter(8, 6, 3, 4)(torch.randn(2, 8, 5)), "features is .2, 8, 5., expected .*, 8., channels"),
+    (lambda: prompt_ris.Prompter(8, 6, 3, 4)(torch.randn(2, 8, 8, 8)), "features is .2, 8, 8, 8., expected"),
+    (lambda: prompt_ris.Prompter(8, 6, 3, 4)(torch.randn(2, 5, 8), torch.ones(2, 5)), "mask is torch.float32.*bool"),
+    (lambda: prompt_ris.Prompter(8, 6, 3, 4)(torch.randn(2, 5, 8), torch.ones(2, 5).long()), "mask is torch.int64"),
+    (lambda: prompt_ris.Prompter(8, 6, 3, 4)(torch.randn(2, 5, 8), torch.ones(5) > 0), "mask is torch.bool .5,."),
+    (lambda: prompt_ris.TinyDecoder(*DECODER)(torch.randn(1, 36, 16), torch.randn(1, 8, 12), EIGHT, (6, 7)),
+     "36 cells, which are not a grid of 6 x 7"),
+    (lambda: prompt_ris.TinyDecoder(*DECODER)(torch.randn(1, 16, 36), torch.randn(1, 8, 12), EIGHT, (6, 6)),
+     "F_I is .1, 16, 36., expected"),
+    (lambda: prompt_ris.TinyDecoder(*DECODER)(torch.randn(1, 36, 16), torch.randn(1, 12, 8), EIGHT, (6, 6)),
+     "F_T is .1, 12, 8., expected"),
+    (lambda: prompt_ris.TinyDecoder(*DECODER)(torch.randn(1, 36, 16), torch.randn(1, 8, 12), EIGHT.float(), (6, 6)),
+     "mask is torch.float32"),
+    (lambda: prompt_ris.TextPrompts(*PROMPTS)(torch.randn(1, 8, 12), torch.randn(1, 16, 36), torch.zeros(1), EIGHT),
+     "keys is .1, 16, 36., expected"),
+    (lambda: prompt_ris.TextPrompts(*PROMPTS)(torch.randn(1, 8), torch.randn(1, 36, 16), torch.randn(1, 36, 16), EIGHT),
+     "F_T is .1, 8., expected"),
+])
+def test_modules_refuse_what_they_would_misread(call, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        call()
+    assert "\n" not in str(refused.value)
 
 
 # -------------------------------------------------------------------------------------------------- tables and training

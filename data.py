@@ -7,6 +7,7 @@ Sections: records - readers - images and masks - dataset, sampler, tokenizer - c
 
 import argparse
 import cmath
+import copy
 import csv
 import functools
 import hashlib
@@ -44,11 +45,18 @@ class Sample:
     mask: object                 # file | {"size", "parts": RLEs and polygons, "resize"} | number of the scene's object
     expression: str              # stripped, single spaces, case as written
     split: str
-    image_id: str                # equal = the same image
+    image_id: str                # what the data set calls the image
     instance: str                # equal = the same object of the same image
     category: str | None
     category_source: str | None  # "file" | "parsed" from the expression | None
     size: tuple[int, int] | None = None  # (H, W) of the image, filled in when it is loaded
+    # Equal = the same picture, which may stand under many names; all that goes by images goes by this.
+    picture: str = ""                    # image_id where the data set gives each picture one name
+    kind: str | None = None              # of a synthetic sentence: attribute, place, extreme, size, relation, nearest
+
+    def __post_init__(self):
+        if not self.picture:
+            object.__setattr__(self, "picture", self.image_id)
 
 
 def words(expression: str) -> list[str]:
@@ -111,7 +119,7 @@ def _find_folder(benchmark: Benchmark, root: Path, complete: Callable[[Path], ob
     """--data-root itself, or the data set's folder in one of the usual places below it."""
     places = [root / parent / name for parent in ("", "refer/data", "data") for name in benchmark.folders]
     foreign = {name for other in DATASETS.values() for name in other.folders if name not in benchmark.folders}
-    if root.resolve().name not in foreign:  # refcoco/ is complete in itself, but it is not refcoco+/
+    if root.resolve().name not in foreign or not benchmark.folders:  # refcoco/ is complete in itself, but not refcoco+/
         places.append(root)
     if found := next((place for place in places if complete(place)), None):
         return found
@@ -192,13 +200,13 @@ def read_refer(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
     folder = _find_folder(benchmark, root, lambda place: all((place / name).is_file() for name in names),
                           " with ".join(names))
     stamps = tuple((folder / name).stat().st_mtime_ns for name in names)
-    splits = _read_refer(benchmark.name, folder, stamps)
-    return {split: splits[split] for split in benchmark.splits if split in splits}
+    splits = _read_refer(benchmark.name, benchmark.refs, folder, stamps)
+    return {split: splits[split] for split in benchmark.splits or splits if split in splits}
 
 
 @functools.lru_cache(maxsize=4)  # as above
-def _read_refer(dataset: str, folder: Path, stamps) -> dict[str, list[Sample]]:
-    benchmark, rows = DATASETS[dataset], _unpickle(folder / DATASETS[dataset].refs)
+def _read_refer(dataset: str, refs: str, folder: Path, stamps) -> dict[str, list[Sample]]:
+    benchmark, rows = DATASETS[dataset], _unpickle(folder / refs)
     where = folder / "instances.json"
     try:
         content = json.loads(_text(where))
@@ -207,7 +215,7 @@ def _read_refer(dataset: str, folder: Path, stamps) -> dict[str, list[Sample]]:
         image_folder = _image_folder(benchmark, folder, [image["file_name"] for image in content["images"][:3]])
         splits = defaultdict(list)
         for row in rows:
-            where = f"{folder / benchmark.refs}, ref {row['ref_id']}, with its annotation and image in instances.json"
+            where = f"{folder / refs}, ref {row['ref_id']}, with its annotation and image in instances.json"
             annotation, image, split = annotations[row["ann_id"]], images[row["image_id"]], row["split"]
             parts, size = annotation["segmentation"], (image["height"], image["width"])
             parts = parts if isinstance(parts, list) else [parts]
@@ -304,26 +312,27 @@ def _lists(name, folders, names, classes, **published) -> Benchmark:
 
 
 def _coco(name, folder, refs, seen, unseen, **published) -> Benchmark:
-    images = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images/mscoco/train2014",
-              "mscoco/images/train2014", "coco/train2014", "images")
     counts = ("refs", "images", "expressions")
-    return Benchmark(name, read_refer, tuple(published), (folder,), refs=refs, images=images,
+    return Benchmark(name, read_refer, tuple(published), (folder,), refs=refs, images=COCO_IMAGES,
                      published={split: dict(zip(counts, row, strict=True)) for split, row in published.items()},
                      reference={"all": {"train": published["train"][0]}, "seen": dict(zip(SPLITS, seen, strict=False)),
                                 "unseen": dict(zip(SPLITS[1:], unseen, strict=False))})
 
 
 SPLITS = ("train", "val", "test")
+RRSISD_IMAGES = ("images/rrsisd/JPEGImages", "JPEGImages", "images/JPEGImages", "images/rrsisd", "images")
+COCO_IMAGES = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images/mscoco/train2014",
+               "mscoco/images/train2014", "coco/train2014", "images")
 UNION = ("refcoco", "refcoco+", "refcocog-umd")
 DATASETS = {benchmark.name: benchmark for benchmark in (
     Benchmark("synthetic", read_synthetic, SPLITS),
     _lists("refsegrs", ("RefSegRS", "refsegrs", "new_dataset2"), r"\d+(\.tiff?)?",
-           "road = paved road, vehicle, car, van, building = house, truck, trailer, bus, road marking, bikeway = bike "
+           "road, paved road, vehicle, car, van, building = house, truck, trailer, bus, road marking, bikeway = bike "
            "lane, sidewalk = pavement, tree, low vegetation = vegetation = grass, impervious surface",
            train=2172, val=431, test=1817),
     Benchmark("rrsisd", read_refer, SPLITS, ("rrsisd", "RRSIS-D/rrsisd", "RRSIS-D", "RRSISD", "rrssid"),
               refs="refs(unc).p",
-              images=("images/rrsisd/JPEGImages", "JPEGImages", "images/JPEGImages", "images/rrsisd", "images"),
+              images=RRSISD_IMAGES,
               published={"train": {"expressions": 12181}, "val": {"expressions": 1740}, "test": {"expressions": 3481}}),
     _lists("risbench", ("RISBench_dataset", "RISBench", "risbench"), r"\S+\.[A-Za-z]+",
            "expressway service area = service area, expressway toll station = toll station, ground track field = track "
@@ -342,6 +351,7 @@ DATASETS = {benchmark.name: benchmark for benchmark in (
     _coco("refcocog-google", "refcocog", "refs(google).p", (35105, 3923), (760,), train=(44822, 24698, 85474),
           val=(5000, 4650, 9536)),
     Benchmark("refcoco-union", read_union, ("train", "val")),
+    Benchmark("refer", read_refer, (), images=(*RRSISD_IMAGES, *COCO_IMAGES)),
     Benchmark("custom", read_custom, SPLITS),
 )}
 
@@ -355,9 +365,9 @@ CATEGORIES = {"all": set(), "seen": set(words("""
     """))}
 
 
-def _read_all(dataset: str, data_root) -> dict[str, list[Sample]]:
+def _read_all(dataset: str, data_root, refs: str | None) -> dict[str, list[Sample]]:
     """Every split. Ids are made distinct: where one comes again, its count is put behind it."""
-    benchmark, splits = _benchmark(dataset), {}
+    benchmark, splits = _benchmark(dataset, refs), {}
     for split, samples in benchmark.reader(benchmark, Path(data_root or "").expanduser()).items():
         taken, splits[split] = set(), []
         for sample in samples:
@@ -372,15 +382,17 @@ def _numbered(name: str) -> Iterator[str]:
     yield from (f"{name}-{count}" for count in itertools.count(2))
 
 
-def _benchmark(dataset: str) -> Benchmark:
+def _benchmark(dataset: str, refs: str | None = None) -> Benchmark:
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; choose one of {', '.join(DATASETS)}")
-    return DATASETS[dataset]
+    if (dataset == "refer") != bool(refs):
+        raise ValueError('--refs names the pickle of --dataset refer, as in --refs "refs(unc).p", and of no other')
+    return replace(DATASETS[dataset], refs=refs) if refs else DATASETS[dataset]
 
 
-def _splits(dataset: str, data_root) -> list[str]:
+def _splits(dataset: str, data_root, refs: str | None) -> list[str]:
     fixed = dataset in ("synthetic", "refcoco-union")
-    return list(_benchmark(dataset).splits if fixed else _read_all(dataset, data_root))
+    return list(_benchmark(dataset, refs).splits if fixed else _read_all(dataset, data_root, refs))
 
 
 class NoSplit(ValueError):
@@ -391,12 +403,12 @@ class NoSplit(ValueError):
         super().__init__(f"{dataset} has no split {wanted!r} in {data_root}; it has {', '.join(splits)}{hint}")
 
 
-def split_names(dataset: str, wanted: str, data_root) -> list[str]:
+def split_names(dataset: str, wanted: str, data_root, refs: str | None = None) -> list[str]:
     """The splits that `wanted` names with commas; test stands for testA and testB: "val,test" -> val, testA, testB.
 
     testA+testB is both as one.
     """
-    splits, names = _splits(dataset, data_root), {}
+    splits, names = _splits(dataset, data_root, refs), {}
     for name in wanted.replace(" ", "").split(","):
         group = [split for split in splits if split == name or (name == "test" and split in ("testA", "testB"))]
         if not group and not set(name.split("+")) <= set(splits):
@@ -405,10 +417,10 @@ def split_names(dataset: str, wanted: str, data_root) -> list[str]:
     return list(names)
 
 
-def has_split(dataset: str, data_root, split: str) -> bool:
+def has_split(dataset: str, data_root, split: str, refs: str | None = None) -> bool:
     """A download of RISBench without its val list is a normal one."""
     try:
-        return bool(split_names(dataset, split, data_root))
+        return bool(split_names(dataset, split, data_root, refs))
     except NoSplit:
         return False
 
@@ -421,16 +433,16 @@ def _select(dataset: str, samples: list[Sample], categories: str) -> list[Sample
     return [sample for sample in samples if categories == "all" or sample.category in CATEGORIES[categories]]
 
 
-def read(dataset: str, data_root, split: str, *, categories: str = "all", limit: int = 0, epoch: int = 0,
-         **options) -> list[Sample]:
-    """The samples of a split. `epoch` and `options` go to `synthetic_samples` alone."""
+def read(dataset: str, data_root, split: str, *, refs: str | None = None, categories: str = "all", limit: int = 0,
+         epoch: int = 0, **options) -> list[Sample]:
+    """The samples of a split. `refs` is the pickle of `refer`; `epoch`, `options` go to `synthetic_samples` alone."""
     if dataset == "synthetic":
         if limit:
             scenes = min(SCENES.get(split, 0), -(-limit // (REFERRED * EXPRESSIONS)))
             options = {"scenes": scenes, **options}
         samples = synthetic_samples(split, epoch, **options)
     else:
-        splits = _read_all(dataset, data_root)
+        splits = _read_all(dataset, data_root, refs)
         parts = [split] if split in splits else split.split("+")
         if not set(parts) <= set(splits):
             raise NoSplit(dataset, data_root, split, splits)
@@ -639,10 +651,11 @@ def load(samples: list[Sample]) -> tuple[Image.Image, list[np.ndarray]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _by_image(samples: list[Sample], numbers) -> list[tuple[int, ...]]:
+def by_picture(samples: list[Sample], numbers) -> list[tuple[int, ...]]:
+    """The numbers of the samples of each picture."""
     groups = defaultdict(list)
     for number in numbers:
-        groups[samples[number].image_id].append(number)
+        groups[samples[number].picture].append(number)
     return [tuple(group) for group in groups.values()]
 
 
@@ -654,18 +667,28 @@ def masked(expression: str, share: float, rng) -> str:
     return " ".join(itertools.compress(parts, kept))
 
 
+def add_black_boxes(image: Image.Image, rng):
+    """20 to 60 black squares of 32 pixels, as RMSIN's code lays them over a fifth of its training images."""
+    for _ in range(rng.integers(20, 61)):
+        x, y = (int(rng.integers(max(side - 32, 0) + 1)) for side in image.size)
+        image.paste((0, 0, 0), (x, y, x + 32, y + 32))
+
+
 class ReferringDataset(torch.utils.data.Dataset):
     """Indexed by a tuple of sample numbers of one image, which is loaded once for all of them.
 
     A number that comes again in the tuple is a repeat: it loses words as TrainSampler's `repeat_mask` says, drawn from
-    `draw`, the (seed, epoch), the sample and the count of the repeat.
+    `draw`, the (seed, epoch), the sample and the count of the repeat. black_boxes: the share of the pictures, the same
+    ones in every epoch, that get black squares, each time at other places; masks stay as they are.
     """
 
     def __init__(self, samples: list[Sample], image_size: int, tokenizer, original: bool = False, *,
-                 repeat_mask: float = 0.0, draw: tuple[int, int] = (0, 0)):
+                 repeat_mask: float = 0.0, black_boxes: float = 0.0, draw: tuple[int, int] = (0, 0)):
         self.samples, self.image_size, self.tokenizer, self.original = samples, image_size, tokenizer, original
         self.repeat_mask, self.draw = repeat_mask, draw
-        self.images = _by_image(samples, range(len(samples)))
+        self.images = by_picture(samples, range(len(samples)))
+        pictures = sorted((stable_number(f"{draw[0]} {picture}"), picture) for picture in {s.picture for s in samples})
+        self.blackened = {picture for _, picture in pictures[:int(black_boxes * len(pictures))]}
 
     def __len__(self):
         return len(self.samples)
@@ -678,6 +701,8 @@ class ReferringDataset(torch.utils.data.Dataset):
                 text = masked(samples[place].expression, self.repeat_mask, rng)
                 samples[place] = replace(samples[place], expression=text)
         image, masks = load(samples)
+        if (picture := samples[0].picture) in self.blackened:
+            add_black_boxes(image, np.random.default_rng((*self.draw, stable_number(picture))))
         pixels = np.array(image.resize(square, Image.Resampling.BILINEAR))
         resized = [np.asarray(Image.fromarray(mask).resize(square, Image.Resampling.NEAREST)) for mask in masks]
         tokens, text_mask = self.tokenizer([sample.expression for sample in samples])
@@ -691,20 +716,24 @@ class ReferringDataset(torch.utils.data.Dataset):
         return item
 
 
-def instance_number(sample: Sample) -> int:
+def stable_number(name: str) -> int:
     """63 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(sample.instance.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def instance_number(sample: Sample) -> int:
+    return stable_number(sample.instance)
 
 
 def collate(items: list[dict]) -> dict:
     """The batch of some items; an image that comes in two of them is in it once."""
     rows = {}
     for item in items:
-        rows.setdefault(item["samples"][0].image_id, (len(rows), item["image"]))
+        rows.setdefault(item["samples"][0].picture, (len(rows), item["image"]))
     samples = [sample for item in items for sample in item["samples"]]
     batch = {name: torch.cat([item[name] for item in items]) for name in ("tokens", "text_mask", "masks", "instance")}
     batch |= {"images": torch.stack([image for _, image in rows.values()]),                     # (N, 3, S, S) uint8
-              "image_index": torch.tensor([rows[sample.image_id][0] for sample in samples]),    # (M,) int64
+              "image_index": torch.tensor([rows[sample.picture][0] for sample in samples]),     # (M,) int64
               "samples": samples}
     if "original_masks" in items[0]:
         batch["original_masks"] = [mask for item in items for mask in item["original_masks"]]
@@ -736,6 +765,15 @@ class WordTokenizer:
         return tokens, tokens != pad
 
 
+def cut(samples: list[Sample], tokenizer) -> str:
+    """How many sentences the model's text length cuts, as a line to print; empty where there are none."""
+    texts, longer, lost = [sample.expression for sample in samples], copy.copy(tokenizer), 0
+    longer.length = tokenizer.length + 1
+    for first in range(0, len(texts), 1000):
+        lost += int((longer(texts[first:first + 1000])[1].sum(1) > tokenizer.length).sum())
+    return f"{lost} of {len(texts)} sentences are longer than {tokenizer.length} tokens and are cut" if lost else ""
+
+
 class TrainSampler:
     """Which expressions make up each step of an epoch, divided over processes and micro-batches.
 
@@ -752,7 +790,7 @@ class TrainSampler:
         self.seed, self.world, self.order = seed, world, (None, [])
         units = defaultdict(lambda: defaultdict(list))
         for number, sample in enumerate(samples):
-            units[sample.image_id if per_image else sample.instance][sample.instance].append(number)
+            units[sample.picture if per_image else sample.instance][sample.instance].append(number)
         self.units = [list(instances.values()) for instances in units.values()]
         self.groups = bool(per_image and repeat_mask) and len(self.units) < len(samples)
         drawn = [min(per_image, sum(map(len, unit))) for unit in self.units] if per_image else [1]
@@ -772,10 +810,10 @@ class TrainSampler:
             self.order = epoch, np.array_split(order, self.steps)
         rng = np.random.default_rng((self.seed, epoch, step + 1))
         drawn = [number for unit in self.order[1][step] for number in self._draw(self.units[unit], rng)]
-        groups = _by_image(self.samples, drawn)
+        groups = by_picture(self.samples, drawn)
         if len(groups) < self.world:  # never with per_image, where each unit is an image
             groups = [(number,) for group in groups for number in group]
-        parts = [_by_image(self.samples, itertools.chain(*part)) for part in self._divide(groups)]
+        parts = [by_picture(self.samples, itertools.chain(*part)) for part in self._divide(groups)]
         k = len(parts) // self.world
         return [parts[rank * k:(rank + 1) * k] for rank in range(self.world)]
 
@@ -861,16 +899,16 @@ def _beside(found: int, what: str, expected: int | None) -> str:
     return f"{found} {what}" + ("" if expected is None else f" (published {expected}: {verdict})")
 
 
-def check(dataset: str, data_root, split: str | None, categories: str) -> int:
+def check(dataset: str, data_root, split: str | None, categories: str, refs: str | None = None) -> int:
     """Prints the counts, every bad file and a summary; returns how many files would stop a training."""
-    splits = _read_all(dataset, data_root)
+    splits = _read_all(dataset, data_root, refs)
     if absent := [name for name in DATASETS[dataset].splits if name not in splits]:
         print(f"not there: {', '.join(absent)}{' (without val the last epoch is kept)' if 'val' in absent else ''}")
-    wanted = split_names(dataset, split, data_root) if split else splits
+    wanted = split_names(dataset, split, data_root, refs) if split else splits
     splits = {name: _select(dataset, splits[name], categories) for name in wanted}
     counts = list(_counts(dataset, splits, categories))
     print(*counts, sep="\n")
-    groups = [[s[number] for number in group] for s in splits.values() for group in _by_image(s, range(len(s)))]
+    groups = [[s[number] for number in group] for s in splits.values() for group in by_picture(s, range(len(s)))]
     found = Counter()
     with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
         for findings in tqdm(pool.imap(check_image, groups), "images", len(groups), disable=None):
@@ -890,12 +928,13 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description="Check a download: counts beside the published ones, then every file.")
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="the data set")
     parser.add_argument("--data-root", default="data", help="its folder, the parent or custom's file (default: data)")
+    parser.add_argument("--refs", help="the pickle in it, for --dataset refer, as in \"refs(unc).p\"")
     parser.add_argument("--split", help="one split or several with commas (default: all)")
     parser.add_argument("--categories", default="all", choices=CATEGORIES, help="of the RefCOCO sets (default: all)")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args([re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in arguments])
     try:
-        stops = check(args.dataset, args.data_root, args.split, args.categories)
+        stops = check(args.dataset, args.data_root, args.split, args.categories, args.refs)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if stops else 0)
@@ -1158,8 +1197,10 @@ def synthetic_samples(split: str, epoch=0, scenes: int | None = None, small=Fals
         drawn, image_id = scene(FIRST_SCENE[split] + place + (SMALL_SCENES if small else 0)), f"{split}-{place:05d}"
         for target, expressions in zip(drawn.referred, drawn.expressions, strict=True):
             instance, category = f"{image_id}-{target}", drawn.things[target].category
-            samples += [Sample(f"{instance}-{i}", drawn.number, target, expression.text, split, image_id, instance,
-                               category, "file", (drawn.size, drawn.size)) for i, expression in enumerate(expressions)]
+            for i, said in enumerate(expressions):
+                kind = CUES[said.description.cue].group if said.description.cue else "attribute"
+                samples.append(Sample(f"{instance}-{i}", drawn.number, target, said.text, split, image_id, instance,
+                                      category, "file", (drawn.size, drawn.size), kind=kind))
     return samples
 
 

@@ -122,7 +122,8 @@ def test_category_comes_from_the_file_where_it_is(tmp_path):
 
 @pytest.mark.parametrize(("expression", "category"), [
     ("building along the road", "building"), ("the white road marking on the road", "road marking"),
-    ("Paved road", "road"), ("vehicles driving on the paved road", "vehicle"), ("two buses", "bus"),
+    ("Paved road", "paved road"), ("road along the paved road", "road"), ("two buses", "bus"),
+    ("vehicles driving on the paved road", "vehicle"),
     ("a carport", None), ("low-vegetation", "low vegetation"), ("the roadside", None)])
 def test_category_of_refsegrs_from_the_expression(expression, category):
     assert data.find_category(expression, data.DATASETS["refsegrs"].classes) == category
@@ -719,6 +720,26 @@ def test_union_has_no_image_of_any_val_or_test_split(tmp_path):
         data.read("refcoco-union", tmp_path, "train")
 
 
+def test_any_folder_of_refer_by_its_pickle(tmp_path):
+    """RemoteSAM-270K: pickle, instances.json and JPEGImages side by side; the splits are the pickle's."""
+    written = layouts.write("refcoco", tmp_path, splits={"train": 1, "val": 1, "minitest": 1})
+    move(tmp_path / "images/mscoco/images/train2014", tmp_path / "refcoco/JPEGImages")
+    move(tmp_path / "refcoco/refs(unc).p", tmp_path / "refcoco/refs(unc)_mine.p")
+    root, refs = tmp_path / "refcoco", "refs(unc)_mine.p"
+    assert data.split_names("refer", "val,minitest", root, refs=refs) == ["val", "minitest"]
+    assert data.has_split("refer", root, "minitest", refs=refs) and not data.has_split("refer", root, "test", refs=refs)
+    for split, entries in written.items():
+        found = data.read("refer", root, split, refs=refs)
+        assert [one.expression for one in found] == [entry.expression for entry in entries]
+        assert (data.load(found[:1])[1][0] == entries[0].mask).all()
+    with pytest.raises(ValueError, match="--refs names the pickle of --dataset refer"):
+        data.read("refer", root, "train")
+    with pytest.raises(ValueError, match="--refs names the pickle of --dataset refer"):
+        data.read("refcoco", root, "train", refs=refs)
+    with pytest.raises(FileNotFoundError, match=r"no other.p with instances.json"):
+        data.read("refer", root, "train", refs="other.p")
+
+
 def test_seen_and_unseen_categories(tmp_path):
     seen, unseen = data.CATEGORIES["seen"], data.CATEGORIES["unseen"]
     assert len(seen) == 48 and len(unseen) == 17 and not seen & unseen
@@ -778,6 +799,80 @@ def test_batch_is_as_documented(tmp_path):
         assert (batch["masks"][row].numpy() == mask[1::3, 1::3]).all()  # 96 -> 32: the centre of each 3 x 3
         assert batch["tokens"][row].tolist() == tokenizer([samples[number].expression])[0][0].tolist()
     assert "original_masks" not in data.ReferringDataset(samples, 32, tokenizer)[first]
+
+
+def test_batches_and_steps_go_by_the_picture_not_by_its_names():
+    """Three names of one picture: one row of images, one draw of an epoch with per_image."""
+    samples = [data.read("synthetic", None, "train", scenes=1)[k] for k in (0, 3, 6)]
+    assert [one.picture for one in samples] == [one.image_id for one in samples]      # where nothing else is said
+    alias = [data.replace(one, image_id=f"{k}.tif", picture="p") for k, one in enumerate(samples)]
+    dataset = data.ReferringDataset(alias, 24, tokenizer)
+    assert dataset.images == [(0, 1, 2)]
+    batch = data.collate([dataset[(0,)], dataset[(1, 2)]])
+    assert batch["images"].shape[0] == 1 and batch["image_index"].tolist() == [0, 0, 0]
+    sampler = data.TrainSampler(alias, batch_size=3, micro_batch=3, per_image=3, seed=0)
+    assert sampler.steps == 1 and [sorted(group) for group in sampler.plan(0, 0)[0][0]] == [[0, 1, 2]]
+
+
+def boxes(dataset, numbers):
+    """(of each of the pictures, the share of black pixels)."""
+    return np.array([(dataset[(number,)]["image"] == 0).all(0).float().mean() for number in numbers])
+
+
+def test_black_boxes_fall_on_a_fixed_share_of_the_pictures_and_leave_masks_alone(tmp_path):
+    for number in range(40):
+        picture(tmp_path / f"{number}.png", (400, 300), value=200)
+    mask = {"size": (300, 400), "parts": [layouts.rle(box(300, 400))], "resize": False}
+    samples = [data.replace(sample(f"i{k}", f"i{k}", k, mask=mask), image=tmp_path / f"{k}.png") for k in range(40)]
+
+    def dataset(seed=1, epoch=0, share=0.2):
+        return data.ReferringDataset(samples, 400, tokenizer, black_boxes=share, draw=(seed, epoch))
+
+    first = boxes(dataset(), range(40))
+    assert (first > 0).sum() == 8 and (boxes(data.ReferringDataset(samples, 400, tokenizer), range(40)) == 0).all()
+    assert (boxes(dataset(), reversed(range(40)))[::-1] == first).all()               # in any worker, in any order
+    later = boxes(dataset(epoch=1), range(40))
+    assert ((later > 0) == (first > 0)).all() and (later != first).sum() == 8         # the same pictures, other places
+    assert ((boxes(dataset(seed=2), range(40)) > 0) != (first > 0)).any()
+    assert (boxes(dataset(share=1.0), range(40)) > 0).all()
+    item, plain = dataset(share=1.0)[(3,)], dataset(share=0.0)[(3,)]
+    assert torch.equal(item["masks"], plain["masks"]) and (plain["image"] == 200).all()
+    assert set(item["image"].unique().tolist()) <= set(range(201))                    # black squares, resized
+
+
+def test_black_boxes_are_20_to_60_squares_of_32_pixels_within_the_picture():
+    class Painted:
+        size = (800, 600)
+
+        def __init__(self):
+            self.pasted = []
+
+        def paste(self, colour, place):
+            assert colour == (0, 0, 0)
+            self.pasted.append(place)
+
+    counts, places = [], []
+    for seed in range(400):
+        painted = Painted()
+        data.add_black_boxes(painted, np.random.default_rng(seed))
+        counts.append(len(painted.pasted))
+        places += painted.pasted
+    x, y, right, bottom = np.array(places).T
+    assert (min(counts), max(counts)) == (20, 60) and (right - x == 32).all() and (bottom - y == 32).all()
+    assert (x.min(), right.max(), y.min(), bottom.max()) == (0, 800, 0, 600)
+    small = Image.new("RGB", (20, 10), "white")
+    data.add_black_boxes(small, np.random.default_rng(0))
+    assert not np.asarray(small).any()
+
+
+def test_sentences_that_are_cut_are_counted():
+    samples = [sample(expression=" ".join(["ship"] * count)) for count in (3, 4, 5, 9)]
+    special = {"pad": 0, "unknown": 1}
+    assert data.cut(samples, data.WordTokenizer(["ship"], 4, special)) == (
+        "2 of 4 sentences are longer than 4 tokens and are cut")
+    marks = data.WordTokenizer(["ship"], 6, {**special, "begin": 2, "end": 3})        # two of the six are marks
+    assert data.cut(samples, marks).startswith("2 of 4") and marks.length == 6
+    assert data.cut(samples, data.WordTokenizer(["ship"], 9, special)) == ""
 
 
 def test_instance_numbers_are_stable_and_tell_objects_apart():

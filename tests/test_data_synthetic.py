@@ -293,6 +293,18 @@ def test_samples_name_their_scene_object_and_category():
     assert (sample.split, sample.size, sample.mask) == ("test", (96, 96), scene.referred[-1])
     assert (sample.category, sample.category_source) == (scene.things[sample.mask].category, "file")
     assert sample.expression == scene.expressions[-1][2].text
+    kinds = {one.kind: one.expression for one in data.synthetic_samples("test")}
+    assert set(kinds) == {"attribute", "place", "extreme", "size", "relation", "nearest"}
+
+
+def test_the_kind_of_a_sentence_is_what_its_words_say():
+    said = {"place": r"\b(on|at|in) the (left|right|top|bottom|upper|lower)\b|in the (middle|center)|near the center",
+            "extreme": r"most |lowest|on the far|farthest|at the very", "size": r"\b(large|small|biggest)",
+            "relation": r"(left of|right of|above|below|under) the (?!image)", "nearest": r"(nearest|closest) to"}
+    for one in data.synthetic_samples("test"):
+        text = one.expression.lower()
+        found = [kind for kind in ("nearest", "relation", "extreme", "size", "place") if re.search(said[kind], text)]
+        assert one.kind == (found[0] if found else "attribute"), (one.kind, text)
     with pytest.raises(ValueError, match="no split 'dev'; choose one of train, val, test"):
         data.synthetic_samples("dev")
 

@@ -162,6 +162,8 @@ def own_state(model):
 
 def load_own_state(model, tensors, left_out, origin):
     """Load what `own_state` gave into `model`, whose left-out tensors must already be those of their source."""
+    for old, new in getattr(sys.modules[type(model).__module__], "RENAMED", {}).items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
     state = model.state_dict()
     expected = set(state) - set(left_out)
     if set(tensors) != expected:

@@ -3,11 +3,12 @@
 Paper
     Chen, Liu, Chen, Zhang, Zou, Shi. RSRefSeg 2: Decoupling Referring Remote Sensing Image Segmentation with Foundation
     Models. arXiv:2507.06231, 2025, https://arxiv.org/abs/2507.06231
+Official
+    https://github.com/KyanChen/RSRefSeg2 (on mmseg, DeepSpeed and peft). No code was copied.
+Idea
     SigLIP 2 reads a small copy of the image and the sentence. A prompter splits the sentence into two subspaces, lets
     the image read one and then the other, and turns what it found into prompts: n_p vectors and one coarse map.
     SAM 2.1 sees the large image and these prompts, never the sentence. The towers learn by LoRA, SAM's decoder in full.
-Official
-    https://github.com/KyanChen/RSRefSeg2 (on mmseg, DeepSpeed and peft). No code was copied.
 Shapes
     N images, M expressions, L tokens with EOS and padding; I_1, I_2 the image at H_1 = 512 and H_2 = 1024
     v           image tokens (N,g*g,D_v), g = H_1 / patch, rounded down; v'_1, v'_2 (M,g*g,D_v) once they have read the
@@ -29,54 +30,7 @@ Equations
     Eq. (11)            losses.py, orthogonal_loss
     Eq. (12)            RSRefSeg2.criterion
     Eq. (13)            metrics.py
-Departs
-    (4) line 3   printed with t_1 as the query of t_2; "alternately serve as queries": t_1 reads t_2, then t_2 reads t_1
-    (4)-(6)      each attention and MLP has a residual before its norm, as in the official code; none is printed
-    (6) line 3   queries are what line 2 made of them ("sequentially"); printed with the query of line 2 again
-    (7)          the 3x3 form of III-C; IV-E8 calls it 1x1 (dense_kernel=1). The text speaks of a probability map, the
-                 formula gives cosines, and these are what SAM gets
-    (8)          SAM 2.1's own decoder: its order of tokens, an object-score token, a no-memory embedding on F_img,
-                 features at strides 4 and 8; logits come at H_2/4 and are enlarged bilinearly
-    (12)         L_samp contrasts t_2 with v: Table XV's best row and the official code; printed with t_sent
-    batch        L_samp and (7)'s batch norm see what is taken at once, --micro-batch times the processes for L_samp,
-                 not the 64 of IV-C2
-    t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; the official code reads all positions.
-                 An expression without words reads its EOS
-    t_sent       SigLIP has no feature at EOS: its text head reads the last of 64 positions, which it was trained on
-    (13)         its N images are the expressions: each is a sample
-    decoder      heads for IoU, object score and masks 2 to 4 stay frozen: no loss reaches them
-    official     its forms that differ are ABLATIONS["official"]. Not among them: it adapts SAM's neck and SigLIP's text
-                 head too, trains 600 epochs at 2e-4 on RefSegRS, and keeps the best epoch on test
-Silent
-    attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout: official code
-    start        PyTorch's own for the prompter: official code; with pretrained=none Xavier for it and SAM's decoder
-    textpool     adaptive average pooling of the words to n_t, for both subspaces: official code, without its pads
-    positions    N(0,1), on queries and keys, not values: t_1's in (4), (5), t_2's in (4)-(6), the image's in (5), (6),
-                 p_sparse's in (6): official code; a row of Table IX without one has none wherever it would serve
-    p_sparse     after the last block an MLP C-512-C: official code
-    (7)          bilinear, align_corners=False; the norm after upsampling is computed on the g x g grid, which is exact
-    LoRA         on q, k, v, out of every attention of the three towers, alpha = r; A starts at zero
-    I_1          the H_2 image reduced bilinearly with antialiasing
-    L_dice       squared denominator: official code; epsilon 1e-3 above and below
-    L_samp       v averaged over the mask's area, so that no small object is lost to rounding; t_2 over its n_t vectors;
-                 a learnable factor on the cosines, from 1/0.07, at most 100; gathered over processes with gradient
-    L_spat       cosines times such a factor (and plus a bias for CE); CE at the mask's size; MIL: -log of the softmax
-                 mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
-    L_dense      like CE in L_spat, since a cosine as a logit cannot leave 0.27..0.73; p_dense itself with dense_scale.
-                 At the mask's size (IV-E10 may mean H_2/4)
-    alphas       0.5 for every auxiliary term that a row of Table XV switches on
-    text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
-    training     warm-up 5 epochs, decay 0.05 on all that learns, clipping 3.0: official code
-    Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
-    Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
-    Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
-    Table XIII   T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
-    Table XIV    other sizes through interpolated positions
-    Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
-    diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one
-Omits
-    a reader for the authors' weights: their file layout could not be verified
-    ZeRO-2: one process holds all weights; they are few enough
+What departs from the paper or from the official code, and what the paper leaves open: Notes, at the end of the file.
 """
 
 import math
@@ -86,22 +40,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Sam2Config, Sam2Model
 from transformers import SiglipConfig, SiglipModel, SiglipTextModel, SiglipVisionModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from losses import (
-    binary_cross_entropy,
-    contrast,
-    dice_loss,
-    mask_pooled,
-    multi_instance_loss,
-    orthogonal_loss,
-    processes,
-)
+from losses import binary_cross_entropy, contrast, dice_loss, mask_pooled, multi_instance_loss
+from losses import orthogonal_loss, processes
 
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # SAM 2's; SigLIP's are 0.5 and 0.5
 MAPS = ("dense_prompt",)
@@ -168,7 +116,6 @@ class Config:
     dense_soft_text: bool = False
     dense_image: str = "v2"                         # or v
     dense_conv: str = "relu"                        # III-C; or none, or official: two layers with GELU
-    dense_kernel: int = 3                           # III-C; 1 in IV-E8
     dense_upsample: str = "pre"                     # or post
 
     interleave: bool = False                        # True: the official code, prompt block k reads interaction block k
@@ -190,14 +137,8 @@ class Config:
     nce_image: str = "v"
 
     def __post_init__(self):
-        choices = {"subspace_init": ("textpool", "zero", "learnable"), "image_positions": ("learnable", "sine", "none"),
-                   "prompt_init": ("learnable", "zero"), "dense_text": ("sent", "t2", "t2_prime", "sparse"),
-                   "dense_image": ("v2", "v"), "dense_conv": ("relu", "none", "official"), "dense_kernel": (1, 3),
-                   "dense_upsample": ("pre", "post"), "spat": ("CE", "MIL"), "spat_text": ("sent", "t2"),
-                   "spat_image": ("v", "v2"), "nce_text": ("sent", "t2"), "nce_image": ("v", "v2")}
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)}: expected {' or '.join(map(str, allowed))}")
+        for field, words in WORDS.items():
+            one_of(words, **{field: getattr(self, field)})
         if self.interleave and self.interaction_blocks != self.prompt_blocks:
             raise ValueError(f"interleave=True pairs the blocks: interaction_blocks={self.interaction_blocks} and "
                              f"prompt_blocks={self.prompt_blocks} must be equal")
@@ -227,6 +168,648 @@ class Config:
         return {*samp, *((self.spat_text, self.spat_image) if self.alpha_spat else ())}
 
 
+WORDS = {"subspace_init": ("textpool", "zero", "learnable"), "image_positions": ("learnable", "sine", "none"),
+         "prompt_init": ("learnable", "zero"), "dense_text": ("sent", "t2", "t2_prime", "sparse"),
+         "dense_image": ("v2", "v"), "dense_conv": ("relu", "none", "official"), "dense_upsample": ("pre", "post"),
+         "spat": ("CE", "MIL"), "spat_text": ("sent", "t2"), "spat_image": ("v", "v2"),
+         "nce_text": ("sent", "t2"), "nce_image": ("v", "v2")}
+
+
+# --------------------------------------------------------------- III-B: dual-modality aligned semantic feature encoder
+
+
+class LoRALinear(nn.Module):
+    """Eq. (2): a linear layer (..., d_in) -> (..., d_out) and its low-rank addition, at first none. Stands alone.
+
+    linear: the plain nn.Linear, whose `weight` and `bias` keep their names; rank: r of A (d_out,r) and B (d_in,r).
+    """
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"LoRALinear: expected a plain nn.Linear, got {type(linear).__name__}; where another "
+                             "module reads its weight, as nn.MultiheadAttention does, nothing would be added")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        self.lora_B = nn.Parameter(linear.weight.new_empty(linear.in_features, rank))
+        nn.init.uniform_(self.lora_B, -linear.in_features ** -0.5, linear.in_features ** -0.5)
+
+    def forward(self, x):
+        W, A, B = self.weight, self.lora_A, self.lora_B
+        return functional.linear(x, W, self.bias) + (x @ B) @ A.T  # Eq. (2)
+
+    def merged(self):
+        """The plain linear layer that computes the same."""
+        linear = nn.Linear(len(self.lora_B), len(self.lora_A), bias=False, device="meta")
+        merged = (self.weight + self.lora_A @ self.lora_B.T).detach()
+        linear.weight, linear.bias = nn.Parameter(merged, self.weight.requires_grad), self.bias
+        return linear
+
+
+def replace_linear(tower, kind, ends, make):
+    """Replace each module of class `kind` whose path ends with one of `ends` by make(module)."""
+    for path, module in list(tower.named_modules()):
+        if isinstance(module, kind) and path.endswith(ends):
+            parent, _, name = path.rpartition(".")
+            setattr(tower.get_submodule(parent), name, make(module))
+
+
+# ---------------------------------------------------------------------- III-C: cascaded second-order referring prompter
+
+
+class CascadedPrompter(nn.Module):
+    """Eq. (3): image tokens v (M,g*g,D_v), words (M,L,D_t), text_mask (M,L), sentence (M,D_v) -> a dict.
+
+    p_sparse (M,n_p,C), t2 (M,n_t,D_t), v2 (M,g*g,D_v), with cascade t1 (M,n_t,D_t), with dense p_dense (M,1,size,size)
+    float32. Tied to side x side image tokens; reads Config's fields from n_t to align_corners. Brings all this section.
+    """
+
+    def __init__(self, vision_width, text_width, prompt_width, side, size, config):
+        super().__init__()
+        self.config, self.side = config, side
+        c, subspaces = config, 2 if config.cascade else 1
+        layer = {"inner": c.attention_width, "heads": c.heads, "hidden": c.mlp_width}
+        self.text_positions = nn.ParameterList(
+            torch.randn(c.n_t, text_width) for _ in range(subspaces if c.subspace_positions else 0))
+        if c.image_positions == "sine":
+            self.register_buffer("image_position", sine_positions(side, vision_width), persistent=False)
+        else:
+            self.image_position = drawn_or_zero(c.image_positions == "learnable", side * side, vision_width)
+        self.decompose = ReferringSemanticDecomposition(
+            text_width, c.n_t, c.decomposition_blocks, subspaces, c.subspace_init, c.intra_attention,
+            c.inter_attention, **layer)
+        interaction = partial(TextVisualInteraction, text_width, vision_width, c.interaction_blocks,
+                              cross_attention=c.cross_attention, **layer)
+        if c.cascade:           # t'_1 leaves the first order only through v'_1
+            self.first = interaction(self_attention=c.self_attention and c.cross_attention)
+        self.second = interaction(self_attention=c.self_attention)
+        count = c.n_p + 1 if c.dense and c.dense_text == "sparse" else c.n_p   # Silent: Table XIII
+        self.sparse = SparsePromptGeneration(prompt_width, text_width, vision_width, count, c.prompt_blocks,
+                                             c.prompt_init, c.prompt_positions, **layer)
+        if c.dense:
+            source = {"sent": vision_width, "t2": text_width, "t2_prime": text_width, "sparse": prompt_width}
+            self.dense = DensePromptGeneration(
+                vision_width, source[c.dense_text], size, c.dense_conv, c.dense_upsample, c.align_corners,
+                c.mlp_width if c.dense_soft_text else 0, c.dense_scale)
+
+    def forward(self, v, words, text_mask, sentence):
+        c = self.config
+        expect("v", v, len(words), self.side ** 2, None)
+        pe_t, pe_v = list(self.text_positions) or [0.0] * self.decompose.count, self.image_position
+        prompts, subspaces = {}, self.decompose(words, text_mask, pe_t)
+        if c.cascade:
+            (t1, t2), (pe_1, pe_2) = subspaces, pe_t                          # (M,n_t,D_t) each
+            _, v1 = self.first(t1, v, pe_1, pe_v)[-1]                         # (M,g*g,D_v)
+            prompts["t1"] = t1
+        else:
+            (t2,), (pe_2,), v1 = subspaces, pe_t, v
+        stages = self.second(t2, v1, pe_2, pe_v)
+        t2_prime, v2 = stages[-1]                                             # (M,n_t,D_t), (M,g*g,D_v)
+        read = stages if c.interleave else stages[-1:] * c.prompt_blocks
+        p_sparse = self.sparse(read, pe_2, pe_v)                              # (M,Q,C)
+        prompts |= {"p_sparse": p_sparse[:, :c.n_p], "t2": t2, "v2": v2}
+        if c.dense:
+            text = {"sent": sentence, "t2": t2.mean(1), "t2_prime": t2_prime.mean(1), "sparse": p_sparse[:, -1]}
+            image = rearrange(v2 if c.dense_image == "v2" else v, "m (y x) d -> m d y x", y=self.side)
+            prompts["p_dense"] = self.dense(image, text[c.dense_text])        # (M,1,size,size)
+        return prompts  # Eq. (3)
+
+
+def one_of(words, **argument):
+    """ValueError for an argument that is none of `words`."""
+    for name, value in argument.items():
+        if value not in words:
+            raise ValueError(f"{name}={value}: expected {' or '.join(words)}")
+
+
+def expect(name, tensor, *sizes, dtype=None):
+    """ValueError unless the tensor is of these sizes, None standing for any, and of this type."""
+    if tensor.ndim != len(sizes) or any(size not in (None, n) for size, n in zip(sizes, tensor.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise ValueError(f"{name}: expected a tensor of size ({wanted}), got {tuple(tensor.shape)}")
+    if dtype not in (None, tensor.dtype):
+        raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
+
+
+class AttentionLayer(nn.Module):
+    """LN(x + attention(x, context)): x (B,Q,C), context (B,K,D), mask (B,K) True = may be read -> (B,Q,C).
+
+    width C, context_width D, inner: of queries, keys and values. Positions, 0.0 or (..,C) and (..,D), are added to
+    queries and keys, not to values. Brings expect.
+    """
+
+    def __init__(self, width, context_width, inner=512, heads=8):
+        super().__init__()
+        if inner % heads:
+            raise ValueError(f"inner={inner}: expected a multiple of heads={heads}")
+        self.widths, self.heads = (width, context_width), heads
+        self.to_q = nn.Linear(width, inner)
+        self.to_k = nn.Linear(context_width, inner)
+        self.to_v = nn.Linear(context_width, inner)
+        self.to_out = nn.Linear(inner, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x, context, position, context_position, mask=None):
+        C, D = self.widths
+        expect("x", x, None, None, C)
+        expect("context", context, len(x), None, D)
+        if mask is not None:
+            expect("mask", mask, *context.shape[:2], dtype=torch.bool)
+            mask = mask[:, None, None]                                        # (B,1,1,K)
+        q, k, v = self.to_q(x + position), self.to_k(context + context_position), self.to_v(context)
+        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads) for tokens in (q, k, v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)      # (B,heads,Q,inner/heads)
+        return self.norm(x + self.to_out(rearrange(mixed, "b a n d -> b n (a d)")))   # Departs: (4)-(6)
+
+
+def mlp(width, hidden):
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class MlpLayer(nn.Module):
+    """LN(x + MLP(x)): (B,n,C) -> (B,n,C). Brings mlp."""
+
+    def __init__(self, width, hidden=512):
+        super().__init__()
+        self.mlp = mlp(width, hidden)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(x + self.mlp(x))                                     # Departs: (4)-(6)
+
+
+class CrossLayer(nn.Module):
+    """An AttentionLayer and an MlpLayer, with their arguments: x (B,n,C), context (B,k,D) -> (B,n,C)."""
+
+    def __init__(self, width, context_width, inner=512, heads=8, hidden=512):
+        super().__init__()
+        self.attention = AttentionLayer(width, context_width, inner, heads)
+        self.mlp = MlpLayer(width, hidden)
+
+    def forward(self, x, context, position, context_position, mask=None):
+        return self.mlp(self.attention(x, context, position, context_position, mask))
+
+
+def repeated(count, make, *sizes):
+    """A ModuleList of `count` modules make(*sizes)."""
+    return nn.ModuleList(make(*sizes) for _ in range(count))
+
+
+def drawn_or_zero(drawn, *shape):
+    """A learnable N(0,1) tensor, or a plain zero."""
+    return nn.Parameter(torch.randn(shape)) if drawn else 0.0
+
+
+class ReferringSemanticDecomposition(nn.Module):
+    """Eq. (4): words (M,L,D_t), text_mask (M,L) bool, True at one word or more of each -> [t_1, t_2], each (M,n_t,D_t).
+
+    width D_t; subspaces: 1 in a single-stage prompter; start of the t^q: "textpool", "zero", "learnable"; intra, inter:
+    Table XI; inner, heads, hidden: CrossLayer's. positions: (n_t,D_t) or 0.0, one for each subspace.
+    Brings one_of, expect, repeated, drawn_or_zero, mlp, AttentionLayer, MlpLayer, CrossLayer.
+    """
+
+    def __init__(self, width, n_t=3, blocks=2, subspaces=2, start="textpool", intra=True, inter=True,
+                 inner=512, heads=8, hidden=512):
+        super().__init__()
+        one_of(("textpool", "zero", "learnable"), start=start)
+        self.width, self.count, self.n_t, self.init = width, subspaces, n_t, start
+        self.queries = drawn_or_zero(start == "learnable", subspaces, 1, n_t, width)
+        layer, pair = (width, width, inner, heads), inter and subspaces == 2
+        self.intra = repeated(blocks, repeated, subspaces if intra else 0, AttentionLayer, *layer)
+        self.cross = repeated(blocks, repeated, subspaces, CrossLayer, *layer, hidden)
+        self.inter = repeated(blocks, repeated, 2 if pair else 0, CrossLayer, *layer, hidden)
+
+    def pooled(self, words, text_mask):
+        """Adaptive average pooling of each expression's words to n_t vectors -> (M,n_t,D_t)."""
+        n = text_mask.sum(1)[:, None]                                         # (M,1)
+        k = torch.arange(self.n_t, device=words.device)
+        first, end = k * n // self.n_t, -(-(k + 1) * n // self.n_t)           # (M,n_t)
+        place = torch.arange(words.shape[1], device=words.device)
+        run = (place >= first[..., None]) & (place < end[..., None])          # (M,n_t,L)
+        return (run / (end - first)[..., None]).to(words.dtype) @ words
+
+    def forward(self, words, text_mask, positions=(0.0, 0.0)):
+        expect("words", words, None, None, self.width)
+        expect("text_mask", text_mask, *words.shape[:2], dtype=torch.bool)
+        pe = positions
+        if self.init == "textpool":
+            t = [self.pooled(words, text_mask)] * self.count                  # (M,n_t,D_t) each
+        else:
+            t = list(words.new_zeros(self.count, len(words), self.n_t, self.width) + self.queries)
+        for intra, cross, inter in zip(self.intra, self.cross, self.inter, strict=True):
+            for k, layer in enumerate(intra):
+                t[k] = layer(t[k], t[k], pe[k], pe[k])
+            for k, layer in enumerate(cross):
+                t[k] = layer(t[k], words, pe[k], 0.0, text_mask)
+            for k, layer in enumerate(inter):                                 # t_1 reads t_2, t_2 the new t_1
+                t[k] = layer(t[k], t[1 - k], pe[k], pe[1 - k])  # Eq. (4)  # Departs: (4) line 3
+        return t
+
+
+class TextVisualInteraction(nn.Module):
+    """Eq. (5): t (M,n_t,D_t), v (M,n,D_v) -> [(t', v') after each block], of the same shapes.
+
+    text_width D_t, vision_width D_v; self_attention, cross_attention: Table XII; inner, heads, hidden: CrossLayer's.
+    pe_t (n_t,D_t), pe_v (n,D_v) or 0.0. Brings expect, repeated, mlp, AttentionLayer, MlpLayer, CrossLayer.
+    """
+
+    def __init__(self, text_width, vision_width, blocks=2, self_attention=True, cross_attention=True,
+                 inner=512, heads=8, hidden=512):
+        super().__init__()
+        self.attends = cross_attention
+        cross = (CrossLayer, vision_width, text_width, inner, heads, hidden)
+        self.intra = repeated(blocks if self_attention else 0, AttentionLayer, text_width, text_width, inner, heads)
+        self.cross = repeated(blocks, *(cross if cross_attention else (MlpLayer, vision_width, hidden)))
+
+    def forward(self, t, v, pe_t=0.0, pe_v=0.0):
+        stages = []
+        for k, cross in enumerate(self.cross):
+            t = self.intra[k](t, t, pe_t, pe_t) if self.intra else t
+            v = cross(v, t, pe_v, pe_t) if self.attends else cross(v)  # Eq. (5)
+            stages.append((t, v))
+        return stages
+
+
+class SparsePromptGeneration(nn.Module):
+    """Eq. (6): stages, the (t'_2, v'_2) that each block reads, (M,n_t,D_t) and (M,n,D_v) -> (M,count,C).
+
+    width C, text_width D_t, vision_width D_v; count: n_p; start of p^q: "learnable", "zero"; positions: it has its own;
+    inner, heads, hidden: CrossLayer's. pe_t (n_t,D_t), pe_v (n,D_v) or 0.0.
+    Brings one_of, expect, repeated, drawn_or_zero, mlp, AttentionLayer, MlpLayer, CrossLayer.
+    """
+
+    def __init__(self, width, text_width, vision_width, count=9, blocks=2, start="learnable", positions=True,
+                 inner=512, heads=8, hidden=512):
+        super().__init__()
+        one_of(("learnable", "zero"), start=start)
+        self.shape = count, width
+        self.queries = drawn_or_zero(start == "learnable", count, width)
+        self.position = drawn_or_zero(positions, count, width)
+        self.intra = repeated(blocks, AttentionLayer, width, width, inner, heads)
+        self.cross_text = repeated(blocks, CrossLayer, width, text_width, inner, heads, hidden)
+        self.cross_image = repeated(blocks, CrossLayer, width, vision_width, inner, heads, hidden)
+        self.out = mlp(width, hidden)
+
+    def forward(self, stages, pe_t=0.0, pe_v=0.0):
+        if len(stages) != len(self.intra):
+            raise ValueError(f"stages: expected a pair (t, v) for each of {len(self.intra)} blocks, got {len(stages)}")
+        t, _ = stages[0]
+        p, pe = t.new_zeros(len(t), *self.shape) + self.queries, self.position
+        for intra, text, image, (t, v) in zip(self.intra, self.cross_text, self.cross_image, stages, strict=True):
+            p = intra(p, p, pe, pe)
+            p = text(p, t, pe, pe_t)
+            p = image(p, v, pe, pe_v)  # Eq. (6)  # Departs: (6) line 3
+        return self.out(p)
+
+
+def resize(maps, size, align_corners=False):
+    """(B,C,h,w) -> (B,C,H,W), bilinear; size: (H,W), or H where W = H."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if maps.shape[-2:] == size:
+        return maps
+    return functional.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
+
+
+def cosine_maps(features, text, size, align_corners=False, eps=1e-6):
+    """Cosines of text (M,D) with bilinearly upsampled features (M,D,h,w) -> (M,1,H,W) float32; size as in resize.
+
+    With Y and X the weights of linear interpolation, an upsampled vector is the sum of Y_ia X_jb f_ab over four
+    neighbours: its dot product is the upsampled dot product, its squared norm a sum of the neighbours' inner products.
+    So nothing of D channels is upsampled; exact but for rounding, and float32 whatever the autocast. Stands alone.
+    """
+    size = (size, size) if isinstance(size, int) else size
+    with torch.autocast(features.device.type, enabled=False):
+        f, text = features.float(), functional.normalize(text.float(), dim=-1)
+
+        def weights(n, m):
+            eye = torch.eye(n, device=f.device)[None]
+            return functional.interpolate(eye, m, mode="linear", align_corners=align_corners)[0].T  # (m,n)
+
+        def inner(a, b):
+            return torch.einsum("mdyx,mdyx->myx", a, b)                       # (M,h,w)
+
+        Y, X = map(weights, f.shape[-2:], size)
+        (Y_same, Y_next), (X_same, X_next) = ((W * W, W * functional.pad(W[:, 1:], (0, 1))) for W in (Y, X))
+        below, right, across = (functional.pad(f, (0, x, 0, y))[..., y:, x:] for y, x in ((1, 0), (0, 1), (1, 1)))
+        norm = (Y_same @ inner(f, f) @ X_same.T + 2 * Y_next @ inner(f, below) @ X_same.T
+                + 2 * Y_same @ inner(f, right) @ X_next.T
+                + 2 * Y_next @ (inner(f, across) + inner(below, right)) @ X_next.T)                 # (M,H,W)
+        dot = Y @ torch.einsum("mdyx,md->myx", f, text) @ X.T
+        return (dot / norm.clamp(min=eps * eps).sqrt())[:, None]
+
+
+class DensePromptGeneration(nn.Module):
+    """Eq. (7): image features (M,D_v,h,w), channels first, and text (M,D) -> p_dense (M,1,H,W) float32.
+
+    vision_width D_v, text_width D; size: (H,W), or H of a square; conv: "relu", "none", "official"; upsample: "pre",
+    "post"; soft: hidden width of an MLP on the text, 0 for none; scale: SigLIP's factor and bias on the cosines.
+    Brings one_of, expect, mlp, matching, resize, cosine_maps.
+    """
+
+    def __init__(self, vision_width, text_width, size, conv="relu", upsample="pre", align_corners=False, soft=0,
+                 scale=False):
+        super().__init__()
+        one_of(("relu", "none", "official"), conv=conv)
+        one_of(("pre", "post"), upsample=upsample)
+        self.size, self.align_corners, self.upsample = size, align_corners, upsample
+        self.widths, D = (vision_width, text_width), vision_width
+        if conv == "relu":
+            self.conv = nn.Sequential(nn.Conv2d(D, D, 3, padding=1, bias=False), nn.BatchNorm2d(D), nn.ReLU())
+        elif conv == "official":
+            self.conv = nn.Sequential(nn.Conv2d(D, D // 2, 3, padding=1), nn.BatchNorm2d(D // 2), nn.GELU(),
+                                      nn.Conv2d(D // 2, D, 3, padding=1))
+        else:
+            self.conv = nn.Identity()
+        self.soft = mlp(text_width, soft) if soft else nn.Identity()
+        self.match = matching(text_width, D)
+        self.logit_scale, self.logit_bias = (
+            nn.Parameter(torch.tensor([value])) if scale else None for value in (math.log(10), -10.0))
+
+    def forward(self, v, text):
+        D_v, D = self.widths
+        expect("image features", v, None, D_v, None, None)
+        expect("text", text, len(v), D)
+        F_dense, t_sent = self.conv(v), self.match(self.soft(text))
+        size = self.size if self.upsample == "pre" else v.shape[-2:]
+        p_dense = cosine_maps(F_dense, t_sent, size, self.align_corners)  # Eq. (7)
+        if self.logit_scale is not None:
+            p_dense = p_dense * self.logit_scale.exp() + self.logit_bias
+        return resize(p_dense, self.size, self.align_corners)
+
+
+def matching(width, to):
+    """Nothing where the widths agree, as in all so400m towers; else a linear layer."""
+    return nn.Identity() if width == to else nn.Linear(width, to)
+
+
+def sine_positions(side, width):
+    """Sines and cosines of x and of y at width/4 frequencies, at the centres of side x side cells -> (side^2,width)."""
+    centres = (torch.arange(side) + 0.5) / side
+    angles = centres[:, None] * 2 * math.pi * 10000 ** -(torch.arange(width // 4) / (width // 4))  # (side,width/4)
+    waves = torch.cat((angles.sin(), angles.cos()), -1)                                            # (side,width/2)
+    return torch.cat((waves.repeat(side, 1), waves.repeat_interleave(side, 0)), -1)
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def tower_configs(config):
+    """SigLIP's and SAM 2's configurations: from Config's own numbers for pretrained="none", else published."""
+    c = config
+    if c.pretrained == "none":
+        vision, text = ({"hidden_size": getattr(c, f"{kind}_width"), "intermediate_size": getattr(c, f"{kind}_mlp"),
+                         "num_hidden_layers": getattr(c, f"{kind}_layers"),
+                         "num_attention_heads": getattr(c, f"{kind}_heads")} for kind in ("vision", "text"))
+        clip = SiglipConfig(
+            text_config=text | {"vocab_size": c.vocab_size, "max_position_embeddings": c.text_length, "pad_token_id": 0,
+                                "projection_size": c.vision_width, "eos_token_id": 2, "bos_token_id": 2},
+            vision_config=vision | {"image_size": c.vision_size, "patch_size": c.patch})
+        widths, heads = ([base * 2 ** stage for stage in range(4)] for base in (c.sam_width, c.sam_heads))
+        sam = Sam2Config(
+            vision_config={"backbone_config": {
+                "model_type": "sam2_hiera_det_model", "hidden_size": c.sam_width, "num_attention_heads": c.sam_heads,
+                "blocks_per_stage": list(c.sam_blocks), "embed_dim_per_stage": widths,
+                "num_attention_heads_per_stage": heads, "window_size_per_stage": list(c.sam_windows),
+                "global_attention_blocks": list(c.sam_global),
+                "window_positional_embedding_background_size": [c.sam_background] * 2},
+                "model_type": "sam2_vision_model", "backbone_channel_list": widths[::-1],
+                "fpn_hidden_size": c.prompt_width},
+            prompt_encoder_config={"hidden_size": c.prompt_width},
+            mask_decoder_config={"hidden_size": c.prompt_width, "num_attention_heads": c.decoder_heads,
+                                 "mlp_dim": c.decoder_mlp, "iou_head_hidden_dim": c.prompt_width})
+    else:
+        clip = from_hub(SiglipConfig.from_pretrained, find_weights(c, c.clip))
+        sam = from_hub(Sam2Config.from_pretrained, find_weights(c, c.sam))
+        if c.text_length > (longest := clip.text_config.max_position_embeddings):
+            raise ValueError(f"text_length={c.text_length}: {c.clip} has positions for {longest} tokens")
+    clip.vision_config.vision_use_head = False      # III-B: the pooling layer goes, the map stays
+    sam.prompt_encoder_config.image_size = c.image_size
+    sam.mask_decoder_config.dynamic_multimask_via_stability = c.dynamic_multimask
+    return clip, sam
+
+
+class RSRefSeg2(nn.Module):
+    """Images and expressions to mask logits; see Config for the switches, forward for the outputs."""
+
+    MAPS = MAPS
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        clip, sam = tower_configs(c)
+        self.vision = SiglipVisionModel._from_config(clip.vision_config)
+        self.text = SiglipTextModel._from_config(clip.text_config)
+        self.sam = Sam2Model._from_config(sam)
+        for tower, rank, ends in ((self.vision, c.lora_vision, ("q_proj", "k_proj", "v_proj", "out_proj")),
+                                  (self.text, c.lora_text, ("q_proj", "k_proj", "v_proj", "out_proj")),
+                                  (self.sam.vision_encoder, c.lora_sam, ("attn.qkv", "attn.proj"))):
+            if rank:
+                replace_linear(tower, nn.Linear, ends, partial(LoRALinear, rank=rank))        # Silent: LoRA
+        self.small = c.clip_size or clip.vision_config.image_size             # H_1
+        D_v, D_t = clip.vision_config.hidden_size, clip.text_config.hidden_size
+        self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
+                                         self.small // clip.vision_config.patch_size, c.image_size // 4, c)
+        self.match_t2 = matching(D_t, D_v) if "t2" in c.aligned else nn.Identity()
+        used = {"samp": c.alpha_samp, "spat": c.alpha_spat, "dense": c.alpha_dense and not c.dense_scale}
+        self.scales = nn.ParameterDict({name: torch.tensor(1 / 0.07).log() for name in used if used[name]})
+        self.biases = nn.ParameterDict({name: torch.zeros(()) for name in self.scales
+                                        if name == "dense" or (name, c.spat) == ("spat", "CE")})
+        if c.pretrained == "none":
+            self.start_from_scratch()
+        self.choose_what_learns()
+        for tower in (self.vision, self.text, self.sam.vision_encoder):
+            for layer in tower.modules():
+                if isinstance(layer, GradientCheckpointingLayer) and c.checkpointing:
+                    layer.gradient_checkpointing = True
+                    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def start_from_scratch(self):
+        """From SAM's own 0.02 narrow layers hardly learn: its encoder by fan-in, what reads the text by Xavier."""
+        for part in (self.sam.vision_encoder, self.prompter, self.sam.prompt_encoder, self.sam.mask_decoder):
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
+                    module.reset_parameters()
+                    if part is not self.sam.vision_encoder and not isinstance(module, nn.Embedding):
+                        nn.init.xavier_uniform_(module.weight)
+                        if module.bias is not None:
+                            nn.init.zeros_(module.bias)
+
+    def choose_what_learns(self):
+        """With freeze LoRA, prompter and SAM's mask decoder, else all; never what no gradient reaches."""
+        c, decoder, prompts = self.config, self.sam.mask_decoder, self.sam.prompt_encoder
+        if c.freeze:
+            for tower in (self.vision, self.text, self.sam):
+                tower.requires_grad_(False)
+            decoder.requires_grad_(True)
+            prompts.requires_grad_(c.train_prompt_encoder)
+            self.sam.no_memory_embedding.requires_grad_(c.train_prompt_encoder)
+            for name, parameter in self.named_parameters():
+                if name.endswith((".lora_A", ".lora_B")):
+                    parameter.requires_grad_(True)
+        unreached = [decoder.iou_prediction_head, decoder.pred_obj_score_head, *decoder.output_hypernetworks_mlps[1:],
+                     prompts.point_embed, prompts.not_a_point_embed,
+                     prompts.no_mask_embed if c.dense else prompts.mask_embed]       # Departs: decoder
+        if "sent" not in c.aligned and not (c.dense and c.dense_text == "sent"):
+            unreached.append(self.text.head)
+        for module in unreached:
+            module.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in (self.vision, self.text, self.sam.vision_encoder, self.sam.prompt_encoder):
+            module.train(mode and learns(module))
+        return self
+
+    def load_pretrained(self):
+        """SigLIP and SAM 2 as published, from the hub or the folder `pretrained` -> {state-dict prefix: source}."""
+        clip, sam = (find_weights(self.config, name) for name in (self.config.clip, self.config.sam))
+        tensors = read_huggingface(SiglipModel, clip, extra=("vision_model.head.",))
+        if self.config.dense and self.config.dense_scale:
+            with torch.no_grad():
+                self.prompter.dense.logit_scale.copy_(tensors["logit_scale"])
+                self.prompter.dense.logit_bias.copy_(tensors["logit_bias"])
+        files = ((self.vision, "vision_model.", tensors), (self.text, "text_model.", tensors),
+                 (self.sam, "", read_huggingface(Sam2Model, sam, extra=())))
+        for tower, prefix, file in files:
+            own = {name.removeprefix(prefix): value for name, value in file.items() if name.startswith(prefix)}
+            missing, unknown = tower.load_state_dict(own, strict=False)
+            assert not unknown and all("lora_" in name for name in missing), (missing, unknown)
+        return {"vision.": clip, "text.": clip, "sam.": sam}
+
+    def forward(self, images, tokens, text_mask, image_index=None):
+        """images (N,3,S,S) uint8, tokens and text_mask (M,L), image_index (M,) -> dict.
+
+        logits (M,1,S/4,S/4); with dense, p_dense (M,1,S/4,S/4) raw and dense_prompt, each map stretched to [0,1];
+        for the losses sentence (M,D_v), t1 (with cascade), t2 (M,n_t,D_t), v (N,D_v,g,g) and, where one reads it,
+        v2 (M,D_v,g,g).
+        """
+        c, side = self.config, self.prompter.side
+        index = torch.arange(len(images), device=images.device) if image_index is None else image_index
+        I_1, I_2 = self.two_sizes(images)                                     # (N,3,H_1,H_1), (N,3,H_2,H_2)
+        v, words, read, sentence = self.encode(I_1, tokens, text_mask)        # (N,g*g,D_v), ...
+        P = self.prompter(v[index], words, read, sentence)
+        logits = self.generate(I_2, index, P["p_sparse"], P.get("p_dense"))  # Eq. (1)
+        outputs = {"logits": logits, "sentence": sentence, "v": rearrange(v, "n (y x) d -> n d y x", y=side)}
+        outputs |= {name: P[name] for name in ("t1", "t2", "p_dense") if name in P}
+        if "v2" in c.aligned:
+            outputs["v2"] = rearrange(P["v2"], "m (y x) d -> m d y x", y=side)
+        if c.dense:
+            p_dense = P["p_dense"].detach()
+            low, high = p_dense.amin((2, 3), True), p_dense.amax((2, 3), True)
+            outputs["dense_prompt"] = (p_dense - low) / (high - low).clamp(min=1e-6)
+        return outputs
+
+    def two_sizes(self, images):
+        """uint8 (N,3,S,S) -> SigLIP's small and SAM's large input, each normalised as its tower was trained."""
+        large = images.float() / 255
+        small = functional.interpolate(large, (self.small, self.small), mode="bilinear", antialias=True)
+        mean, std = (large.new_tensor(value)[:, None, None] for value in (SAM_MEAN, SAM_STD))
+        return (small - 0.5) / 0.5, (large - mean) / std
+
+    def encode(self, I_1, tokens, text_mask):
+        """-> v (N,g*g,D_v), words (M,L,D_t), which of them are read (M,L), sentence (M,D_v)."""
+        c = self.config
+        if c.pad_to_longest:
+            tokens = tokens[:, :int(text_mask.sum(1).max())]
+            read = torch.ones_like(tokens, dtype=torch.bool)
+        else:
+            read = text_mask & functional.pad(text_mask[:, 1:], (0, 1))       # Departs: t_word; EOS is each row's last
+            read = read | (text_mask & ~read.any(1, keepdim=True))            # unless there is nothing else
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.vision)):
+            v = self.vision(I_1, interpolate_pos_encoding=True).last_hidden_state             # without its pooling
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.text)):
+            text = self.text(tokens)                # it reads the padding, as it was trained to; Departs: t_sent
+        return v, text.last_hidden_state, read, text.pooler_output
+
+    def generate(self, I_2, index, p_sparse, p_dense):
+        """Eq. (8), SAM: I_2 (N,3,S,S) once per image, prompts of M expressions -> logits (M,1,S/4,S/4)."""
+        sam = self.sam
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(sam.vision_encoder)):
+            feature4, feature8, F_img = sam.vision_encoder(I_2).fpn_hidden_states             # (N,C,S/s,S/s)
+        feature4, feature8 = sam.mask_decoder.conv_s0(feature4), sam.mask_decoder.conv_s1(feature8)
+        F_img = F_img + sam.no_memory_embedding.reshape(1, -1, 1, 1)          # (N,C,S/16,S/16)
+        _, F_dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=p_dense)
+        with torch.autocast(I_2.device.type, enabled=False):                  # its sines need more than 8 bits
+            positions = sam.get_image_wide_positional_embeddings()            # (1,C,S/16,S/16)
+        masks, *_ = sam.mask_decoder(                                         # Departs: (8)
+            image_embeddings=F_img[index], image_positional_embeddings=positions,
+            sparse_prompt_embeddings=p_sparse[:, None], dense_prompt_embeddings=F_dense, multimask_output=False,
+            high_resolution_features=[feature4[index], feature8[index]])      # F_img + F_dense and F_out within
+        return masks[:, 0]  # Eq. (8)
+
+    def criterion(self, outputs, batch, progress):
+        """The terms of Eq. (9), weighted; their sum is the loss. Terms with weight zero are left out."""
+        c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
+        side = masks.shape[-1]
+        logits = resize(outputs["logits"], side)
+        images = {"v": lambda: outputs["v"][batch["image_index"]], "v2": lambda: outputs["v2"]}    # (M,D_v,g,g)
+        texts = {"sent": lambda: outputs["sentence"], "t2": lambda: self.match_t2(outputs["t2"].mean(1))}
+
+        def scale(name):
+            return self.scales[name].exp().clamp(max=100)
+
+        def samp():
+            return contrast(mask_pooled(images[c.nce_image](), masks), texts[c.nce_text](), scale("samp"))
+
+        def spat():
+            v, t = (functional.normalize(x, dim=1) for x in (images[c.spat_image](), texts[c.spat_text]()))
+            coarse = torch.einsum("mdyx,md->myx", v, t)[:, None] * scale("spat")                   # (M,1,g,g)
+            if c.spat == "MIL":
+                return multi_instance_loss(coarse, masks)
+            return binary_cross_entropy(resize(coarse + self.biases["spat"], side), masks)
+
+        def dense():
+            p_dense = outputs["p_dense"]
+            logits = p_dense if c.dense_scale else p_dense * scale("dense") + self.biases["dense"]
+            return binary_cross_entropy(resize(logits, side), masks)
+
+        def weighted(**terms):
+            alphas = {name: getattr(c, f"alpha_{name}") for name in terms}
+            return {name: alphas[name] * loss().mean() for name, loss in terms.items() if alphas[name]}
+
+        L_seg = weighted(ce=lambda: binary_cross_entropy(logits, masks),
+                         dice=lambda: dice_loss(logits, masks, squared=True, eps=1e-3))  # Eq. (10)
+        L_ortho = weighted(ortho=lambda: orthogonal_loss(outputs["t1"], outputs["t2"]))
+        L_align = weighted(dense=dense, spat=spat, samp=samp)  # Eq. (12)  # Departs: (12)
+        return L_seg | L_ortho | L_align  # Eq. (9)
+
+    @torch.no_grad()
+    def diagnose(self, outputs, masks):
+        """Where is a bad mask's fault? masks (M,S,S) -> {name: (M,)}, NaN without an object; {} without a dense prompt.
+
+        dense_peak 1 if the dense prompt is highest within the object; dense_mass the share of dense_prompt within it;
+        of masks with an IoU below 0.5, localisation_error those whose peak is outside, boundary_error the others.
+        """
+        if not self.config.dense:
+            return {}
+        side = masks.shape[-1]
+        dense = resize(outputs["dense_prompt"].float(), side)[:, 0].flatten(1)          # (M,S*S)
+        prediction, truth = resize(outputs["logits"], side)[:, 0].flatten(1) > 0, masks.flatten(1)
+        peak = truth.gather(1, dense.argmax(1, keepdim=True))[:, 0]
+        bad = (prediction & truth).sum(1) < 0.5 * (prediction | truth).sum(1)
+        figures = {"dense_peak": peak, "dense_mass": (dense * truth).sum(1) / dense.sum(1).clamp(min=1e-6),
+                   "localisation_error": bad & ~peak, "boundary_error": bad & peak}
+        return {name: torch.where(truth.any(1), value.float(), torch.nan) for name, value in figures.items()}
+
+    def param_groups(self, recipe):
+        """One group for AdamW: all that learns."""
+        at_once = recipe["micro_batch"] * processes()
+        if self.config.alpha_samp and at_once < recipe["batch_size"] and (processes() == 1 or dist.get_rank() == 0):
+            print(f"L_samp contrasts the {at_once} expressions or so that are taken at once, not the batch of "
+                  f"{recipe['batch_size']}; a larger --micro-batch or more processes contrast more")
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": learning, "lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}]
+
+    def merge_lora(self):
+        """Fold every LoRA into its linear layer: the same outputs from plain SigLIP and SAM 2 towers."""
+        replace_linear(self, LoRALinear, "", LoRALinear.merged)
+        return self
+
+
+def learns(module):
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 RECIPE = {
     "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",     # IV-C2
     "weight_decay": 0.05, "warmup": 5.0, "clip": 3.0, "micro_batch": 8,         # official code
@@ -251,7 +834,7 @@ def grid(row, field, values):
     return {f"{row}-{value}": {field: value} for value in values}
 
 
-BASE = pair("siglip2-p14-384+s") | {"alpha_dice": 0.0}         # IV-E; see the head
+BASE = pair("siglip2-p14-384+s") | {"alpha_dice": 0.0}         # IV-E
 BLOCKS, RANKS = (1, 2, 4, 6), (0, 4, 8, 16, 32, 64)
 NO_DENSE = {"dense": False, "alpha_dense": 0.0}
 ONLY_CE = {"alpha_ortho": 0.0, "alpha_dense": 0.0, "alpha_samp": 0.0}
@@ -261,11 +844,11 @@ ABLATIONS = {
     "VII": grid("decomp", "decomposition_blocks", BLOCKS) | grid("interac", "interaction_blocks", BLOCKS)
     | grid("prompt", "prompt_blocks", BLOCKS),
     "VIII": grid("decomp", "n_t", (1, 3, 6, 9)) | grid("prompt", "n_p", (1, 3, 6, 9, 12)),
-    "IX": {f"decomp-{'PE-' * pe}{init}": {"subspace_positions": pe, "subspace_init": init} for pe, init in (
-        (False, "learnable"), (False, "textpool"), (True, "zero"), (True, "learnable"), (True, "textpool"))}
+    "IX": {f"decomp-{pe}{init}": {"subspace_positions": bool(pe), "subspace_init": init} for pe, init in (
+        ("", "learnable"), ("", "textpool"), ("PE-", "zero"), ("PE-", "learnable"), ("PE-", "textpool"))}
     | grid("interac", "image_positions", ("none", "sine", "learnable"))
-    | {f"prompt-{'PE-' * pe}{init}": {"prompt_positions": pe, "prompt_init": init} for pe, init in (
-        (False, "learnable"), (True, "zero"), (True, "learnable"))},
+    | {f"prompt-{pe}{init}": {"prompt_positions": bool(pe), "prompt_init": init} for pe, init in (
+        ("", "learnable"), ("PE-", "zero"), ("PE-", "learnable"))},
     "X": {"single-stage": NO_DENSE | {"cascade": False, "alpha_ortho": 0.0}, "cascaded": NO_DENSE,
           "cascaded+dense": {}},
     "XI": {"none": {"intra_attention": False, "inter_attention": False}, "intra": {"inter_attention": False},
@@ -280,9 +863,9 @@ ABLATIONS = {
     "XV": {"ce": ONLY_CE, "ortho": ORTHO, "dense": ORTHO | {"alpha_dense": 0.5}}
     | {f"{kind}-{text}-{image}": ORTHO | {"alpha_spat": 0.5, "spat": kind, "spat_text": text, "spat_image": image}
        for image in ("v", "v2") for text in ("sent", "t2") for kind in ("CE", "MIL")}
-    | {f"NCE-{text}-{image}{'+dice' * dice}": ORTHO | {
-        "alpha_samp": 0.5, "nce_text": text, "nce_image": image, "alpha_dice": float(dice)}
-       for image, text, dice in (("v", "sent", 0), ("v", "t2", 0), ("v2", "sent", 0), ("v2", "t2", 0), ("v", "t2", 1))},
+    | {f"NCE-{text}-{image}": ORTHO | {"alpha_samp": 0.5, "nce_text": text, "nce_image": image}
+       for image in ("v", "v2") for text in ("sent", "t2")}
+    | {"NCE-t2-v+dice": ORTHO | {"alpha_samp": 0.5, "alpha_dice": 1.0}},
     "XVI": {name: pair(name) for name in (          # two are printed twice
         "siglip-p14-384+s", "siglip2-p14-224+s", "siglip2-p14-224+s+again", "siglip2-p14-384+s", "siglip2-p16-384+s",
         "siglip2-p16-512+s", "siglip2-giant-p16-256+s", "siglip2-giant-p16-384+s", "siglip2-p16-512+t",
@@ -292,9 +875,10 @@ ABLATIONS = {table: {row: BASE | changes for row, changes in rows.items()} for t
 ABLATIONS["official"] = {"all": {                   # not of the paper: the forms of the authors' code
     "interleave": True, "dense_conv": "official", "dense_scale": True, "align_corners": True, "pad_to_longest": True,
     "dynamic_multimask": True, "train_prompt_encoder": True, "alpha_ce": 5.0, "alpha_dice": 5.0}}
-
-
-# --------------------------------------------------------------------------------------- tokenizer, published weights
+RETIRED = {"dense_kernel": 3}
+RENAMED = {"prompter.decompose.words.": "prompter.decompose.cross.",            # in the state dict, from old to new
+           "prompter.sparse.text.": "prompter.sparse.cross_text.",
+           "prompter.sparse.image.": "prompter.sparse.cross_image."}
 
 
 SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "end": 2}     # as SigLIP's: words [EOS], nothing before them
@@ -357,599 +941,51 @@ def read_huggingface(kind, source, extra):
     return {name: value for name, value in tensors.items() if not name.startswith(extra)}
 
 
-def tower_configs(config):
-    """SigLIP's and SAM 2's configurations: from Config's own numbers for pretrained="none", else published."""
-    c = config
-    if c.pretrained == "none":
-        clip = SiglipConfig(
-            text_config={"vocab_size": c.vocab_size, "hidden_size": c.text_width, "intermediate_size": c.text_mlp,
-                         "num_hidden_layers": c.text_layers, "num_attention_heads": c.text_heads,
-                         "max_position_embeddings": c.text_length, "projection_size": c.vision_width,
-                         "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2},
-            vision_config={"image_size": c.vision_size, "patch_size": c.patch, "hidden_size": c.vision_width,
-                           "intermediate_size": c.vision_mlp, "num_hidden_layers": c.vision_layers,
-                           "num_attention_heads": c.vision_heads})
-        widths, heads = ([base * 2 ** stage for stage in range(4)] for base in (c.sam_width, c.sam_heads))
-        sam = Sam2Config(
-            vision_config={"backbone_config": {
-                "model_type": "sam2_hiera_det_model", "hidden_size": c.sam_width, "num_attention_heads": c.sam_heads,
-                "blocks_per_stage": list(c.sam_blocks), "embed_dim_per_stage": widths,
-                "num_attention_heads_per_stage": heads, "window_size_per_stage": list(c.sam_windows),
-                "global_attention_blocks": list(c.sam_global),
-                "window_positional_embedding_background_size": [c.sam_background] * 2},
-                "model_type": "sam2_vision_model", "backbone_channel_list": widths[::-1],
-                "fpn_hidden_size": c.prompt_width},
-            prompt_encoder_config={"hidden_size": c.prompt_width},
-            mask_decoder_config={"hidden_size": c.prompt_width, "num_attention_heads": c.decoder_heads,
-                                 "mlp_dim": c.decoder_mlp, "iou_head_hidden_dim": c.prompt_width})
-    else:
-        clip = from_hub(SiglipConfig.from_pretrained, find_weights(c, c.clip))
-        sam = from_hub(Sam2Config.from_pretrained, find_weights(c, c.sam))
-        if c.text_length > (longest := clip.text_config.max_position_embeddings):
-            raise ValueError(f"text_length={c.text_length}: {c.clip} has positions for {longest} tokens")
-    clip.vision_config.vision_use_head = False      # III-B: the pooling layer goes, the map stays
-    sam.prompt_encoder_config.image_size = c.image_size
-    sam.mask_decoder_config.dynamic_multimask_via_stability = c.dynamic_multimask
-    return clip, sam
-
-
-# ------------------------------------------------------------------------------------------------ towers and their LoRA
-
-
-class LoRALinear(nn.Module):
-    """A linear layer (..., d_in) -> (..., d_out) and its low-rank addition; `weight` and `bias` keep their names."""
-
-    def __init__(self, linear, rank):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        self.lora_B = nn.Parameter(linear.weight.new_empty(linear.in_features, rank))
-        nn.init.uniform_(self.lora_B, -linear.in_features ** -0.5, linear.in_features ** -0.5)
-
-    def forward(self, x):
-        W, A, B = self.weight, self.lora_A, self.lora_B
-        return F.linear(x, W, self.bias) + (x @ B) @ A.T  # Eq. (2)
-
-    def merged(self):
-        """The plain linear layer that computes the same."""
-        linear = nn.Linear(len(self.lora_B), len(self.lora_A), bias=False, device="meta")
-        merged = (self.weight + self.lora_A @ self.lora_B.T).detach()
-        linear.weight, linear.bias = nn.Parameter(merged, self.weight.requires_grad), self.bias
-        return linear
-
-
-def replace_linear(tower, kind, ends, make):
-    """Replace each module of class `kind` whose path ends with one of `ends` by make(module)."""
-    for path, module in list(tower.named_modules()):
-        if isinstance(module, kind) and path.endswith(ends):
-            parent, _, name = path.rpartition(".")
-            setattr(tower.get_submodule(parent), name, make(module))
-
-
-def image_tokens(tower, pixels, checkpointing=False):
-    """SigLIP's image tower without its pooling: (N,3,s,s) -> (N,g*g,D_v)."""
-    x = tower.embeddings(pixels, interpolate_pos_encoding=pixels.shape[-1] != tower.config.image_size)
-    *_, x = through(tower.encoder.layers, x, None, checkpointing=checkpointing)
-    return tower.post_layernorm(x)
-
-
-def text_tokens(tower, tokens, checkpointing=False):
-    """SigLIP's text tower: (M,L) -> words (M,L,D_t), sentence (M,D_v). It reads the padding, as it was trained to."""
-    *_, x = through(tower.encoder.layers, tower.embeddings(tokens), None, checkpointing=checkpointing)
-    words = tower.final_layer_norm(x)
-    return words, tower.head(words[:, -1])
-
-
-def sam_pyramid(tower, pixels, checkpointing=False):
-    """SAM 2's image encoder with its neck: (N,3,S,S) -> features (N,C,S/s,S/s) at s = 4, 8, 16."""
-    trunk, neck = tower.backbone, tower.neck
-    x = trunk.patch_embed(pixels)                                             # (N,S/4,S/4,width)
-    x = x + trunk._get_pos_embed(x.shape[1:3])
-    stages = [x for i, x in enumerate(through(trunk.blocks, x, checkpointing=checkpointing)) if i in trunk.stage_ends]
-    feature4, feature8, feature16, feature32 = (
-        lateral(x.permute(0, 3, 1, 2)) for lateral, x in zip(reversed(neck.convs), stages, strict=True))
-    return feature4, feature8, feature16 + F.interpolate(feature32, scale_factor=2, mode="nearest")
-
-
-def through(blocks, x, *rest, checkpointing=False):
-    """x through each of `blocks`; yields it after every one. checkpointing: none of their activations is kept."""
-    for block in blocks:
-        keep = not (checkpointing and torch.is_grad_enabled())
-        x = block(x, *rest) if keep else checkpoint(block, x, *rest, use_reentrant=False)
-        yield x
-
-
-# -------------------------------------------------------------------------------------- layers that Eqs. (4)-(6) repeat
-
-
-class AttentionLayer(nn.Module):
-    """LN(x + attention(x, context)) through an internal width A: x (B,Q,C), context (B,K,D) -> (B,Q,C).
-
-    Positions count for queries and keys, not for values; mask (B,K), True = may be read.
-    """
-
-    def __init__(self, width, context_width, config):
-        super().__init__()
-        self.heads = config.heads
-        self.to_q = nn.Linear(width, config.attention_width)
-        self.to_k = nn.Linear(context_width, config.attention_width)
-        self.to_v = nn.Linear(context_width, config.attention_width)
-        self.to_out = nn.Linear(config.attention_width, width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x, context, position, context_position, mask=None):
-        q, k, v = self.to_q(x + position), self.to_k(context + context_position), self.to_v(context)
-        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads) for tokens in (q, k, v))
-        mask = None if mask is None else mask[:, None, None]                  # (B,1,1,K)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,Q,A/heads)
-        return self.norm(x + self.to_out(rearrange(mixed, "b a n d -> b n (a d)")))
-
-
-def mlp(width, hidden):
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-
-class MlpLayer(nn.Module):
-    """LN(x + MLP(x)): (B,n,C) -> (B,n,C)."""
-
-    def __init__(self, width, config):
-        super().__init__()
-        self.mlp = mlp(width, config.mlp_width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x):
-        return self.norm(x + self.mlp(x))
-
-
-class CrossLayer(nn.Module):
-    """An attention layer and an MLP layer: x (B,n,C), context (B,k,D) -> (B,n,C)."""
-
-    def __init__(self, width, context_width, config):
-        super().__init__()
-        self.attention = AttentionLayer(width, context_width, config)
-        self.mlp = MlpLayer(width, config)
-
-    def forward(self, x, context, position, context_position, mask=None):
-        return self.mlp(self.attention(x, context, position, context_position, mask))
-
-
-def repeated(count, make):
-    """A ModuleList of `count` modules, each by a call of `make`."""
-    return nn.ModuleList(make() for _ in range(count))
-
-
-def drawn_or_zero(drawn, *shape):
-    """A learnable N(0,1) tensor, or a plain zero."""
-    return nn.Parameter(torch.randn(shape)) if drawn else 0.0
-
-
-def matching(width, to):
-    """Nothing where the widths agree, as in all so400m towers; else a linear layer."""
-    return nn.Identity() if width == to else nn.Linear(width, to)
-
-
-# ---------------------------------------------------------------------------------------------------------- prompter
-
-
-class ReferringSemanticDecomposition(nn.Module):
-    """Eq. (4): words (M,L,D_t), text_mask (M,L) -> [t_1, t_2], each (M,n_t,D_t); in a single-stage prompter [t]."""
-
-    def __init__(self, width, config):
-        super().__init__()
-        self.count, self.n_t, self.init = 2 if config.cascade else 1, config.n_t, config.subspace_init
-        self.queries = drawn_or_zero(self.init == "learnable", self.count, 1, config.n_t, width)
-
-        def layers(count, make):
-            return repeated(config.decomposition_blocks, lambda: repeated(count, make))
-
-        self.intra = layers(self.count * config.intra_attention, lambda: AttentionLayer(width, width, config))
-        self.words = layers(self.count, lambda: CrossLayer(width, width, config))
-        self.inter = layers(2 * (config.inter_attention and config.cascade), lambda: CrossLayer(width, width, config))
-
-    def pooled(self, words, text_mask):
-        """Adaptive average pooling of each expression's words to n_t vectors -> (M,n_t,D_t)."""
-        n = text_mask.sum(1)[:, None]                                         # (M,1)
-        k = torch.arange(self.n_t, device=words.device)
-        first, end = k * n // self.n_t, -(-(k + 1) * n // self.n_t)           # (M,n_t)
-        place = torch.arange(words.shape[1], device=words.device)
-        run = (place >= first[..., None]) & (place < end[..., None])          # (M,n_t,L)
-        return (run / (end - first)[..., None]).to(words.dtype) @ words
-
-    def forward(self, words, text_mask, positions):
-        pe = positions
-        if self.init == "textpool":
-            t = [self.pooled(words, text_mask)] * self.count                  # (M,n_t,D_t) each
-        else:
-            t = list(words.new_zeros(self.count, len(words), self.n_t, words.shape[-1]) + self.queries)
-        for intra, read, inter in zip(self.intra, self.words, self.inter, strict=True):
-            for k, layer in enumerate(intra):
-                t[k] = layer(t[k], t[k], pe[k], pe[k])
-            for k, layer in enumerate(read):
-                t[k] = layer(t[k], words, pe[k], 0.0, text_mask)
-            for k, layer in enumerate(inter):                                 # t_1 reads t_2, t_2 the new t_1
-                t[k] = layer(t[k], t[1 - k], pe[k], pe[1 - k])  # Eq. (4)
-        return t
-
-
-class TextVisualInteraction(nn.Module):
-    """Eq. (5): t (M,n_t,D_t), v (M,g*g,D_v) -> [(t', v') after each block], of the same shapes."""
-
-    def __init__(self, text_width, vision_width, config, text_is_read=True):
-        super().__init__()
-        N, self.attends = config.interaction_blocks, config.cross_attention
-        self.intra = repeated(N * (config.self_attention and text_is_read),
-                              lambda: AttentionLayer(text_width, text_width, config))
-        self.cross = repeated(N, lambda: CrossLayer(vision_width, text_width, config) if self.attends
-                              else MlpLayer(vision_width, config))
-
-    def forward(self, t, v, pe_t, pe_v):
-        stages = []
-        for k, cross in enumerate(self.cross):
-            t = self.intra[k](t, t, pe_t, pe_t) if self.intra else t
-            v = cross(v, t, pe_v, pe_t) if self.attends else cross(v)  # Eq. (5)
-            stages.append((t, v))
-        return stages
-
-
-class SparsePromptGeneration(nn.Module):
-    """Eq. (6): stages, the (t'_2, v'_2) that each block reads -> (M,Q,C), Q = n_p and one more for T-sparse."""
-
-    def __init__(self, width, text_width, vision_width, config):
-        super().__init__()
-        self.shape = config.n_p + (config.dense and config.dense_text == "sparse"), width
-        self.queries = drawn_or_zero(config.prompt_init == "learnable", *self.shape)
-        self.position = drawn_or_zero(config.prompt_positions, *self.shape)
-        self.intra = repeated(config.prompt_blocks, lambda: AttentionLayer(width, width, config))
-        self.text = repeated(config.prompt_blocks, lambda: CrossLayer(width, text_width, config))
-        self.image = repeated(config.prompt_blocks, lambda: CrossLayer(width, vision_width, config))
-        self.out = mlp(width, config.mlp_width)
-
-    def forward(self, stages, pe_t, pe_v):
-        t, _ = stages[0]
-        p, pe = t.new_zeros(len(t), *self.shape) + self.queries, self.position
-        for intra, text, image, (t, v) in zip(self.intra, self.text, self.image, stages, strict=True):
-            p = intra(p, p, pe, pe)
-            p = text(p, t, pe, pe_t)
-            p = image(p, v, pe, pe_v)  # Eq. (6)
-        return self.out(p)
-
-
-def resize(maps, side, align_corners=False):
-    """(B,C,h,w) -> (B,C,side,side), bilinear."""
-    same = maps.shape[-2:] == (side, side)
-    return maps if same else F.interpolate(maps, (side, side), mode="bilinear", align_corners=align_corners)
-
-
-def cosine_maps(features, text, size, align_corners=False, eps=1e-6):
-    """Cosines of text (M,D) with bilinearly upsampled features (M,D,g,g) -> (M,1,size,size).
-
-    With W the weights of linear interpolation, an upsampled vector is the sum of W_ia W_jb f_ab over four neighbours:
-    its dot product is the upsampled dot product, its squared norm a sum of the neighbours' inner products. So nothing
-    of D channels is upsampled; exact but for rounding, and float32 whatever the autocast.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        f, text = features.float(), F.normalize(text.float(), dim=-1)
-        eye = torch.eye(f.shape[-1], device=f.device)
-        W = F.interpolate(eye[None], size, mode="linear", align_corners=align_corners)[0].T         # (size,g)
-        square, product = W * W, W * F.pad(W[:, 1:], (0, 1))                  # of one neighbour, of a and a+1
-
-        def inner(a, b):
-            return torch.einsum("mdyx,mdyx->myx", a, b)                       # (M,g,g)
-
-        below, right, across = (F.pad(f, (0, x, 0, y))[..., y:, x:] for y, x in ((1, 0), (0, 1), (1, 1)))
-        norm = (square @ inner(f, f) @ square.T + 2 * product @ inner(f, below) @ square.T
-                + 2 * square @ inner(f, right) @ product.T
-                + 2 * product @ (inner(f, across) + inner(below, right)) @ product.T)               # (M,size,size)
-        dot = W @ torch.einsum("mdyx,md->myx", f, text) @ W.T
-        return (dot / norm.clamp(min=eps * eps).sqrt())[:, None]
-
-
-class DensePromptGeneration(nn.Module):
-    """Eq. (7): image features (M,D_v,g,g), text (M,D) -> p_dense (M,1,size,size)."""
-
-    def __init__(self, vision_width, text_width, size, config):
-        super().__init__()
-        self.size, self.align_corners, self.upsample = size, config.align_corners, config.dense_upsample
-        D, k = vision_width, config.dense_kernel
-        self.conv = {
-            "none": lambda: nn.Identity(),
-            "relu": lambda: nn.Sequential(
-                nn.Conv2d(D, D, k, padding=k // 2, bias=False), nn.BatchNorm2d(D), nn.ReLU()),
-            "official": lambda: nn.Sequential(
-                nn.Conv2d(D, D // 2, k, padding=k // 2), nn.BatchNorm2d(D // 2), nn.GELU(),
-                nn.Conv2d(D // 2, D, k, padding=k // 2))}[config.dense_conv]()
-        self.soft = mlp(text_width, config.mlp_width) if config.dense_soft_text else nn.Identity()
-        self.match = matching(text_width, D)
-        self.logit_scale, self.logit_bias = (
-            nn.Parameter(torch.tensor([value])) if config.dense_scale else None for value in (math.log(10), -10.0))
-
-    def forward(self, v, text):
-        F_dense, t_sent = self.conv(v), self.match(self.soft(text))
-        size = self.size if self.upsample == "pre" else v.shape[-1]
-        p_dense = cosine_maps(F_dense, t_sent, size, self.align_corners)  # Eq. (7)
-        if self.logit_scale is not None:
-            p_dense = p_dense * self.logit_scale.exp() + self.logit_bias
-        return resize(p_dense, self.size, self.align_corners)
-
-
-def grid_centres(size, device):
-    """Centres (x, y) of the cells of an h x w grid over the unit square -> (h*w,2)."""
-    y, x = ((torch.arange(n, device=device) + 0.5) / n for n in size)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
-
-
-def sine_positions(centres, width):
-    """Points (n,2) of the unit square -> (n,width): sines and cosines of x and of y at width/4 frequencies."""
-    steps = torch.arange(width // 4, device=centres.device) / (width // 4)
-    angles = centres[:, :, None] * (2 * math.pi * 10000 ** -steps)            # (n,2,C/4)
-    return torch.cat((angles.sin(), angles.cos()), -1).flatten(1)
-
-
-class CascadedPrompter(nn.Module):
-    """Eq. (3): image tokens v (M,g*g,D_v), words (M,L,D_t), text_mask (M,L), sentence (M,D_v) -> a dict.
-
-    p_sparse (M,n_p,C), t2 (M,n_t,D_t), v2 (M,g*g,D_v), with cascade t1 (M,n_t,D_t), with dense p_dense (M,1,size,size).
-    """
-
-    def __init__(self, vision_width, text_width, prompt_width, side, size, config):
-        super().__init__()
-        self.config, self.side = config, side
-        count = (2 if config.cascade else 1) * config.subspace_positions
-        self.text_positions = nn.ParameterList(torch.randn(config.n_t, text_width) for _ in range(count))
-        if config.image_positions == "sine":
-            sines = sine_positions(grid_centres((side, side), "cpu"), vision_width)
-            self.register_buffer("image_position", sines, persistent=False)
-        else:
-            self.image_position = drawn_or_zero(config.image_positions == "learnable", side * side, vision_width)
-        self.decompose = ReferringSemanticDecomposition(text_width, config)
-        if config.cascade:      # t'_1 leaves the first order only through v'_1
-            self.first = TextVisualInteraction(text_width, vision_width, config, text_is_read=config.cross_attention)
-        self.second = TextVisualInteraction(text_width, vision_width, config)
-        self.sparse = SparsePromptGeneration(prompt_width, text_width, vision_width, config)
-        if config.dense:
-            source = {"sent": vision_width, "t2": text_width, "t2_prime": text_width, "sparse": prompt_width}
-            self.dense = DensePromptGeneration(vision_width, source[config.dense_text], size, config)
-
-    def forward(self, v, words, text_mask, sentence):
-        c = self.config
-        pe_t, pe_v = list(self.text_positions) or [0.0] * self.decompose.count, self.image_position
-        *t1, t2 = self.decompose(words, text_mask, pe_t)                      # (M,n_t,D_t) each
-        v1 = v
-        if c.cascade:
-            _, v1 = self.first(t1[0], v, pe_t[0], pe_v)[-1]                   # (M,g*g,D_v)
-        stages = self.second(t2, v1, pe_t[-1], pe_v)
-        t2_prime, v2 = stages[-1]                                             # (M,n_t,D_t), (M,g*g,D_v)
-        read = stages if c.interleave else stages[-1:] * c.prompt_blocks
-        p_sparse = self.sparse(read, pe_t[-1], pe_v)                          # (M,Q,C)
-        prompts = {"p_sparse": p_sparse[:, :c.n_p], "t2": t2, "v2": v2} | ({"t1": t1[0]} if t1 else {})
-        if c.dense:
-            text = {"sent": sentence, "t2": t2.mean(1), "t2_prime": t2_prime.mean(1), "sparse": p_sparse[:, -1]}
-            image = rearrange(v2 if c.dense_image == "v2" else v, "m (y x) d -> m d y x", y=self.side)
-            prompts["p_dense"] = self.dense(image, text[c.dense_text])        # (M,1,size,size)
-        return prompts  # Eq. (3)
-
-
-# ------------------------------------------------------------------------------------------------------------- model
-
-
-class RSRefSeg2(nn.Module):
-    """Images and expressions to mask logits; see Config for the switches, forward for the outputs."""
-
-    MAPS = MAPS
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = c = config
-        clip, sam = tower_configs(c)
-        self.vision = SiglipVisionModel._from_config(clip.vision_config)
-        self.text = SiglipTextModel._from_config(clip.text_config)
-        self.sam = Sam2Model._from_config(sam)
-        for tower, rank, ends in ((self.vision, c.lora_vision, ("q_proj", "k_proj", "v_proj", "out_proj")),
-                                  (self.text, c.lora_text, ("q_proj", "k_proj", "v_proj", "out_proj")),
-                                  (self.sam.vision_encoder, c.lora_sam, ("attn.qkv", "attn.proj"))):
-            if rank:
-                replace_linear(tower, nn.Linear, ends, partial(LoRALinear, rank=rank))
-        self.small = c.clip_size or clip.vision_config.image_size             # H_1
-        D_v, D_t = clip.vision_config.hidden_size, clip.text_config.hidden_size
-        self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
-                                         self.small // clip.vision_config.patch_size, c.image_size // 4, c)
-        self.match_t2 = matching(D_t, D_v) if "t2" in c.aligned else nn.Identity()
-        used = {"samp": c.alpha_samp, "spat": c.alpha_spat, "dense": c.alpha_dense and not c.dense_scale}
-        self.scales = nn.ParameterDict({name: torch.tensor(1 / 0.07).log() for name in used if used[name]})
-        self.biases = nn.ParameterDict({name: torch.zeros(()) for name in self.scales
-                                        if name == "dense" or (name, c.spat) == ("spat", "CE")})
-        if c.pretrained == "none":
-            self.start_from_scratch()
-        self.choose_what_learns()
-
-    def start_from_scratch(self):
-        """From SAM's own 0.02 narrow layers hardly learn: its encoder by fan-in, what reads the text by Xavier."""
-        for part in (self.sam.vision_encoder, self.prompter, self.sam.prompt_encoder, self.sam.mask_decoder):
-            for module in part.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
-                    module.reset_parameters()
-                    if part is not self.sam.vision_encoder and not isinstance(module, nn.Embedding):
-                        nn.init.xavier_uniform_(module.weight)
-                        if module.bias is not None:
-                            nn.init.zeros_(module.bias)
-
-    def choose_what_learns(self):
-        """With freeze LoRA, prompter and SAM's mask decoder, else all; never what no gradient reaches."""
-        c, decoder, prompts = self.config, self.sam.mask_decoder, self.sam.prompt_encoder
-        if c.freeze:
-            for tower in (self.vision, self.text, self.sam):
-                tower.requires_grad_(False)
-            decoder.requires_grad_(True)
-            prompts.requires_grad_(c.train_prompt_encoder)
-            self.sam.no_memory_embedding.requires_grad_(c.train_prompt_encoder)
-            for name, parameter in self.named_parameters():
-                if name.endswith((".lora_A", ".lora_B")):
-                    parameter.requires_grad_(True)
-        unreached = [decoder.iou_prediction_head, decoder.pred_obj_score_head, *decoder.output_hypernetworks_mlps[1:],
-                     prompts.point_embed, prompts.not_a_point_embed,
-                     prompts.no_mask_embed if c.dense else prompts.mask_embed]
-        if "sent" not in c.aligned and not (c.dense and c.dense_text == "sent"):
-            unreached.append(self.text.head)
-        for module in unreached:
-            module.requires_grad_(False)
-
-    def train(self, mode=True):
-        super().train(mode)
-        for module in (self.vision, self.text, self.sam.vision_encoder, self.sam.prompt_encoder):
-            module.train(mode and learns(module))
-        return self
-
-    def load_pretrained(self):
-        """SigLIP and SAM 2 as published, from the hub or the folder `pretrained` -> {state-dict prefix: source}."""
-        clip, sam = (find_weights(self.config, name) for name in (self.config.clip, self.config.sam))
-        tensors = read_huggingface(SiglipModel, clip, extra=("vision_model.head.",))
-        if self.config.dense and self.config.dense_scale:
-            with torch.no_grad():
-                self.prompter.dense.logit_scale.copy_(tensors["logit_scale"])
-                self.prompter.dense.logit_bias.copy_(tensors["logit_bias"])
-        files = ((self.vision, "vision_model.", tensors), (self.text, "text_model.", tensors),
-                 (self.sam, "", read_huggingface(Sam2Model, sam, extra=())))
-        for tower, prefix, file in files:
-            own = {name.removeprefix(prefix): value for name, value in file.items() if name.startswith(prefix)}
-            missing, unknown = tower.load_state_dict(own, strict=False)
-            assert not unknown and all("lora_" in name for name in missing), (missing, unknown)
-        return {"vision.": clip, "text.": clip, "sam.": sam}
-
-    # ------------------------------------------------------------------------------------------------------ forward
-
-    def forward(self, images, tokens, text_mask, image_index=None):
-        """images (N,3,S,S) uint8, tokens and text_mask (M,L), image_index (M,) -> dict.
-
-        logits (M,1,S/4,S/4); with dense, p_dense (M,1,S/4,S/4) raw and dense_prompt, each map stretched to [0,1];
-        for the losses sentence (M,D_v), t1 (with cascade), t2 (M,n_t,D_t), v (N,D_v,g,g) and, where one reads it,
-        v2 (M,D_v,g,g).
-        """
-        c, side = self.config, self.prompter.side
-        index = torch.arange(len(images), device=images.device) if image_index is None else image_index
-        I_1, I_2 = self.two_sizes(images)                                     # (N,3,H_1,H_1), (N,3,H_2,H_2)
-        v, *text = self.encode(I_1, tokens, text_mask)                        # F of Eq. (1): (N,g*g,D_v), ...
-        P = self.prompter(v[index], *text)
-        logits = self.generate(I_2, index, P["p_sparse"], P.get("p_dense"))  # Eq. (1)
-        outputs = {"logits": logits, "sentence": text[-1], "v": rearrange(v, "n (y x) d -> n d y x", y=side)}
-        outputs |= {name: P[name] for name in ("t1", "t2", "p_dense") if name in P}
-        if "v2" in c.aligned:
-            outputs["v2"] = rearrange(P["v2"], "m (y x) d -> m d y x", y=side)
-        if c.dense:
-            p_dense = P["p_dense"].detach()
-            low, high = p_dense.amin((2, 3), True), p_dense.amax((2, 3), True)
-            outputs["dense_prompt"] = (p_dense - low) / (high - low).clamp(min=1e-6)
-        return outputs
-
-    def two_sizes(self, images):
-        """uint8 (N,3,S,S) -> SigLIP's small and SAM's large input, each normalised as its tower was trained."""
-        large = images.float() / 255
-        small = F.interpolate(large, (self.small, self.small), mode="bilinear", antialias=True)
-        mean, std = (large.new_tensor(value)[:, None, None] for value in (SAM_MEAN, SAM_STD))
-        return (small - 0.5) / 0.5, (large - mean) / std
-
-    def encode(self, I_1, tokens, text_mask):
-        """-> v (N,g*g,D_v), words (M,L,D_t), which of them are read (M,L), sentence (M,D_v)."""
-        c = self.config
-        if c.pad_to_longest:
-            tokens = tokens[:, :int(text_mask.sum(1).max())]
-            read = torch.ones_like(tokens, dtype=torch.bool)
-        else:
-            read = text_mask & F.pad(text_mask[:, 1:], (0, 1))                # without EOS, each row's last,
-            read = read | (text_mask & ~read.any(1, keepdim=True))            # unless there is nothing else
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.vision)):
-            v = image_tokens(self.vision, I_1, c.checkpointing)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.text)):
-            words, sentence = text_tokens(self.text, tokens, c.checkpointing)
-        return v, words, read, sentence
-
-    def generate(self, I_2, index, p_sparse, p_dense):
-        """Eq. (8), SAM: I_2 (N,3,S,S) once per image, prompts of M expressions -> logits (M,1,S/4,S/4)."""
-        sam = self.sam
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(sam.vision_encoder)):
-            feature4, feature8, F_img = sam_pyramid(sam.vision_encoder, I_2, self.config.checkpointing)
-        feature4, feature8 = sam.mask_decoder.conv_s0(feature4), sam.mask_decoder.conv_s1(feature8)
-        F_img = F_img + sam.no_memory_embedding.reshape(1, -1, 1, 1)          # (N,C,S/16,S/16)
-        _, F_dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=p_dense)
-        with torch.autocast(I_2.device.type, enabled=False):                  # its sines need more than 8 bits
-            positions = sam.get_image_wide_positional_embeddings()            # (1,C,S/16,S/16)
-        masks, *_ = sam.mask_decoder(
-            image_embeddings=F_img[index], image_positional_embeddings=positions,
-            sparse_prompt_embeddings=p_sparse[:, None], dense_prompt_embeddings=F_dense, multimask_output=False,
-            high_resolution_features=[feature4[index], feature8[index]])      # F_img + F_dense and F_out within
-        return masks[:, 0]  # Eq. (8)
-
-    # -------------------------------------------------------------------------------------------------------- losses
-
-    def criterion(self, outputs, batch, progress):
-        """The terms of Eq. (9), weighted; their sum is the loss. Terms with weight zero are left out."""
-        c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
-        side = masks.shape[-1]
-        logits = resize(outputs["logits"], side)
-        images = {"v": lambda: outputs["v"][batch["image_index"]], "v2": lambda: outputs["v2"]}    # (M,D_v,g,g)
-        texts = {"sent": lambda: outputs["sentence"], "t2": lambda: self.match_t2(outputs["t2"].mean(1))}
-
-        def scale(name):
-            return self.scales[name].exp().clamp(max=100)
-
-        def samp():
-            return contrast(mask_pooled(images[c.nce_image](), masks), texts[c.nce_text](), scale("samp"))
-
-        def spat():
-            v, t = F.normalize(images[c.spat_image](), dim=1), F.normalize(texts[c.spat_text](), dim=1)
-            coarse = torch.einsum("mdyx,md->myx", v, t)[:, None] * scale("spat")                   # (M,1,g,g)
-            if c.spat == "MIL":
-                return multi_instance_loss(coarse, masks)
-            return binary_cross_entropy(resize(coarse + self.biases["spat"], side), masks)
-
-        def dense():
-            p_dense = outputs["p_dense"]
-            logits = p_dense if c.dense_scale else p_dense * scale("dense") + self.biases["dense"]
-            return binary_cross_entropy(resize(logits, side), masks)
-
-        def weighted(**terms):
-            alphas = {name: getattr(c, f"alpha_{name}") for name in terms}
-            return {name: alphas[name] * loss().mean() for name, loss in terms.items() if alphas[name]}
-
-        L_seg = weighted(ce=lambda: binary_cross_entropy(logits, masks),
-                         dice=lambda: dice_loss(logits, masks, squared=True, eps=1e-3))  # Eq. (10)
-        L_ortho = weighted(ortho=lambda: orthogonal_loss(outputs["t1"], outputs["t2"]))
-        L_align = weighted(dense=dense, spat=spat, samp=samp)  # Eq. (12)
-        return L_seg | L_ortho | L_align  # Eq. (9)
-
-    @torch.no_grad()
-    def diagnose(self, outputs, masks):
-        """Where is a bad mask's fault? masks (M,S,S) -> {name: (M,)}, NaN without an object; {} without a dense prompt.
-
-        dense_peak 1 if the dense prompt is highest within the object; dense_mass the share of dense_prompt within it;
-        of masks with an IoU below 0.5, localisation_error those whose peak is outside, boundary_error the others.
-        """
-        if not self.config.dense:
-            return {}
-        side = masks.shape[-1]
-        dense = resize(outputs["dense_prompt"].float(), side)[:, 0].flatten(1)          # (M,S*S)
-        prediction, truth = resize(outputs["logits"], side)[:, 0].flatten(1) > 0, masks.flatten(1)
-        peak = truth.gather(1, dense.argmax(1, keepdim=True))[:, 0]
-        bad = (prediction & truth).sum(1) < 0.5 * (prediction | truth).sum(1)
-        figures = {"dense_peak": peak, "dense_mass": (dense * truth).sum(1) / dense.sum(1).clamp(min=1e-6),
-                   "localisation_error": bad & ~peak, "boundary_error": bad & peak}
-        return {name: torch.where(truth.any(1), value.float(), torch.nan) for name, value in figures.items()}
-
-    # ------------------------------------------------------------------------------------------------------ learning
-
-    def param_groups(self, recipe):
-        """One group for AdamW: all that learns."""
-        at_once = recipe["micro_batch"] * processes()
-        if self.config.alpha_samp and at_once < recipe["batch_size"] and (processes() == 1 or dist.get_rank() == 0):
-            print(f"L_samp contrasts the {at_once} expressions or so that are taken at once, not the batch of "
-                  f"{recipe['batch_size']}; a larger --micro-batch or more processes contrast more")
-        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [{"params": learning, "lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}]
-
-    def merge_lora(self):
-        """Fold every LoRA into its linear layer: the same outputs from plain SigLIP and SAM 2 towers."""
-        replace_linear(self, LoRALinear, "", LoRALinear.merged)
-        return self
-
-
-def learns(module):
-    return any(parameter.requires_grad for parameter in module.parameters())
+# Notes
+#
+# Departs
+#   (4) line 3   printed with t_1 as the query of t_2; "alternately serve as queries": t_1 reads t_2, t_2 the new t_1
+#   (4)-(6)      each attention and MLP has a residual before its norm, as in the official code; none is printed
+#   (6) line 3   queries are what line 2 made of them ("sequentially"); printed with the query of line 2 again
+#   (7)          the 3x3 form of III-C, which IV-E8 calls 1x1; cosines, though the text speaks of a probability map
+#   (8)          SAM 2.1's own decoder: its order of tokens, an object-score token, a no-memory embedding on F_img,
+#                features at strides 4 and 8; logits come at H_2/4 and are enlarged bilinearly
+#   (12)         L_samp contrasts t_2 with v: Table XV's best row and the official code; printed with t_sent
+#   (13)         its N images are the expressions: each is a sample
+#   batch        L_samp and (7)'s batch norm see what is taken at once, --micro-batch times the processes for L_samp,
+#                not the 64 of IV-C2
+#   t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; an expression without words reads EOS
+#   t_sent       SigLIP has no feature at EOS: its text head reads the last of 64 positions, which it was trained on
+#   decoder      heads for IoU, object score and masks 2 to 4 stay frozen: no loss reaches them
+#   official     its forms that differ are ABLATIONS["official"]. Not among them: it adapts SAM's neck and SigLIP's text
+#                head too, trains 600 epochs at 2e-4 on RefSegRS, and keeps the best epoch on test
+# Silent
+#   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout: official code
+#   start        PyTorch's own for the prompter: official code; with pretrained=none Xavier for it and SAM's decoder
+#   textpool     adaptive average pooling of the words to n_t, for both subspaces: official code, without its pads
+#   positions    N(0,1), on queries and keys, not values: t_1's in (4), (5), t_2's in (4)-(6), the image's in (5), (6),
+#                p_sparse's in (6): official code; a row of Table IX without one has none wherever it would serve
+#   p_sparse     after the last block an MLP C-512-C: official code
+#   (7)          bilinear, align_corners=False; the norm after upsampling is computed on the g x g grid, which is exact
+#   LoRA         on q, k, v, out of every attention of the three towers, alpha = r; A starts at zero
+#   I_1          the H_2 image reduced bilinearly with antialiasing
+#   L_dice       squared denominator: official code; epsilon 1e-3 above and below
+#   L_samp       v averaged over the mask's area, so that no small object is lost to rounding; t_2 over its n_t vectors;
+#                a learnable factor on the cosines, from 1/0.07, at most 100; gathered over processes with gradient
+#   L_spat       cosines times such a factor (and plus a bias for CE); CE at the mask's size; MIL: -log of the softmax
+#                mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
+#   L_dense      like CE in L_spat, since a cosine as a logit cannot leave 0.27..0.73; p_dense itself with dense_scale.
+#                At the mask's size (IV-E10 may mean H_2/4)
+#   alphas       0.5 for every auxiliary term that a row of Table XV switches on
+#   text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
+#   training     warm-up 5 epochs, decay 0.05, clipping 3.0: official code
+#   Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
+#   Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
+#   Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
+#   Table XIII   T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
+#   Table XIV    other sizes through interpolated positions
+#   Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
+#   diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one
+# Omits
+#   ZeRO-2       one process holds all weights; they are few enough
+#   weights      a reader for the authors': their file layout could not be verified

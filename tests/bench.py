@@ -70,7 +70,7 @@ def rsrefseg2_backbones(model, batch):
     """SigLIP 2 on small images and sentences, SAM 2.1's image encoder on large images, with their LoRA."""
     I_1, I_2 = model.two_sizes(batch["images"])
     v, words, _, sentence = model.encode(I_1, batch["tokens"], batch["text_mask"])
-    features = models.paper("rsrefseg2").sam_pyramid(model.sam.vision_encoder, I_2, model.config.checkpointing)
+    features = model.sam.vision_encoder(I_2).fpn_hidden_states
     return sum(value.float().mean() for value in (v, words, sentence, *features))
 
 

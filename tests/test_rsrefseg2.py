@@ -1,7 +1,9 @@
 """RSRefSeg 2: each equation against plain loops, the towers against transformers, and what the head promises."""
 
 import dataclasses
+import inspect
 import math
+import runpy
 import shutil
 import time
 from datetime import timedelta
@@ -208,8 +210,8 @@ def test_eq04_decomposition(model):
     t1 = t2 = np.stack([W[0:3].mean(0), W[2:5].mean(0), W[4:7].mean(0)])     # three runs of seven words: 0-2, 2-4, 4-6
     for k in range(2):
         t1, t2 = self_layer(module.intra[k][0], t1, pe1), self_layer(module.intra[k][1], t2, pe2)
-        t1 = cross_layer(module.words[k][0], t1, W, pe1, 0, read)
-        t2 = cross_layer(module.words[k][1], t2, W, pe2, 0, read)
+        t1 = cross_layer(module.cross[k][0], t1, W, pe1, 0, read)
+        t2 = cross_layer(module.cross[k][1], t2, W, pe2, 0, read)
         t1 = cross_layer(module.inter[k][0], t1, t2, pe1, pe2)
         t2 = cross_layer(module.inter[k][1], t2, t1, pe2, pe1)
     got = module(words, mask, list(model.prompter.text_positions))
@@ -247,8 +249,8 @@ def test_eq06_sparse_prompts(model):
     p, position = array(module.queries), array(module.position)
     for k in range(2):
         p = self_layer(module.intra[k], p, position)
-        p = cross_layer(module.text[k], p, array(t[0]), position, array(pe_t))
-        p = cross_layer(module.image[k], p, array(v[0]), position, array(pe_v))
+        p = cross_layer(module.cross_text[k], p, array(t[0]), position, array(pe_t))
+        p = cross_layer(module.cross_image[k], p, array(v[0]), position, array(pe_v))
     close(got[0], perceptron(module.out, p))
 
 
@@ -469,20 +471,16 @@ def test_eq13_giou_is_the_mean_and_ciou_the_ratio_of_sums():
 
 
 @torch.no_grad()
-def test_loops_over_the_towers_equal_transformers():
-    model = build(small(lora_text=0, lora_vision=0, lora_sam=0))
-    pixels, large = torch.randn(2, 3, G * 8, G * 8), torch.randn(2, 3, S, S)
-    _, tokens, _, _ = inputs()
-    assert torch.equal(rsrefseg2.image_tokens(model.vision, pixels), model.vision(pixels).last_hidden_state)
-    other = torch.randn(2, 3, 48, 48)
-    theirs = model.vision(other, interpolate_pos_encoding=True).last_hidden_state
-    assert torch.equal(rsrefseg2.image_tokens(model.vision, other), theirs)
-    words, sentence = rsrefseg2.text_tokens(model.text, tokens)
-    theirs = model.text(tokens)
-    assert torch.equal(words, theirs.last_hidden_state) and torch.equal(sentence, theirs.pooler_output)
-    theirs = model.sam.vision_encoder(large).fpn_hidden_states
-    for ours, other in zip(rsrefseg2.sam_pyramid(model.sam.vision_encoder, large), theirs, strict=True):
-        assert torch.equal(ours, other)
+def test_i1_of_another_size_than_the_towers_own_reads_interpolated_positions(model):
+    images, tokens, text_mask, _ = inputs()
+    assert model.two_sizes(images)[0].shape == (N, 3, G * 8, G * 8)
+    v, _, _, _ = model.encode(torch.zeros(1, 3, 48, 48), tokens, text_mask)
+    own = model.vision.embeddings.position_embedding.weight.T.reshape(1, D_V, G, G)
+    position = F.interpolate(own, (6, 6), mode="bicubic")[0].flatten(1).T
+    x = model.vision.embeddings.patch_embedding.bias + position                   # the image is zero
+    for layer in model.vision.encoder.layers:
+        x = layer(x[None] if x.ndim == 2 else x, None)
+    close(v, model.vision.post_layernorm(x))
 
 
 def test_recomputing_changes_no_gradient():
@@ -688,6 +686,18 @@ def test_official_scale_and_bias():
     close(b, a * dense.logit_scale.exp() + dense.logit_bias, 1e-4)
 
 
+def test_weights_under_the_names_of_before_load():
+    """The layers that read words, t'_2 and v'_2 were called words, text and image."""
+    model, other = build(), build(seed=1)
+    tensors = model.state_dict()
+    for new, name in (("decompose.cross", "decompose.words"), ("sparse.cross_text", "sparse.text"),
+                      ("sparse.cross_image", "sparse.image")):
+        tensors = {key.replace(f"prompter.{new}.", f"prompter.{name}."): value for key, value in tensors.items()}
+    assert sum(key.startswith("prompter.decompose.words.") for key in tensors) == 2 * 2 * 16
+    models.load_own_state(other, tensors, {}, "a run of before")
+    assert torch.equal(other(*inputs())["logits"], model(*inputs())["logits"])
+
+
 def test_dynamic_multimask_is_off_unless_asked_for():
     assert not build().sam.mask_decoder.dynamic_multimask_via_stability
     assert build(small(dynamic_multimask=True)).sam.mask_decoder.dynamic_multimask_via_stability
@@ -800,6 +810,81 @@ def test_the_log_says_what_accumulation_does_to_the_contrast(capsys):
     assert "contrasts the 8 expressions" in capsys.readouterr().out
 
 
+# -------------------------------------------------------------------------------------------------------- copying out
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The prompter's modules with the helpers that their docstrings name, in a file of their own."""
+    parts = [getattr(rsrefseg2, name) for name in (
+        "one_of", "expect", "repeated", "drawn_or_zero", "mlp", "matching", "resize", "cosine_maps", "AttentionLayer",
+        "MlpLayer", "CrossLayer", "LoRALinear", "ReferringSemanticDecomposition", "TextVisualInteraction",
+        "SparsePromptGeneration", "DensePromptGeneration")]
+    imports = ("import math\nimport torch\nfrom einops import rearrange\nfrom torch import nn\n"
+               "from torch.nn import functional\n\n\n")
+    path = tmp_path_factory.mktemp("copied") / "theirs.py"
+    path.write_text(imports + "\n\n".join(map(inspect.getsource, parts)))
+    return runpy.run_path(str(path))
+
+
+SIZES = {"inner": 12, "heads": 2, "hidden": 20}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modules_work_in_a_file_of_their_own_with_maps_that_are_not_square(copied, model, dtype):
+    own = model.prompter
+    decompose = copied["ReferringSemanticDecomposition"](D_T, **SIZES)
+    interact = copied["TextVisualInteraction"](D_T, D_V, **SIZES)
+    sparse = copied["SparsePromptGeneration"](C, D_T, D_V, count=4, **SIZES)
+    dense = copied["DensePromptGeneration"](D_V, D_V, (10, 14)).eval()
+    for part, ours in ((decompose, own.decompose), (interact, own.second), (sparse, own.sparse), (dense, own.dense)):
+        part.load_state_dict(ours.state_dict())
+        part.to(dtype)
+    words, mask, v = torch.randn(M, L, D_T), torch.arange(L) < torch.tensor([[4], [7], [3]]), torch.randn(M, 4 * 9, D_V)
+    t1, t2 = decompose(words.to(dtype), mask)
+    t, seen = interact(t2, v.to(dtype))[-1]
+    prompts = sparse([(t, seen)] * 2)
+    maps = dense(seen.transpose(1, 2).unflatten(2, (4, 9)), torch.ones(M, D_V, dtype=dtype))
+    assert (t1.dtype, seen.dtype, prompts.dtype, maps.dtype) == (dtype, dtype, dtype, torch.float32)
+    assert (seen.shape, prompts.shape, maps.shape) == ((M, 36, D_V), (M, 4, C), (M, 1, 10, 14))
+    if dtype == torch.float32:
+        assert all(torch.equal(a, b) for a, b in zip((t1, t2), own.decompose(words, mask), strict=True))
+        direct = F.interpolate(own.dense.conv(seen.mT.unflatten(2, (4, 9))), (10, 14), mode="bilinear")
+        close(maps, F.cosine_similarity(direct, torch.ones(M, D_V, 1, 1), dim=1)[:, None])
+    else:
+        assert all(value.isfinite().all() for value in (t1, prompts, maps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_of_a_linear_layer_of_any_type(copied, dtype):
+    linear = torch.nn.Linear(5, 7).to(dtype)
+    adapted, x = copied["LoRALinear"](linear, 2), torch.randn(3, 4, 5, dtype=dtype)
+    assert adapted.lora_A.dtype == dtype and torch.equal(adapted(x), linear(x))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda m: LoRALinear(torch.nn.MultiheadAttention(8, 2).out_proj, 2), "got NonDynamicallyQuantizableLinear"),
+    (lambda m: LoRALinear(torch.nn.Conv2d(4, 4, 1), 2), "expected a plain nn.Linear, got Conv2d"),
+    (lambda m: rsrefseg2.AttentionLayer(8, 8, inner=12, heads=5), "inner=12: expected a multiple of heads=5"),
+    (lambda m: rsrefseg2.ReferringSemanticDecomposition(8, start="Textpool"), "start=Textpool: expected textpool or"),
+    (lambda m: rsrefseg2.SparsePromptGeneration(8, 8, 8, start="textpool"), "start=textpool: expected learnable or"),
+    (lambda m: rsrefseg2.DensePromptGeneration(8, 8, 8, conv="ReLU"), "conv=ReLU: expected relu or none or official"),
+    (lambda m: rsrefseg2.DensePromptGeneration(8, 8, 8, upsample="up"), "upsample=up: expected pre or post"),
+    (lambda m: m.decompose(torch.randn(2, L, D_T), torch.ones(2, L)), "mask: expected torch.bool, got torch.float32"),
+    (lambda m: m.decompose(torch.randn(2, L, D_T), torch.ones(2, 5).bool()), r"text_mask: .* size \(2, 10\)"),
+    (lambda m: m.decompose(torch.randn(2, D_T, L), torch.ones(2, D_T).bool()), r"words: .*\(any, any, 24\), got"),
+    (lambda m: m.second(torch.randn(2, 3, D_T), torch.randn(2, D_V, G, G)), r"x: .*, 32\), got \(2, 32, 4, 4\)"),
+    (lambda m: m.second(torch.randn(2, 3, D_T), torch.randn(3, 16, D_V)), r"context: .* size \(3, any, 24\)"),
+    (lambda m: m.sparse([(torch.randn(2, 3, D_T), torch.randn(2, 16, D_V))]), "for each of 2 blocks, got 1"),
+    (lambda m: m.dense(torch.randn(2, G, G, D_V), torch.randn(2, D_V)), r"image features: .*\(any, 32, any, any\)"),
+    (lambda m: m.dense(torch.randn(2, D_V, G, G), torch.randn(2, 1, D_V)), r"text: .* size \(2, 32\)"),
+    (lambda m: m(torch.randn(2, 4 * 9, D_V), torch.randn(2, L, D_T), torch.ones(2, L).bool(), torch.randn(2, D_V)),
+     r"v: expected a tensor of size \(2, 16, any\), got \(2, 36, 32\)")])
+def test_what_a_module_would_misread_is_refused(model, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong(model.prompter)
+
+
 # ------------------------------------------------------------------------------------------------ text, files, pictures
 
 
@@ -839,7 +924,7 @@ def test_published_towers_are_loaded_whole(published, capsys):
     assert capsys.readouterr().out.count("tensors loaded") == 2
     clip, sam = SiglipModel.from_pretrained(published / "clip"), Sam2Model.from_pretrained(published / "sam")
     pixels = torch.randn(1, 3, G * 8, G * 8)
-    close(rsrefseg2.image_tokens(model.vision, pixels), clip.vision_model(pixels).last_hidden_state)
+    close(model.vision(pixels).last_hidden_state, clip.vision_model(pixels).last_hidden_state)
     assert torch.equal(model.prompter.dense.logit_scale, clip.logit_scale)
     for name, tensor in sam.state_dict().items():
         own = model.sam.state_dict()

@@ -7,6 +7,7 @@ keeps the source and a hash of each tensor, and loading checks them.
 """
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -121,11 +122,33 @@ def _typed(field, text, kind):
 
 def config_from(name, values):
     """The Config that config.json holds as plain JSON (lists become the tuples they were)."""
-    fields = {field.name for field in dataclasses.fields(paper(name).Config)}
-    if set(values) != fields:
-        raise ValueError(f"config.json is of another version of {name}: fields {sorted(set(values) ^ fields)} differ; "
-                         "train anew, or use the version of the code that wrote it")
-    return paper(name).Config(**{key: _tuples(value) for key, value in values.items()})
+    return settings_from(name, values, {})[0]
+
+
+def settings_from(name, config, recipe):
+    """(Config, recipe) that config.json holds as plain JSON, also of an older version.
+
+    A field that is gone is accepted at the value of the model file's RETIRED, which is what this version does; one that
+    is missing takes the value of OLD_DEFAULTS, else the default, and is named.
+    """
+    module, parts, missing = paper(name), [], {}
+    retired, old = getattr(module, "RETIRED", {}), getattr(module, "OLD_DEFAULTS", {})
+    defaults = {field.name: field.default for field in dataclasses.fields(module.Config)}
+    for values, known in ((config, defaults), (recipe, {**module.RECIPE_TINY, **module.RECIPE} if recipe else {})):
+        values = {field: _tuples(value) for field, value in values.items()}
+        for field in set(values) - set(known):
+            value = values.pop(field)
+            if field not in retired or value != _tuples(retired[field]):
+                only = f", which knows {field}={retired[field]} only" if field in retired else ""
+                raise ValueError(f"config.json is of another version of {name}{only}: {field}={value}; "
+                                 "use the version of the code that wrote it, or train anew")
+        lacking = {field: old.get(field, known[field]) for field in known if field not in values}
+        parts.append({**values, **lacking})
+        missing |= lacking
+    if missing:
+        print(f"config.json is of an older version of {name}; what it lacks is taken as it was then: "
+              + "  ".join(f"{field}={value}" for field, value in missing.items()))
+    return module.Config(**parts[0]), parts[1]
 
 
 def _tuples(value):
@@ -182,13 +205,25 @@ def load_own_state(model, tensors, left_out, origin):
     model.load_state_dict({**{name: state[name] for name in left_out}, **tensors})
 
 
+@contextlib.contextmanager
+def put_in_place(path):
+    """The name of a file to write beside `path`: synced and moved there at the end, gone if the write fails."""
+    part = Path(f"{path}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save(model, path):
-    """Write `model` as a safetensors export, beside and then into place."""
+    """Write `model` as a safetensors export."""
     tensors, left_out = own_state(model)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    part = Path(f"{path}.part")
-    save_file(tensors, part, metadata={"format": "pt", "left_out": json.dumps(left_out)})
-    os.replace(part, path)
+    with put_in_place(path) as part:
+        save_file(tensors, part, metadata={"format": "pt", "left_out": json.dumps(left_out)})
 
 
 def read_weights(path):
@@ -198,9 +233,11 @@ def read_weights(path):
     try:
         with safe_open(path, "pt") as file:
             left_out = json.loads((file.metadata() or {}).get("left_out", "{}"))
+            if not isinstance(left_out, dict) or any(len(mark) != 2 for mark in left_out.values()):
+                raise ValueError("what it leaves out is not {name: (source, hash)}")
             return {name: file.get_tensor(name) for name in file.keys()}, left_out  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); train or copy it again") from None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file of ours ({error}); copy it again") from None
 
 
 def run_settings(run):
@@ -209,13 +246,19 @@ def run_settings(run):
     folder = run if run.is_dir() else run.parent
     if not run.exists():
         raise FileNotFoundError(f"--checkpoint {run}: no such run folder or weights file")
-    try:
-        return json.loads((folder / "config.json").read_text()), folder
-    except FileNotFoundError:
+    path = folder / "config.json"
+    if not path.is_file():
         raise FileNotFoundError(f"--checkpoint {run}: no config.json in {folder}; give a folder that train.py wrote, "
-                                "or a weights file inside one") from None
+                                "or a weights file inside one")
+    try:
+        values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON ({error})") from None
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    values = values if isinstance(values, dict) else {}
+    kinds = {"model": str, "config": dict, "recipe": dict, "dataset": str, "data_root": str, "limit": int}
+    if lacking := [key for key, kind in kinds.items() if type(values.get(key)) is not kind]:
+        raise ValueError(f"{path} holds no {', '.join(lacking)}, as train.py writes it; copy it from the run anew")
+    return values, folder
 
 
 def word_tokenizer(name, config, words):
@@ -230,7 +273,14 @@ def read_tokenizer(name, config, folder):
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: the run's vocabulary is missing; copy it beside config.json")
-    return word_tokenizer(name, config, json.loads(path.read_text())["words"])
+    try:
+        tokenizer = word_tokenizer(name, config, json.loads(path.read_text())["words"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no list of words ({type(error).__name__}); copy it from the run anew") from None
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(f"{path} has {len(tokenizer)} words and marks, the model {config.vocab_size}; the words "
+                         "and the weights must come from one run")
+    return tokenizer
 
 
 def load(run, settings=(), device="cpu"):
@@ -241,8 +291,7 @@ def load(run, settings=(), device="cpu"):
     """
     values, folder = run_settings(run)
     name = values["model"]
-    config = config_from(name, values["config"])
-    config, recipe = override(config, values["recipe"], settings)
+    config, recipe = override(*settings_from(name, values["config"], values["recipe"]), settings)
     check_recipe(recipe)
     candidates = [Path(run)] if Path(run).is_file() else [folder / "best.safetensors", folder / "last.safetensors"]
     path = next((file for file in candidates if file.is_file()), None)

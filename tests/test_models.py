@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import toy
+from safetensors.torch import save_file
 
 import models
 
@@ -46,9 +47,13 @@ def test_config_survives_json(name):
         assert models.config_from(name, values) == config
 
 
-def written_run(folder, model, words=("a", "ship")):
+WORDS = tuple(f"word{k}" for k in range(98))         # with the toy's two marks, its vocab_size of 100
+
+
+def written_run(folder, model, words=WORDS):
     folder.mkdir()
-    values = {"model": "toy", "config": model.config.__dict__, "recipe": toy.RECIPE, "dataset": "synthetic"}
+    values = {"model": "toy", "config": model.config.__dict__, "recipe": toy.RECIPE, "dataset": "synthetic",
+              "data_root": "data", "limit": 0, "small": False}
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "tokenizer.json").write_text(json.dumps({"words": list(words)}))
     models.save(model, folder / "best.safetensors")
@@ -59,7 +64,7 @@ def test_round_trip_through_a_run_folder(tmp_path):
     written_run(tmp_path / "run", model)
     for run in (tmp_path / "run", tmp_path / "run" / "best.safetensors"):
         loaded = models.load(run)
-        assert not loaded.training and loaded.config == model.config and loaded.tokenizer.words == ["a", "ship"]
+        assert not loaded.training and loaded.config == model.config and loaded.tokenizer.words == list(WORDS)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, loaded.state_dict()[name])
 
@@ -123,9 +128,59 @@ def test_wrong_or_broken_checkpoints_are_named(tmp_path):
         models.load(run)
 
 
-def test_a_config_of_another_version_is_refused():
-    with pytest.raises(ValueError, match="another version of toy.*depth"):
-        models.config_from("toy", {**toy.Config().__dict__, "depth": 3})
+@pytest.mark.parametrize("fields, message", [
+    ({"depth": 3}, "another version of toy, which knows depth=2 only: depth=3"),
+    ({"heads": 3}, "another version of toy: heads=3"),
+    ({"sizes": [2, 1]}, r"sizes=\(1, 2\) only: sizes=\(2, 1\)")])
+def test_a_field_that_is_gone_is_refused_at_another_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        models.config_from("toy", {**toy.Config().__dict__, **fields})
+    with pytest.raises(ValueError, match=message):
+        models.settings_from("toy", toy.Config().__dict__, {**toy.RECIPE, **fields})
+
+
+def test_settings_of_an_older_version_are_accepted_and_what_they_lack_is_named(capsys):
+    config = {**toy.Config(width=5).__dict__, "depth": 2, "sizes": [1, 2]}
+    recipe = {**toy.RECIPE, **toy.RECIPE_TINY, "swing": 0.5, "lr": 0.5}
+    assert models.settings_from("toy", config, recipe) == (
+        toy.Config(width=5), {**toy.RECIPE, **toy.RECIPE_TINY, "lr": 0.5})
+    assert capsys.readouterr().out == ""
+    for part, field in ((config, "dropout"), (config, "batch_norm"), (recipe, "per_image")):
+        del part[field]
+    assert models.settings_from("toy", config, recipe) == (
+        toy.Config(width=5, dropout=0.3), {**toy.RECIPE, "lr": 0.5})              # not as the tiny preset has it now
+    assert "older version of toy" in (said := capsys.readouterr().out)
+    assert "dropout=0.3  batch_norm=False  per_image=0" in said
+
+
+@pytest.mark.parametrize("content, message", [
+    ("[]", "holds no model, config, recipe"), ("null", "holds no model"), ("3", "holds no model"),
+    ("{", "not valid JSON"), ({"recipe": None}, "config.json holds no recipe"), ({"config": []}, "holds no config"),
+    ({"model": "lavt"}, "no such model")])
+def test_a_config_file_of_another_form_is_named(tmp_path, content, message):
+    written_run(tmp_path / "run", models.build("toy", toy.Config()))
+    path = tmp_path / "run/config.json"
+    values = json.loads(path.read_text())
+    path.write_text(content if isinstance(content, str) else json.dumps({**values, **content}))
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"words": ["a", "ship"]}', "tokenizer.json has 4 words and marks, the model 100"),
+    ("[]", "holds no list of words"), ('{"words": 3}', "holds no list of words"), ("{", "holds no list of words")])
+def test_a_word_list_of_another_run_is_named(tmp_path, content, message):
+    written_run(tmp_path / "run", models.build("toy", toy.Config()))
+    (tmp_path / "run/tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        models.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("left_out", ["[]", "3", '{"a": 3}', '{"a": ["hub"]}', "{"])
+def test_a_header_of_another_form_is_named(tmp_path, left_out):
+    save_file({"a": torch.zeros(1)}, tmp_path / "best.safetensors", metadata={"left_out": left_out})
+    with pytest.raises(ValueError, match="best.safetensors is truncated or not a safetensors file of ours"):
+        models.read_weights(tmp_path / "best.safetensors")
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):

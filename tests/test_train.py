@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +73,7 @@ def log_of(output):
 
 def test_precedence_is_recipe_then_preset_then_ablation_then_command_line(tmp_path):
     def settled(*words):
-        return train.settle(train.arguments(["--model", "toy", "--output", str(tmp_path), *words]))
+        return train.settle(train.arguments(["--model", "toy", "--output", str(tmp_path), *words]))[:2]
 
     assert settled("--dataset", "rrsisd")[1]["lr"] == 2e-2                                  # RECIPE_FOR
     assert [settled("--dataset", name)[0].width for name in ("rrsisd", "risbench")] == [9, 8]
@@ -90,8 +91,9 @@ def test_precedence_is_recipe_then_preset_then_ablation_then_command_line(tmp_pa
 
 def test_a_second_set_adds_to_the_first(tmp_path):
     args = train.arguments(["--model", "toy", "--set", "width=5", "--epochs", "3", "--set", "clip=0.5", "dropout=0.3"])
-    config, recipe = train.settle(args)
+    config, recipe, asked = train.settle(args)
     assert (config.width, config.dropout, recipe["clip"], recipe["epochs"]) == (5, 0.3, 0.5, 3)
+    assert asked == {"width", "dropout", "clip", "epochs"}
 
 
 def test_run_folder_is_named_by_what_is_trained():
@@ -132,10 +134,10 @@ def test_factor_of_each_schedule():
 
 
 def test_phases_of_a_model_that_has_none_are_refused():
-    run = SimpleNamespace(recipe={"epochs": 2, "phases": {"first": 1.0}}, model=torch.nn.Linear(1, 1),
+    job = SimpleNamespace(recipe={"epochs": 2, "phases": {"first": 1.0}}, processes=ONE,
                           args=SimpleNamespace(model="plain"))
     with pytest.raises(ValueError, match="plain has none; say --set phases=none"):
-        train.start_phase(run, 0)
+        train.start_phase(job, train.Learner(torch.nn.Linear(1, 1), None, None, None), 0)
 
 
 def test_data_without_val_and_test_keep_the_last_epoch_and_say_that_nothing_is_scored(tmp_path, capsys):
@@ -148,8 +150,8 @@ def test_data_without_val_and_test_keep_the_last_epoch_and_say_that_nothing_is_s
 
 
 def test_phases_begin_with_an_epoch():
-    assert train.phase_starts({"epochs": 50, "phases": {"first": 0.4, "both": 0.6}}) == [(0, "first"), (20, "both")]
-    assert train.phase_starts({"epochs": 5, "phases": None}) == []
+    assert train.phase_starts({"epochs": 50, "phases": {"first": 0.4, "both": 0.6}}) == {0: "first", 20: "both"}
+    assert train.phase_starts({"epochs": 5, "phases": None}) == {}
 
 
 # ------------------------------------------------------------------------------------------------------ run and resume
@@ -179,8 +181,7 @@ class StopAt(train.StopRequest):
 
     steps = 3
 
-    def __init__(self):
-        self.count = 0
+    count = 0
 
     @property
     def asked(self):
@@ -252,18 +253,21 @@ def test_phase_change_keeps_what_goes_on_learning_and_starts_the_best_anew(tmp_p
     kept = []
     real = train.start_phase
 
-    def watched(run, epoch):
-        old = run.optimizer
-        state = dict(old.state) if old else {}
-        real(run, epoch)
-        if old is not None and run.optimizer is not old:
-            weight = run.model.words.weight
-            kept.append((run.optimizer.state[weight] is state[weight], run.model.second.weight in run.optimizer.state,
-                         run.position["best"]))
+    def watched(job, learner, epoch):
+        new = real(job, learner, epoch)
+        if learner.optimizer:
+            weight, second = new.model.words.weight, new.model.second.weight
+            kept.append((new.optimizer.state[weight] is learner.optimizer.state[weight],
+                         second in new.optimizer.state))
+        return new
 
     monkeypatch.setattr(train, "start_phase", watched)
+    scores, real_summary = iter([30.0, 20.0]), metrics.summarize
+    monkeypatch.setattr(metrics, "summarize", lambda *args, **options: {
+        **real_summary(*args, **options), **({"mIoU": next(scores)} if options.get("bootstrap") == 0 else {})})
     run_to_end(tmp_path / "run", "--set", "phases={'first': 0.5, 'both': 0.5}")
-    assert kept == [(True, False, None)]
+    assert kept == [(True, False)]
+    assert [line["best"] for line in log_of(tmp_path / "run")] == [True, True]      # 20 is the best of its phase
 
 
 def test_repeats_lose_words_anew_in_every_epoch_and_the_same_in_every_run(tmp_path, monkeypatch):
@@ -314,10 +318,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         def __reduce__(self):
             raise OSError("disk full")
 
-    train.save_torch({"epoch": 1}, tmp_path / "resume.pt")
-    with pytest.raises(OSError, match="disk full"):
-        train.save_torch({"epoch": 2, "bad": Refuses()}, tmp_path / "resume.pt")
+    with models.put_in_place(tmp_path / "resume.pt") as part:
+        torch.save({"epoch": 1}, part)
+    with pytest.raises(OSError, match="disk full"), models.put_in_place(tmp_path / "resume.pt") as part:
+        torch.save({"epoch": 2, "bad": Refuses()}, part)
     assert train.load_resume(tmp_path / "resume.pt") == {"epoch": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["resume.pt"]
 
 
 def test_a_second_run_in_one_folder_is_asked_about(tmp_path):
@@ -337,6 +343,50 @@ def test_resume_with_other_settings_is_refused(tmp_path, words, message):
     run_to_end(tmp_path / "run", "--epochs", "1")
     with pytest.raises(ValueError, match=message):
         run_to_end(tmp_path / "run", "--epochs", "1", "--resume", *words)
+
+
+def test_a_run_of_an_older_version_goes_on_and_loads(tmp_path, capsys):
+    """old_run.tar.xz: CroBIM-U shrunk, stopped after the first step of the second epoch by the code of that time."""
+    with tarfile.open(ROOT / "tests/old_run.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    run = tmp_path / "old_run"
+    before, stopped = models.load(run), state_of(run)
+    assert (stopped["epoch"], stopped["step"], before.config.bert_width) == (1, 1, 4)
+    words = ["--device", "cpu", "--workers", "0", "--output", str(run), "--limit", "24", "--resume"]
+    with pytest.raises(ValueError, match="begun with epochs=2, now epochs=3"):
+        train.train(train.arguments([*words, "--epochs", "3"]), ONE)
+    train.train(train.arguments([*words, "--epochs", "2", "--batch-size", "3", "--set", "width=8"]), ONE)
+    assert [line["epoch"] for line in log_of(run)] == [1, 2]
+    assert "epochs=2  batch_size=3  lr=0.002" in capsys.readouterr().out
+    after = models.load(run)
+    assert (run / "test/metrics.json").is_file() and after.run["recipe"]["batch_size"] == 3
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(before.state_dict()[name], models.read_weights(run / "best.safetensors")[0][name])
+    assert not torch.equal(stopped["model"][name], state_of(run)["model"][name])
+
+
+def test_resume_goes_on_with_the_settings_of_the_run_whatever_the_presets_are_now(tmp_path, monkeypatch):
+    run_to_end(tmp_path / "run", "--epochs", "1", "--lr", "0.5")
+    monkeypatch.setattr(toy, "RECIPE_TINY", {"per_image": 0, "clip": 9.0})
+    run_to_end(tmp_path / "run", "--epochs", "1", "--resume")
+    with pytest.raises(ValueError, match=r"begun with clip=1\.0, now clip=9\.0"):
+        run_to_end(tmp_path / "run", "--epochs", "1", "--resume", "--set", "clip=9")
+
+
+def test_signals_are_handled_as_before_after_a_run(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run_to_end(tmp_path / "run", "--epochs", "1")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    with train.StopRequest() as stop:
+        assert stop.asked is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        os.kill(os.getpid(), signal.SIGINT)                         # at once: passed on by torchrun
+        stop.asked -= 4
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_resume_of_nothing_and_of_a_torn_file(tmp_path):
@@ -410,31 +460,29 @@ def gradients(rank, world, folder, words, explode):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29633"}
     torch.set_num_threads(1)
     processes = evaluate.start_processes("cpu")
-    run = train.begin(options(folder / f"run{world}", *words), processes)
-    train.build(run)
+    job = train.begin(options(folder / f"run{world}", "--set", "clip=0", *words), processes)
+    learner, position = train.build(job), train.new_folder(job)
+    model, grads = learner.model, {}
     if explode:
-        real, scale = run.model.criterion, float("inf") if rank == world - 1 else 1.0
-        run.model.criterion = lambda *given: {name: value * scale for name, value in real(*given).items()}
+        real, scale = model.criterion, float("inf") if rank == world - 1 else 1.0
+        model.criterion = lambda *given: {name: value * scale for name, value in real(*given).items()}
+    learner.optimizer.step = lambda: grads.update(
+        {name: one.grad.clone() for name, one in model.named_parameters() if one.requires_grad})
+    dataset = train.data.ReferringDataset(job.samples, job.config.image_size, job.tokenizer)
+    batches = (train.data.collate([dataset[numbers] for numbers in micro]) for micro in job.sampler.batches(0, rank))
+    message = ""
+    try:
+        totals, expressions, _ = train.train_step(job, learner, position, job.sampler, batches, train.StopRequest())
         if processes.first:
-            train.new_folder(run)
-    dataset = train.data.ReferringDataset(run.samples, run.config.image_size, run.tokenizer)
-    batches = (train.data.collate([dataset[numbers] for numbers in micro]) for micro in run.sampler.batches(0, rank))
-    if explode:
-        message = ""
-        try:
-            train.train_step(run, 0, 0, batches, train.StopRequest())
-        except ValueError as error:
-            message = str(error)
-        (folder / f"message{rank}").write_text(message)
-        mine = [run.samples[k].id for micro in run.sampler.plan(0, 0)[rank] for numbers in micro for k in numbers]
-        (folder / f"samples{rank}").write_text(", ".join(mine))
-    else:
-        sums, _, _ = train.accumulate(run, batches, run.sampler.plan(0, 0), 0.0)
-        (_, totals) = train.agree(processes, [0.0], sums)
-        if processes.first:
-            grads = {name: one.grad for name, one in run.model.named_parameters() if one.requires_grad}
-            micros = len(run.sampler.plan(0, 0)[0])
-            torch.save({"totals": totals, **grads}, folder / f"gradients-{world}-{micros}.pt")
+            micros = len(job.sampler.plan(0, 0)[0])
+            torch.save({"totals": totals, "expressions": expressions, **grads},
+                       folder / f"gradients-{world}-{micros}.pt")
+    except ValueError as error:
+        message = str(error)
+    assert bool(message) == explode
+    (folder / f"message{rank}").write_text(message)
+    mine = [job.samples[k].id for micro in job.sampler.plan(0, 0)[rank] for numbers in micro for k in numbers]
+    (folder / f"samples{rank}").write_text(", ".join(mine))
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -450,7 +498,7 @@ def test_processes_and_accumulation_do_not_change_the_gradient(tmp_path):
     for file in files:
         other = torch.load(tmp_path / file, weights_only=True)
         for name in whole:
-            if name == "totals":
+            if name in ("totals", "expressions"):
                 assert other[name] == pytest.approx(whole[name], rel=1e-5)
             else:
                 assert whole[name].abs().max() > 1e-6, name

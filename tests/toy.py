@@ -40,8 +40,8 @@ RECIPE = {"epochs": 2, "batch_size": 8, "micro_batch": 8, "lr": 1e-2, "weight_de
 RECIPE_FOR = {"rrsisd": {"lr": 2e-2, "width": 9}}
 RECIPE_TINY = {"per_image": 2}
 ABLATIONS = {"1": {"wide": {"width": 12}, "slow": {"lr": 1e-4}}}
-
-
+RETIRED = {"depth": 2, "sizes": (1, 2), "swing": 0.5}           # fields of before, at what they have always meant here
+OLD_DEFAULTS = {"dropout": 0.3}                                 # what a run meant that does not say
 SPECIAL_TOKENS = {"pad": 0, "unknown": 1}
 
 

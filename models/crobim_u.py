@@ -3,81 +3,32 @@
 Paper
     Sun, Dong, Jiang, Liu, Gu. CroBIM-U: Uncertainty-Driven Referring Remote Sensing Image Segmentation.
     arXiv:2601.03490, 2026, https://arxiv.org/abs/2601.03490
-    A scorer (RUS) reads the coarsest visual tokens and the words and predicts a map U of where the mask will be wrong;
-    the model's own current errors supervise it. A gate (UGF) lets the words act on the visual tokens where U is high,
-    before decoding; a small head (UDLR) corrects the decoded logits where U is high. All three fit other two-tower
-    models: they are built from widths and called with plain tensors.
 Official
     none released, nor is the code of its base, CroBIM (arXiv:2410.08613). No code was copied.
+Idea
+    A scorer (RUS) reads the coarsest visual tokens and the words and predicts a map U of where the mask will be wrong;
+    the model's own current errors supervise it. A gate (UGF) lets the words act on the visual tokens where U is high,
+    before decoding; a small head (UDLR) corrects the decoded logits where U is high.
 Shapes
-    N images, M expressions, S image side, s stride (4, 8, 16, 32), h,w = S/s, C width 256, L tokens with padding
-    V, T        visual tokens (M,h*w,C) of a level, words (M,L,C);  B any batch, D the text tower's width
-    m           the paper's padding mask, 1 = ignored; here text_mask (M,L), True = a real token, its inverse
-    U, U_p      uncertainty logits (M,1,S/32,S/32), at S x S where resized; their sigmoid
-    F           mask feature (M,C,S/4,S/4)
-    P_fg, P_ref logits before and after refinement (M,1,S,S);  M, in formulas, the refinement mask;  y the true masks
+    N images, B expressions (M in the shared files), S image side, s stride (4, 8, 16, 32), h,w = S/s, C width 256,
+    L tokens with padding, D a text tower's width
+    V, T        visual tokens (B,h*w,C) of a level, words (B,L,C);  V_plus: V^+
+    m           the paper's padding mask, 1 = ignored; here text_mask (B,L), True = a real token, its inverse
+    U, U_tilde  uncertainty logits (B,1,S/32,S/32); at S x S
+    U_p         sigmoid of U_tilde
+    F           mask feature (B,C,S/4,S/4)
+    P_fg, P_ref logits before and after refinement (B,1,S,S);  M the refinement mask (B,1,S,S);  y the true masks
 Equations
-    Eq. (1)             MultiScaleEncoder.forward, one Phi is EncoderLayer
-    Eq. (2)             CroBIMU.forward, by resize; its first line is (10)
-    Eq. (3)             ReferringUncertaintyScorer.forward
-    Eq. (4), Eq. (5)    online_error; (5) again in losses.py, where it trains
-    Eq. (6), Eq. (7)    losses.py, uncertainty_loss, called by CroBIMU.criterion
-    Eq. (8)             losses.py, uncertainty_loss
-    Eq. (9), Eq. (10)   UncertaintyGatedFusion.forward
-    Eq. (11), Eq. (12)  UncertaintyGatedFusion.forward
-    Eq. (13), Eq. (14)  UncertaintyDrivenLocalRefinement.forward
-    Eq. (15), Eq. (16)  UncertaintyDrivenLocalRefinement.forward
-    Eq. (17), Eq. (18)  CroBIMU.criterion
-    Eq. (19), Eq. (20)  metrics.py
-Departs
-    channels     256..2048 in III-B are not ConvNeXt-B's: the widths are read from the tower (128..1024)
-    (1)          one Phi takes the tokens of all three levels at once; printed, each Phi^(s) takes its own level's
-    (3)          padded words are masked out of the softmax; as printed they would take part
-    (8)          the weight is clamped at 100 (clamp=None: as printed); with epsilon 1 a single wrong pixel would weigh
-                 half the image. symmetric=True, off, weights the right pixels up where the errors are the majority
-    refine       "cheap" puts a 1x1 convolution C -> refine_hidden before the resize of (15); the default is "literal",
-                 as printed, which costs hardly more: resize_convolve mixes the channels at stride 4 in either form
-    Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
-Silent
-    Base         the paper's Base is CroBIM, of which no more is used than III-B describes: two towers, a projection
-                 per level, a multi-scale encoder, mask logits
-    projections  1x1 convolution and group norm per level, linear and layer norm for the words
-    Phi          words first (attention, residual, norm), then deformable attention over all three levels and a
-                 feed-forward net: Mask2Former's pixel decoder, whose layer count and heads the paper quotes
-    UGF          stands between the towers and the multi-scale encoder, which III-B counts to the decoder
-    P_fg         F = conv(V_4 + resized V_8+); one query, the word at [CLS], attends to strides 32, 16, 8 in turn;
-                 P_fg = <F, MLP(query)> / sqrt(C) + b, resized from stride 4: after Mask2Former's decoder, with one
-                 query; conv is 3x3, group norm, ReLU
-    positions    sines and a level embedding join Phi's queries and the decoder's keys
-    start        Xavier for attention and feed-forward layers, as in Mask2Former; PyTorch's own lets the words in
-                 weakly. No key biases in any attention: they cancel
-    b            starts at logit(0.05), so that the first predictions are mostly background
-    resizing     bilinear, align_corners=False
-    (3)          Fig. 2's "raw broadcasting" of the words stands neither in III-C nor in (3): left out
-    (3)          MLP 2C-C-1 with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
-    (5)          z = e; with error_blur the 3x3 mean, and (8) still counts e
-    (7) (8)      an empty union is not a hard sample; epsilon 1, the counts are integers
-    warm-up      L_unc is multiplied by zero for the first 5 % of the run: an empty prediction's errors are the mask
-    (6)          V and T enter RUS undetached, so L_unc also trains projections and towers
-    (9)          8 heads with their own output layer before Proj, dropout 0.1
-    (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g, where detach_gate stops it
-    (13)         tau 0.5: (8) puts U_p above 0.5 where errors are more frequent than on average in their image, and than
-                 1 % (the clamp); t 0.1; no blur
-    (15)         64 channels, F counted at S x S, the last layer zero; P_fg and U_p enter undetached
-    L_seg        takes logits: 0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice, as RMSIN's code, which CroBIM's
-                 README thanks, but each expression by itself
-    (17) (18)    L_seg sees P_fg, so that L_ref, optional in the paper, is all that trains the refinement (lambda_ref=0:
-                 it stays zero); lambda_unc 0.1, lambda_ref 1
-    text         20 tokens with [CLS] and [SEP], lower case, padded to 20
-    training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars, all of BERT learns
-    freeze       the paper names no frozen part: both towers learn; freeze=True keeps them as they were loaded
-    scoring      at S x S, an empty union counts 0, the best epoch by validation mIoU
-    Table V      the rows are independent switches (V-B, V-C; "progressively" in V); with UDLR, L_ref also trains P_fg,
-                 which Base lacks; "RUS only" is our control, L_unc as a mere second task
-Omits
-    CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
-    Mask2Former's masked attention, self-attention and feed-forward nets of the query, its second and third round,
-    intermediate losses: the paper mentions none
+    Eq. (1)                             MultiScaleEncoder.forward, one Phi is EncoderLayer
+    Eq. (2)                             CroBIMU.forward, by resize; its first line is (10)
+    Eq. (3)                             ReferringUncertaintyScorer.forward
+    Eq. (4), Eq. (5)                    online_error; (5) again in losses.py, where it trains
+    Eq. (6), Eq. (7), Eq. (8)           losses.py, uncertainty_loss, called by CroBIMU.criterion
+    Eq. (9), Eq. (10), Eq. (11), Eq. (12)   UncertaintyGatedFusion.forward
+    Eq. (13), Eq. (14), Eq. (15), Eq. (16)  UncertaintyDrivenLocalRefinement.forward
+    Eq. (17), Eq. (18)                  CroBIMU.criterion
+    Eq. (19), Eq. (20)                  metrics.py
+Where the paper is departed from or silent: Notes, at the end of this file.
 """
 
 import argparse
@@ -88,9 +39,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn import functional
 from transformers import BertConfig, BertModel, BertTokenizer, ConvNextConfig, ConvNextModel
 
 from losses import binary_cross_entropy, dice_loss, uncertainty_loss
@@ -110,14 +61,14 @@ class Config:
     freeze: bool = False                            # our choice: both towers learn
 
     convnext_depths: tuple[int, ...] = (3, 3, 27, 3)            # IV-B1: ConvNeXt-Base
-    convnext_widths: tuple[int, ...] = (128, 256, 512, 1024)
+    convnext_widths: tuple[int, ...] = (128, 256, 512, 1024)    # Departs: channels
     layer_scale: float = 1e-6                       # ConvNeXt's
     drop_path: float = 0.3                          # our choice: LAVT's
     vocab_size: int = 30522                         # IV-B1: BERT-base
-    bert_width: int = 768
-    bert_layers: int = 12
-    bert_heads: int = 12
-    bert_ffn: int = 3072
+    bert_width: int = 768                           # IV-B1
+    bert_layers: int = 12                           # IV-B1
+    bert_heads: int = 12                            # BERT-base's
+    bert_ffn: int = 3072                            # BERT-base's
     dropout: float = 0.1                            # BERT's; in Eq. (9) our choice
 
     width: int = 256                                # III-B, C
@@ -131,11 +82,10 @@ class Config:
     rus: bool = True                                # Table V's switches; ugf and udlr need rus
     ugf: bool = True
     udlr: bool = True
-    detach_gate: bool = False                       # True: L_seg does not reach RUS through Eq. (11)
     tau: float = 0.5                                # our choice, Eq. (13)
     temperature: float = 0.1                        # our choice, t of Eq. (13)
     blur: int = 0                                   # our choice, side of the mean in Eq. (13), odd; 0 = none
-    refine: str = "literal"                         # or "cheap", see Departs
+    refine: str = "literal"                         # or "cheap", Departs: refine
     refine_hidden: int = 64                         # our choice, Eq. (15)
     refine_init: float = 0.0                        # Eq. (15): std of the last layer, "near-zero"
 
@@ -146,9 +96,8 @@ class Config:
     unc_warmup: float = 0.05                        # our choice: share of the run before L_unc counts
     lambda_s: float = 1.0                           # Eq. (7)
     delta: float = 0.5                              # Eq. (7)
-    clamp: float | None = 100.0                     # our choice, Eq. (8); None = as printed
+    clamp: float | None = 100.0                     # our choice, Departs: (8); None = as printed
     error_blur: bool = False                        # Eq. (5): z = Blur(e)
-    symmetric: bool = False                         # our choice: weight up the rarer side of Eq. (8), whichever it is
 
     def __post_init__(self):
         if (self.ugf or self.udlr) and not self.rus:
@@ -168,176 +117,34 @@ class Config:
                    points=2, seg_weights=(1.0, 1.0), class_weights=(1.0, 1.0))      # Dice finds small objects sooner
 
 
-RECIPE = {                                          # IV-B2 where not marked
-    "epochs": 40, "batch_size": 32, "lr": 5e-5, "weight_decay": 0.01,
-    "schedule": "poly", "power": 0.9, "warmup": 0.0,            # power, no warm-up: our choice, LAVT's
-    "micro_batch": 4, "clip": 0.0, "precision": "bf16",         # our choice; the paper's 32 are 4 on each of 8 cards
-    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None,      # our choice
-}
-RECIPE_FOR = {}                                     # IV-B2: one recipe for all data sets
-RECIPE_TINY = {"epochs": 11, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5,
-               "clip": 1.0, "per_image": 4}
-ABLATIONS = {
-    "V": {row: {"rus": rus, "ugf": ugf, "udlr": udlr} for row, rus, ugf, udlr in (
-        ("Base", False, False, False), ("+UGF", True, True, False), ("+UDLR", True, False, True),
-        ("Full", True, True, True), ("RUS only", True, False, False))},
-}
-
-
-# --------------------------------------------------------------------------------------- tokenizer, published weights
-
-
-SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # [PAD] [UNK] [CLS] [SEP], as BERT has them
-
-
-class BertWords:
-    """BERT's own tokenizer, padded and cut to `length` with [CLS] and [SEP] kept: strings -> tokens, text_mask."""
-
-    def __init__(self, tokenizer, length):
-        self.tokenizer, self.length = tokenizer, length
-
-    def __len__(self):
-        return len(self.tokenizer)
-
-    def __call__(self, expressions):
-        batch = self.tokenizer(list(expressions), padding="max_length", truncation=True, max_length=self.length,
-                               return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"].bool()
-
-
-def tokenizer(config):
-    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
-    source = find_weights(config, config.text_backbone)
-    words = from_hub(bert_vocabulary, source)
-    if len(words) != config.vocab_size:
-        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
-    return BertWords(words, config.text_length)
-
-
-def bert_vocabulary(source):
-    words = BertTokenizer.from_pretrained(source)
-    if len(words) <= 5:                             # transformers' answer to a missing file is its five special words
-        raise OSError("neither vocab.txt nor tokenizer.json found")
-    return words
-
-
-def find_weights(config, name):
-    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
-    if config.pretrained == "hub" and not name.endswith(".pth"):
-        return name
-    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
-    if path.exists():
-        return str(path)
-    if name.endswith(".pth"):
-        raise FileNotFoundError(
-            f"{path}: no such file; SMLFR's is linked (Baidu) in the README of github.com/HIT-SIRS/SMLFR, "
-            "Meta's in that of github.com/facebookresearch/ConvNeXt: put one there under this name, "
-            "or say --set image_backbone=facebook/convnext-base-224-22k")
-    raise FileNotFoundError(f"{path}: no such folder; put huggingface.co/{name} there, or say --set pretrained=hub")
-
-
-def from_hub(load, source, **options):
-    """`load(source)` of transformers, with an answer that helps if it fails."""
-    try:
-        return load(source, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        if Path(source).is_dir():
-            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
-                             f"({str(error).strip().splitlines()[0]})") from error
-        raise FileNotFoundError(
-            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
-            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
-
-
-META_TO_HUGGINGFACE = (
-    (r"^downsample_layers\.0\.0\.", "embeddings.patch_embeddings."),
-    (r"^downsample_layers\.0\.1\.", "embeddings.layernorm."),
-    (r"^downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."),
-    (r"^stages\.(\d)\.(\d+)\.", r"encoder.stages.\1.layers.\2."),
-    (r"\.norm\.", ".layernorm."),
-    (r"\.gamma$", ".layer_scale_parameter"),
-)
-SPARK = "sparse_encoder.sp_cnn."                    # SMLFR's full file holds its decoder and settings beside the tower
-
-
-def read_meta_convnext(path):
-    """A ConvNeXt file in Meta's naming, bare or as SMLFR wraps it -> tensors under HuggingFace's names."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
-    for wrapper in ("module", "state_dict", "model"):
-        if isinstance(file, dict) and isinstance(file.get(wrapper), dict):
-            file = file[wrapper]
-    if not isinstance(file, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
-    tensors = {re.sub(r"^((module|encoder|backbone)\.)+", "", name): value for name, value in file.items()}
-    if any(name.startswith(SPARK) for name in tensors):
-        tensors = {name.removeprefix(SPARK): value for name, value in tensors.items() if name.startswith(SPARK)}
-    tensors = {name: value for name, value in tensors.items() if not re.match(r"(head|norm\d?)\.", name)}
-    for pattern, replacement in META_TO_HUGGINGFACE:
-        tensors = {re.sub(pattern, replacement, name): value for name, value in tensors.items()}
-    return tensors
-
-
-def read_huggingface(kind, source, extra):
-    """Tensors of a published checkpoint in float32, as the file names them but for those that begin with `extra`."""
-    model, info = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
-    tensors = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
-    tensors |= dict.fromkeys(info["unexpected_keys"])
-    return {name: value for name, value in tensors.items() if not name.startswith(extra)}
-
-
-def load_strictly(module, tensors, source, fields):
-    """All of `tensors` into `module` and nothing left over; `fields` are named if it does not fit."""
-    own = module.state_dict()
-    wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
-    wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
-    if wrong:
-        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
-                         f"of another shape, the first {wrong[:2]}")
-    module.load_state_dict(tensors)
-    print(f"{source}: {len(tensors)} tensors loaded")
-
-
-# -------------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------ III-B: interaction stages and mask decoder
 
 
 def resize(maps, size):
     """(B,C,h,w) -> (B,C,*size), bilinear; uncertainty is resized as logits, III-B."""
-    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def resize_convolve(maps, size, weight):
-    """(B,C,h,w), (D,C,3,3) -> (B,D,*size): F.conv2d(resize(maps, size), weight, padding=1), never C channels at size.
-
-    Resizing and each tap of the kernel are linear along one axis, so the channels are mixed at the small size.
-    """
-    def taps(small, large):
-        """(small,3,large): what each place of the small axis gives to each tap at each place of the large one."""
-        one = torch.eye(small, dtype=torch.promote_types(maps.dtype, torch.float32), device=maps.device)
-        weights = F.interpolate(one[None], large, mode="linear", align_corners=False)[0]            # (small,large)
-        return F.pad(weights, (1, 1)).unfold(-1, large, 1).to(maps.dtype)
-
-    mixed = torch.einsum("bchw,dcyx->bdhywx", maps, weight.to(maps.dtype))
-    rows = torch.einsum("bdhywx,hyH->bdHwx", mixed, taps(maps.shape[2], size[0]))
-    return torch.einsum("bdHwx,wxW->bdHW", rows, taps(maps.shape[3], size[1]))
+    if maps.shape[-2:] == size:
+        return maps
+    return functional.interpolate(maps, size, mode="bilinear", align_corners=False)  # Silent: resizing
 
 
 def xavier(*layers):
     """Start linear layers as Mask2Former does."""
     for layer in layers:
-        nn.init.xavier_uniform_(layer.weight)
+        nn.init.xavier_uniform_(layer.weight)                                 # Silent: start
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head attention: queries (B,Q,C), keys and values (B,K,D) -> (B,Q,C); mask (B,K), True = may be read."""
+    """Multi-head attention: queries (B,Q,C), keys and values (B,K,D) -> (B,Q,C); mask (B,K) bool, True = may be read.
+
+    width: C, a multiple of heads; context_width: D where it is not C. Takes along: xavier.
+    """
 
     def __init__(self, width, heads, context_width=None):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"width={width}: expected a multiple of heads={heads}")
         self.heads = heads
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(context_width or width, width, bias=False)      # a key bias cancels in the softmax
@@ -346,10 +153,13 @@ class Attention(nn.Module):
         xavier(self.to_q, self.to_k, self.to_v, self.to_out)
 
     def forward(self, queries, keys, values, mask=None):
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask of words: expected bool, True = a real token, got {mask.dtype}; "
+                             "say .bool() where 1 is a real token, == 0 where 1 is padding")
         q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
                    for tokens in (self.to_q(queries), self.to_k(keys), self.to_v(values)))
         mask = None if mask is None else mask[:, None, None]                  # (B,1,1,K)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,Q,C/heads)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)                  # (B,heads,Q,C/heads)
         return self.to_out(rearrange(mixed, "b a n d -> b n (a d)"))
 
 
@@ -399,14 +209,15 @@ class DeformableAttention(nn.Module):
         weights = rearrange(self.weights(queries), "b n (a p) -> (b a) 1 p n", a=self.heads).float().softmax(2)
         weights = weights.chunk(self.levels, 2)                               # for each level (B*heads,1,points,n)
         with torch.autocast(tokens.device.type, enabled=False):
-            levels = value.float().split([h * w for h, w in sizes], -1)
+            values = value.float().split([h * w for h, w in sizes], -1)
             centre_x, centre_y = (2 * centres - 1).unbind(-1)                 # (n,) in [-1,1]
             mixed = 0
-            for level, (h, w), (x, y), weight in zip(levels, sizes, offsets.float(), weights, strict=True):
+            for level, (h, w), (x, y), weight in zip(values, sizes, offsets.float(), weights, strict=True):
                 where = torch.stack((centre_x + x * (2 / w), centre_y + y * (2 / h)), -1)         # (B*heads,points,n,2)
-                sampled = F.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False)
+                sampled = functional.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False)
                 mixed = mixed + (sampled * weight).sum(2)                     # (B*heads,C/heads,n)
-        return self.to_out(rearrange(mixed, "(b a) d n -> b n (a d)", a=self.heads))
+        mixed = rearrange(mixed, "(b a) d n -> b n (a d)", a=self.heads)
+        return self.to_out(mixed.to(self.to_out.weight.dtype))
 
 
 class EncoderLayer(nn.Module):
@@ -420,10 +231,10 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, V, T, text_mask, positions, centres, sizes):
-        """V (M,n,C), the tokens of all levels; T (M,L,C); positions (n,C); centres (n,2) -> (M,n,C)."""
-        V = self.norms[0](V + self.read_words(V + positions, T, T, text_mask))
-        V = self.norms[1](V + self.mix(V + positions, V, centres, sizes))
-        return self.norms[2](V + self.ffn(V))
+        """V (B,n,C), the tokens of all levels; T (B,L,C); positions (n,C); centres (n,2) -> V_plus (B,n,C)."""
+        read = self.norms[0](V + self.read_words(V + positions, T, T, text_mask))                   # Silent: Phi
+        mixed = self.norms[1](read + self.mix(read + positions, read, centres, sizes))
+        return self.norms[2](mixed + self.ffn(mixed))
 
 
 class MultiScaleEncoder(nn.Module):
@@ -435,15 +246,16 @@ class MultiScaleEncoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(width, heads, levels, points, ffn_width) for _ in range(layers))
 
     def forward(self, features, T, text_mask):
-        """features, a list of (M,C,h,w); T (M,L,C) -> the features, updated; positions, a list of (h*w,C)."""
+        """features, a list of (B,C,h,w); T (B,L,C) -> the features, updated; positions, a list of (h*w,C)."""
         sizes = [tuple(feature.shape[-2:]) for feature in features]
         centres = [grid_centres(size, T.device) for size in sizes]
-        positions = [sine_positions(c, T.shape[-1]) + e for c, e in zip(centres, self.level_embedding, strict=True)]
-        V = torch.cat([rearrange(feature, "m c h w -> m (h w) c") for feature in features], 1)      # (M,n,C)
+        positions = [(sine_positions(centre, T.shape[-1]) + embedding).to(embedding.dtype)          # Silent: positions
+                     for centre, embedding in zip(centres, self.level_embedding, strict=True)]
+        V = torch.cat([rearrange(feature, "b c h w -> b (h w) c") for feature in features], 1)      # Departs: (1)
         for Phi in self.layers:
-            V = Phi(V, T, text_mask, torch.cat(positions), torch.cat(centres), sizes)
-        levels = zip(V.split([h * w for h, w in sizes], 1), sizes, strict=True)
-        features = [rearrange(V_s, "m (h w) c -> m c h w", h=h) for V_s, (h, w) in levels]  # Eq. (1)
+            V = Phi(V, T, text_mask, torch.cat(positions), torch.cat(centres), sizes)               # (B,n,C)
+        tokens = zip(V.split([h * w for h, w in sizes], 1), sizes, strict=True)
+        features = [rearrange(V_plus, "b (h w) c -> b c h w", h=h) for V_plus, (h, w) in tokens]  # Eq. (1)
         return features, positions
 
 
@@ -457,27 +269,28 @@ class MaskDecoder(nn.Module):
         self.read_image = nn.ModuleList(Attention(width, heads) for _ in range(levels))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(levels))
         self.embed = feed_forward(width, width)
-        self.bias = nn.Parameter(torch.tensor(math.log(prior / (1 - prior))))
+        self.bias = nn.Parameter(torch.tensor(math.log(prior / (1 - prior))))                       # Silent: b
 
     def forward(self, feature4, features, positions, T):
-        """feature4 (M,C,S/4,S/4); features, positions from the encoder; T (M,L,C) -> F (M,C,S/4,S/4), (M,1,S/4,S/4)."""
-        mask_feature = self.smooth(feature4 + resize(features[0], feature4.shape[-2:]))             # (M,C,S/4,S/4)
-        query = T[:, :1]                                                      # (M,1,C), the word at [CLS]
+        """feature4 (B,C,S/4,S/4); features, positions from the encoder; T (B,L,C) -> F (B,C,S/4,S/4), (B,1,S/4,S/4)."""
+        F = self.smooth(feature4 + resize(features[0], feature4.shape[-2:]))  # (B,C,S/4,S/4)
+        query = T[:, :1]                                                      # (B,1,C), Silent: P_fg, the word at [CLS]
         for i in range(len(features)):
-            V = rearrange(features[-1 - i], "m c h w -> m (h w) c")           # coarse to fine
-            query = self.norms[i](query + self.read_image[i](query, V + positions[-1 - i], V))
-        logits = torch.einsum("mqc,mchw->mqhw", self.embed(query), mask_feature).float()            # (M,1,S/4,S/4)
-        return mask_feature, logits / math.sqrt(query.shape[-1]) + self.bias
+            tokens = rearrange(features[-1 - i], "b c h w -> b (h w) c")      # coarse to fine
+            query = self.norms[i](query + self.read_image[i](query, tokens + positions[-1 - i], tokens))
+        logits = torch.einsum("bqc,bchw->bqhw", self.embed(query), F).float()                       # (B,1,S/4,S/4)
+        return F, logits / math.sqrt(query.shape[-1]) + self.bias
 
 
-# ----------------------------------------------------------------------------- the paper's three plug-and-play modules
+# ----------------------------------------------------------- III-C to III-E: the paper's three plug-and-play modules
 
 
 class ReferringUncertaintyScorer(nn.Module):
-    """III-C, RUS: where the mask is likely to be wrong, as logits.
+    """III-C, RUS: where the mask is likely to be wrong, as logits. Fits any two-tower model.
 
-    Fits any two-tower model: features (B,C,h,w), its coarsest level; words (B,L,D); text_mask (B,L), True = a real
-    token -> uncertainty logits (B,1,h,w). losses.uncertainty_loss trains it on the model's own mask.
+    width: C of the features; text_width: D of the words where it is not C.
+    forward: features (B,C,h,w), the coarsest level, channels first; words (B,L,D); text_mask (B,L) bool, True = a real
+    token -> U (B,1,h,w). losses.uncertainty_loss trains it on the model's own mask. Takes nothing along.
     """
 
     def __init__(self, width, text_width=None):
@@ -485,18 +298,24 @@ class ReferringUncertaintyScorer(nn.Module):
         self.W_v = nn.Linear(width, width, bias=False)
         self.W_t = nn.Linear(text_width or width, width, bias=False)
         self.gamma = nn.Parameter(torch.tensor(width ** -0.5))
-        self.mlp = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
+        self.mlp = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))       # Silent: (3)
         nn.init.eye_(self.W_v.weight)
         nn.init.eye_(self.W_t.weight)
         nn.init.normal_(self.mlp[-1].weight, std=0.01)
         nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, features, words, text_mask):
+        if features.ndim != 4 or features.shape[1] != self.W_v.in_features:
+            raise ValueError(f"features: expected (B,{self.W_v.in_features},h,w), got {tuple(features.shape)}")
+        if text_mask.dtype != torch.bool:
+            raise ValueError(f"text_mask: expected bool, True = a real token, got {text_mask.dtype}; "
+                             "say .bool() where 1 is a real token, == 0 where 1 is padding")
         V = rearrange(features, "b c h w -> b (h w) c")                       # (B,h*w,C)
-        V_, T_ = self.W_v(V), self.W_t(words)                                 # (B,h*w,C), (B,L,C)
-        # T~ = A T' with A = Softmax(gamma V' T'^T) over the real words
-        T_aligned = F.scaled_dot_product_attention(self.gamma * V_, T_, T_, text_mask[:, None], scale=1.0)
-        u = self.mlp(torch.cat((V, T_aligned), -1))  # Eq. (3)
+        V_prime, T_prime = self.W_v(V), self.W_t(words)                       # (B,h*w,C), (B,L,C)
+        # T~ = A T' with A = Softmax(gamma V' T'^T); Departs: (3), over the real words
+        T_tilde = functional.scaled_dot_product_attention(
+            self.gamma * V_prime, T_prime, T_prime, text_mask[:, None], scale=1.0)                  # (B,h*w,C)
+        u = self.mlp(torch.cat((V, T_tilde), -1))  # Eq. (3)
         return rearrange(u, "b (h w) 1 -> b 1 h w", h=features.shape[-2])     # (B,1,h,w)
 
 
@@ -507,58 +326,88 @@ def online_error(logits, masks):
 
 
 class UncertaintyGatedFusion(nn.Module):
-    """III-D, UGF: the words act on the visual tokens as strongly as they are needed there.
+    """III-D, UGF: the words act on the visual tokens as strongly as they are needed there. Fits any two-tower model.
 
-    Fits any two-tower model, between encoder and decoder, one module for all levels: features (B,C,h,w); words (B,L,D);
-    text_mask (B,L), True = a real token; uncertainty logits (B,1,any,any) -> features (B,C,h,w).
+    width: C of the features, a multiple of heads; text_width: D of the words where it is not C; dropout: of Proj.
+    forward, between encoder and decoder, one module for all levels: features (B,C,h,w), channels first; words (B,L,D);
+    text_mask (B,L) bool, True = a real token; uncertainty logits (B,1,any,any) -> features (B,C,h,w).
+    Takes along: Attention, resize, xavier.
     """
 
     def __init__(self, width, text_width=None, heads=8, dropout=0.1):
         super().__init__()
-        self.attention = Attention(width, heads, text_width)
+        self.attention = Attention(width, heads, text_width)                  # Silent: (9)
         self.proj = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
-        self.alpha = nn.Parameter(torch.tensor(1.0))
+        self.alpha = nn.Parameter(torch.tensor(1.0))                          # Silent: (11)
         self.beta = nn.Parameter(torch.tensor(0.0))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features, words, text_mask, uncertainty):
+        if features.ndim != 4 or features.shape[1] != self.proj[0].in_features:
+            raise ValueError(f"features: expected (B,{self.proj[0].in_features},h,w), got {tuple(features.shape)}")
         h, w = features.shape[-2:]
         V = rearrange(features, "b c h w -> b (h w) c")                       # (B,h*w,C)
         Delta_V = self.proj(self.attention(V, words, words, text_mask))  # Eq. (9)
         u = rearrange(resize(uncertainty, (h, w)), "b 1 h w -> b (h w) 1")  # Eq. (10)
         g = torch.sigmoid(self.alpha * u + self.beta)  # Eq. (11)
-        V = self.norm(V + g * Delta_V)  # Eq. (12)
-        return rearrange(V, "b (h w) c -> b c h w", h=h)                      # (B,C,h,w)
+        V_plus = self.norm((V + g * Delta_V).to(self.norm.weight.dtype))  # Eq. (12)
+        return rearrange(V_plus, "b (h w) c -> b c h w", h=h)                 # (B,C,h,w)
+
+
+def resize_convolve(maps, size, weight):
+    """(B,C,h,w), (D,C,3,3) -> (B,D,*size): conv2d(resize(maps, size), weight, padding=1), never C channels at size.
+
+    Resizing and each tap of the kernel are linear along one axis, so the channels are mixed at the small size.
+    """
+    def taps(small, large):
+        """(small,3,large): what each place of the small axis gives to each tap at each place of the large one."""
+        one = torch.eye(small, dtype=torch.promote_types(maps.dtype, torch.float32), device=maps.device)
+        weights = functional.interpolate(one[None], large, mode="linear", align_corners=False)[0]   # (small,large)
+        return functional.pad(weights, (1, 1)).unfold(-1, large, 1).to(maps.dtype)
+
+    mixed = torch.einsum("bchw,dcyx->bdhywx", maps, weight.to(maps.dtype))
+    rows = torch.einsum("bdhywx,hyH->bdHwx", mixed, taps(maps.shape[2], size[0]))
+    return torch.einsum("bdHwx,wxW->bdHW", rows, taps(maps.shape[3], size[1]))
 
 
 class UncertaintyDrivenLocalRefinement(nn.Module):
-    """III-E, UDLR: a residual on the coarse logits, let through where the uncertainty is high.
+    """III-E, UDLR: a residual on the coarse logits, let through where the uncertainty is high. Fits any decoder.
 
-    Fits any decoder: feature (B,C,h,w), its finest; logits P_fg (B,1,H,W); uncertainty logits (B,1,any,any)
-    -> refined logits (B,1,H,W) and the refinement mask (B,1,H,W) in [0,1].
+    width: C of the feature; hidden: channels of the head; tau, temperature, blur (side of the mean, odd, 0 = none): of
+    Eq. (13); cheap: F is reduced to `hidden` channels first; init_std: of the last layer's weight.
+    forward: F (B,C,h,w), the decoder's finest feature, channels first; P_fg, logits (B,1,H,W); uncertainty logits
+    (B,1,any,any) -> P_ref, refined logits (B,1,H,W), and M, the refinement mask (B,1,H,W) in [0,1].
+    Takes along: resize, resize_convolve.
     """
 
     def __init__(self, width, hidden=64, tau=0.5, temperature=0.1, blur=0, cheap=False, init_std=0.0):
         super().__init__()
-        self.tau, self.temperature, self.blur = tau, temperature, blur
-        self.reduce = nn.Conv2d(width, hidden, 1) if cheap else nn.Identity()
+        if blur and blur % 2 == 0:
+            raise ValueError(f"blur={blur}: expected 0 or an odd number")
+        self.width, self.tau, self.temperature, self.blur = width, tau, temperature, blur
+        self.reduce = nn.Conv2d(width, hidden, 1) if cheap else nn.Identity()                       # Departs: refine
         self.head = nn.Sequential(nn.Conv2d((hidden if cheap else width) + 2, hidden, 3, padding=1), nn.ReLU(),
                                   nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, 1, 1))
         nn.init.normal_(self.head[-1].weight, std=init_std)
         nn.init.zeros_(self.head[-1].bias)
 
-    def forward(self, feature, logits, uncertainty):
-        P_fg, size, t = logits, logits.shape[-2:], self.temperature
+    def forward(self, F, P_fg, uncertainty):
+        if F.ndim != 4 or F.shape[1] != self.width or P_fg.ndim != 4 or P_fg.shape[1] != 1:
+            raise ValueError(f"F, P_fg: expected (B,{self.width},h,w) and (B,1,H,W), "
+                             f"got {tuple(F.shape)} and {tuple(P_fg.shape)}")
+        size, t = P_fg.shape[-2:], self.temperature
         U_p = resize(uncertainty, size).sigmoid()                             # (B,1,H,W)
-        blurred = U_p if not self.blur else F.avg_pool2d(U_p, self.blur, 1, self.blur // 2, count_include_pad=False)
+        blurred = U_p
+        if self.blur:
+            blurred = functional.avg_pool2d(U_p, self.blur, 1, self.blur // 2, count_include_pad=False)
         M = torch.sigmoid((blurred - self.tau) / t)  # Eq. (13)
         M = M.detach()  # Eq. (14)
         # The first layer takes F and [P_fg, U_p] one after the other: F never stands at full resolution.
-        feature = self.reduce(feature)                                        # (B,C,h,w), cheap (B,hidden,h,w)
+        reduced = self.reduce(F)                                              # (B,C,h,w), cheap (B,hidden,h,w)
         first, *rest = self.head
-        on_feature, on_maps = first.weight.split((feature.shape[1], 2), 1)
-        hidden = resize_convolve(feature, size, on_feature) + F.conv2d(
-            torch.cat((P_fg, U_p), 1).to(feature.dtype), on_maps, first.bias, padding=1)            # (B,hidden,H,W)
+        on_feature, on_maps = first.weight.split((reduced.shape[1], 2), 1)
+        hidden = resize_convolve(reduced, size, on_feature) + functional.conv2d(
+            torch.cat((P_fg, U_p), 1).to(reduced.dtype), on_maps, first.bias, padding=1)            # (B,hidden,H,W)
         Delta = nn.Sequential(*rest)(hidden)  # Eq. (15)
         P_ref = P_fg + M * Delta  # Eq. (16)
         return P_ref, M
@@ -569,8 +418,6 @@ class UncertaintyDrivenLocalRefinement(nn.Module):
 
 class CroBIMU(nn.Module):
     """Fig. 1: towers, uncertainty, gated fusion, multi-scale encoder, mask logits, refinement."""
-
-    MAPS = MAPS
 
     def __init__(self, config):
         super().__init__()
@@ -585,9 +432,9 @@ class CroBIMU(nn.Module):
             vocab_size=c.vocab_size, hidden_size=c.bert_width, num_hidden_layers=c.bert_layers,
             num_attention_heads=c.bert_heads, intermediate_size=c.bert_ffn, hidden_dropout_prob=c.dropout,
             attention_probs_dropout_prob=c.dropout), add_pooling_layer=False)
-        self.visual_projections = nn.ModuleList(
+        self.visual_projections = nn.ModuleList(                              # Silent: projections
             nn.Sequential(nn.Conv2d(width, c.width, 1, bias=False), nn.GroupNorm(c.norm_groups, c.width))
-            for width in self.convnext.config.hidden_sizes)
+            for width in c.convnext_widths)
         self.text_projection = nn.Sequential(nn.Linear(c.bert_width, c.width), nn.LayerNorm(c.width))
         if c.rus:
             self.scorer = ReferringUncertaintyScorer(c.width)
@@ -606,13 +453,10 @@ class CroBIMU(nn.Module):
         c = self.config
         if c.pretrained == "none":
             return {}
-        source = find_weights(c, c.image_backbone)
-        tensors = (read_meta_convnext(source) if source.endswith(".pth") else
-                   read_huggingface(ConvNextModel, source, extra=("layernorm.", "classifier.")))
-        load_strictly(self.convnext, tensors, source, "convnext_depths, convnext_widths")
-        source = find_weights(c, c.text_backbone)
-        tensors = read_huggingface(BertModel, source, extra=("pooler.", "cls."))
-        load_strictly(self.bert, tensors, source, "bert_width, bert_layers, bert_ffn, vocab_size")
+        load_tower(self.convnext, find_weights(c, c.image_backbone), ("layernorm.", "classifier.", "norm", "head."),
+                   "convnext_depths, convnext_widths")
+        load_tower(self.bert, find_weights(c, c.text_backbone), ("pooler.", "cls."),
+                   "bert_width, bert_layers, bert_ffn, vocab_size")
         return {"convnext.": c.image_backbone, "bert.": c.text_backbone}
 
     def train(self, mode=True):
@@ -634,14 +478,14 @@ class CroBIMU(nn.Module):
         return [project(feature) for project, feature in zip(self.visual_projections, features, strict=True)]
 
     def encode_text(self, tokens, text_mask):
-        """tokens, text_mask (M,L) -> T (M,L,C)."""
+        """tokens, text_mask (B,L) -> T (B,L,C)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
             # A mask with an axis for queries is taken as it is; about a plain one transformers asks the device.
             words = self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state
         return self.text_projection(words)
 
     def forward(self, images, tokens, text_mask, image_index=None):
-        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> dict of (M,1,S,S) float32.
+        """images (N,3,S,S) uint8, tokens, text_mask (B,L), image_index (B,) -> dict of (B,1,S,S) float32.
 
         logits: above 0 is the mask. coarse, uncertainty, refine_mask: maps in [0,1]. coarse_logits, uncertainty_logits:
         for the criterion. What is switched off is absent.
@@ -649,42 +493,41 @@ class CroBIMU(nn.Module):
         c, size = self.config, tuple(images.shape[-2:])
         features = self.encode_images(images)                                 # four of (N,C,S/s,S/s)
         if image_index is not None:
-            features = [feature[image_index] for feature in features]         # four of (M,C,S/s,S/s)
+            features = [feature[image_index] for feature in features]         # four of (B,C,S/s,S/s)
         feature4, *features = features
-        T = self.encode_text(tokens, text_mask)                               # (M,L,C)
+        T = self.encode_text(tokens, text_mask)                               # (B,L,C)
         if c.rus:
-            U = self.scorer(features[-1], T, text_mask).float()               # (M,1,S/32,S/32)
+            U = self.scorer(features[-1], T, text_mask).float()               # (B,1,S/32,S/32), Silent: (6)
         if c.ugf:
-            gate = U.detach() if c.detach_gate else U
-            features = [self.fusion(feature, T, text_mask, gate) for feature in features]
+            features = [self.fusion(feature, T, text_mask, U) for feature in features]              # Silent: UGF
         features, positions = self.encoder(features, T, text_mask)
-        mask_feature, logits = self.decoder(feature4, features, positions, T)  # (M,C,S/4,S/4), (M,1,S/4,S/4)
-        P_fg = resize(logits, size)                                           # (M,1,S,S)
+        F, logits = self.decoder(feature4, features, positions, T)            # (B,C,S/4,S/4), (B,1,S/4,S/4)
+        P_fg = resize(logits, size)                                           # (B,1,S,S)
         outputs = {"logits": P_fg, "coarse_logits": P_fg, "coarse": P_fg.detach().sigmoid()}
         if c.rus:
-            U = resize(U, size)  # Eq. (2)
-            outputs |= {"uncertainty_logits": U, "uncertainty": U.detach().sigmoid()}
+            U_tilde = resize(U, size)  # Eq. (2)
+            outputs |= {"uncertainty_logits": U_tilde, "uncertainty": U_tilde.detach().sigmoid()}
         if c.udlr:
-            outputs["logits"], outputs["refine_mask"] = self.refinement(mask_feature, P_fg, U)
+            outputs["logits"], outputs["refine_mask"] = self.refinement(F, P_fg, U_tilde)
         return outputs
 
     def segmentation_loss(self, logits, masks):
-        """L_seg of logits and masks (M,1,S,S), a mean over the expressions."""
+        """L_seg of logits and masks (B,1,S,S), a mean over the expressions."""
         c = self.config
-        terms = binary_cross_entropy(logits, masks, *c.class_weights), dice_loss(logits, masks)     # (M,) each
+        terms = binary_cross_entropy(logits, masks, *c.class_weights), dice_loss(logits, masks)     # (B,) each
         return sum(weight * term.mean() for weight, term in zip(c.seg_weights, terms, strict=True))
 
     def criterion(self, outputs, batch, progress):
-        """outputs, batch["masks"] (M,S,S) bool, progress in [0,1] -> weighted scalars; their sum is the objective."""
-        c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
+        """outputs, batch["masks"] (B,S,S) bool, progress in [0,1] -> weighted scalars; their sum is the objective."""
+        c, masks = self.config, batch["masks"][:, None]                       # (B,1,S,S)
         P_fg = outputs["coarse_logits"]
         losses = {"seg": self.segmentation_loss(P_fg, masks)}
         if c.rus:
             prediction, _ = online_error(P_fg, masks)
             L_unc = uncertainty_loss(
                 outputs["uncertainty_logits"], prediction, masks, sample_weight=c.lambda_s, threshold=c.delta,
-                clamp=c.clamp, blur=c.error_blur, symmetric=c.symmetric).mean()
-            losses["unc"] = c.lambda_unc * float(progress >= c.unc_warmup) * L_unc
+                clamp=c.clamp, blur=c.error_blur).mean()
+            losses["unc"] = (0.0 if progress < c.unc_warmup else c.lambda_unc) * L_unc              # Silent: warm-up
         if c.udlr:
             L_ref = self.segmentation_loss(outputs["logits"], masks)  # Eq. (17)
             losses["ref"] = c.lambda_ref * L_ref
@@ -698,7 +541,7 @@ class CroBIMU(nn.Module):
 
     @torch.no_grad()
     def diagnose(self, outputs, masks):
-        """Is U_p what V-A says it is? masks (M,S,S) -> figures (M,), NaN where nothing is to be found.
+        """Is U_p what V-A says it is? masks (B,S,S) -> figures (B,), NaN where nothing is to be found.
 
         uncertainty_auroc: the chance that U_p is higher at a wrong pixel than at a right one. errors_refined: the share
         of wrong pixels with M > 0.5; refined_area: the share of all pixels, what a blind M would score.
@@ -715,9 +558,191 @@ class CroBIMU(nn.Module):
 
 
 def auroc(scores, positive):
-    """scores, positive (M,1,H,W) -> (M,): area under the ROC curve, ties counting half; NaN where a class is absent."""
+    """scores, positive (B,1,H,W) -> (B,): area under the ROC curve, ties counting half; NaN where a class is absent."""
     scores, positive = scores.flatten(1).contiguous(), positive.flatten(1)
     ordered = scores.sort(1).values
     rank = (torch.searchsorted(ordered, scores) + torch.searchsorted(ordered, scores, right=True) + 1).double() / 2
     n1, n0 = positive.sum(1).double(), (~positive).sum(1)
     return (((rank * positive).sum(1) - n1 * (n1 + 1) / 2) / (n1 * n0)).float()
+
+
+# -------------------------------------------------------------------------------------------------------- the recipe
+
+
+RECIPE = {                                          # IV-B2 where not marked
+    "epochs": 40, "batch_size": 32, "lr": 5e-5, "weight_decay": 0.01,
+    "schedule": "poly", "power": 0.9, "warmup": 0.0,            # power, no warm-up: our choice, LAVT's
+    "micro_batch": 4, "clip": 0.0, "precision": "bf16",         # our choice; the paper's 32 are 4 on each of 8 cards
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None,      # our choice
+}
+RECIPE_FOR = {}                                     # IV-B2: one recipe for all data sets
+RECIPE_TINY = {"epochs": 11, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5,
+               "clip": 1.0, "per_image": 4}
+ABLATIONS = {
+    "V": {row: {"rus": rus, "ugf": ugf, "udlr": udlr} for row, rus, ugf, udlr in (
+        ("Base", False, False, False), ("+UGF", True, True, False), ("+UDLR", True, False, True),
+        ("Full", True, True, True), ("RUS only", True, False, False))},
+}
+RETIRED = {"detach_gate": False, "symmetric": False}
+
+
+# --------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # [PAD] [UNK] [CLS] [SEP], as BERT has them
+
+
+class BertWords:
+    """BERT's own tokenizer: strings -> tokens (B,L) int64, text_mask (B,L) bool; cut to L with [CLS] and [SEP] kept."""
+
+    def __init__(self, tokenizer, length):
+        self.tokenizer, self.length = tokenizer, length
+
+    def __call__(self, expressions):
+        batch = self.tokenizer(list(expressions), padding="max_length", truncation=True, max_length=self.length,
+                               return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"].bool()
+
+
+def tokenizer(config):
+    source = find_weights(config, config.text_backbone)
+    words = from_hub(bert_vocabulary, source)
+    if len(words) != config.vocab_size:
+        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
+    return BertWords(words, config.text_length)
+
+
+def bert_vocabulary(source):
+    words = BertTokenizer.from_pretrained(source)
+    if len(words) <= 5:                             # transformers' answer to a missing file is its five special words
+        raise OSError("neither vocab.txt nor tokenizer.json found")
+    return words
+
+
+def find_weights(config, name):
+    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
+    if config.pretrained == "hub" and not name.endswith(".pth"):
+        return name
+    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such " + (META_ADVICE if name.endswith(".pth") else
+                                f"folder; put huggingface.co/{name} there, or say --set pretrained=hub"))
+    return str(path)
+
+
+def from_hub(load, source, **options):
+    """`load(source)` of transformers, with an answer that helps if it fails."""
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
+                             f"({str(error).strip().splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
+            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
+
+
+def load_tower(tower, source, extra, fields):
+    """All of a published tower's tensors into `tower`, float32; names that begin with `extra` serve a head."""
+    if source.endswith(".pth"):
+        tensors = read_meta_convnext(source)
+    else:
+        model, info = from_hub(type(tower).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+        tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in info["missing_keys"]}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(extra)}
+    own = tower.state_dict()
+    wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    tower.load_state_dict(tensors)
+    print(f"{source}: {len(tensors)} tensors loaded")
+
+
+# ------------------------------------------------------------- ConvNeXt files in Meta's names, SMLFR's among them
+
+
+META_ADVICE = ("file; SMLFR's is linked (Baidu) in the README of github.com/HIT-SIRS/SMLFR, "
+               "Meta's in that of github.com/facebookresearch/ConvNeXt: put one there under this name, "
+               "or say --set image_backbone=facebook/convnext-base-224-22k")
+META_TO_HUGGINGFACE = (
+    (r"^((module|encoder|backbone)\.)+", ""), (r"^downsample_layers\.0\.0\.", "embeddings.patch_embeddings."),
+    (r"^downsample_layers\.0\.1\.", "embeddings.layernorm."),
+    (r"^downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."),
+    (r"^stages\.(\d)\.(\d+)\.", r"encoder.stages.\1.layers.\2."), (r"\.norm\.", ".layernorm."),
+    (r"\.gamma$", ".layer_scale_parameter"),
+)
+SPARK = "sparse_encoder.sp_cnn."                    # SMLFR's full file holds its decoder and settings beside the tower
+
+
+def read_meta_convnext(path):
+    """A ConvNeXt file in Meta's naming, bare or as SMLFR wraps it -> tensors under HuggingFace's names."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
+    for wrapper in ("module", "state_dict", "model"):
+        if isinstance(file, dict) and isinstance(file.get(wrapper), dict):
+            file = file[wrapper]
+    if not isinstance(file, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
+    tower = {name.split(SPARK)[1]: tensor for name, tensor in file.items() if SPARK in name} or file
+    for pattern, replacement in META_TO_HUGGINGFACE:
+        tower = {re.sub(pattern, replacement, name): tensor for name, tensor in tower.items()}
+    return tower
+
+
+# Notes
+#
+# Departs
+#     channels     256..2048 in III-B are not ConvNeXt-B's, which has 128..1024
+#     (1)          one Phi takes the tokens of all three levels at once; printed, each Phi^(s) takes its own level's
+#     (3)          padded words are masked out of the softmax; as printed they would take part
+#     (8)          the weight is clamped at 100 (clamp=None: as printed); with epsilon 1 a single wrong pixel would
+#                  weigh half the image
+#     refine       "cheap" puts a 1x1 convolution C -> refine_hidden before the resize of (15); "literal", the default
+#                  and as printed, costs hardly more: resize_convolve mixes the channels at stride 4 in either form
+#     Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
+# Silent
+#     Base         is CroBIM in the paper, of which no more is used than III-B describes: two towers, a projection per
+#                  level, a multi-scale encoder, mask logits
+#     projections  1x1 convolution and group norm per level, linear and layer norm for the words
+#     Phi          words first (attention, residual, norm), then deformable attention over all three levels and a
+#                  feed-forward net: Mask2Former's pixel decoder, whose layer count and heads the paper quotes
+#     UGF          stands between the towers and the multi-scale encoder, which III-B counts to the decoder
+#     P_fg         F = conv(V_4 + resized V_8+), 3x3, group norm, ReLU; one query, the word at [CLS], attends to strides
+#                  32, 16, 8 in turn; P_fg = <F, MLP(query)> / sqrt(C) + b, resized from stride 4: after Mask2Former's
+#                  decoder, with one query
+#     positions    sines and a level embedding join Phi's queries and the decoder's keys
+#     start        Xavier for attention and feed-forward layers, as in Mask2Former; PyTorch's own lets the words in
+#                  weakly. No key biases in any attention: they cancel
+#     b            starts at logit(0.05), so that the first predictions are mostly background
+#     resizing     bilinear, align_corners=False
+#     (3)          Fig. 2's "raw broadcasting" of the words stands neither in III-C nor in (3): left out. MLP 2C-C-1
+#                  with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
+#     (5)          z = e; with error_blur the 3x3 mean, and (8) still counts e
+#     (6)          V and T enter RUS undetached, so L_unc also trains projections and towers
+#     (7) (8)      an empty union is not a hard sample; epsilon 1, the counts are integers
+#     warm-up      L_unc is multiplied by zero for the first 5 % of the run: an empty prediction's errors are the mask
+#     (9)          8 heads with their own output layer before Proj, dropout 0.1
+#     (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g
+#     (13)         tau 0.5: (8) puts U_p above 0.5 where errors are more frequent than on average in their image, and
+#                  than 1 % (the clamp); t 0.1; no blur
+#     (15)         64 channels, F counted at S x S, the last layer zero; P_fg and U_p enter undetached
+#     L_seg        takes logits: 0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice, as RMSIN's code, which CroBIM's
+#                  README thanks, but each expression by itself
+#     (17) (18)    L_seg sees P_fg, so that L_ref, optional in the paper, is all that trains the refinement
+#                  (lambda_ref=0: it stays zero); lambda_unc 0.1, lambda_ref 1
+#     text         20 tokens with [CLS] and [SEP], lower case, padded to 20
+#     training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars, all of BERT learns
+#     freeze       the paper names no frozen part: both towers learn; freeze=True keeps them as they were loaded
+#     scoring      at S x S, an empty union counts 0, the best epoch by validation mIoU
+#     Table V      the rows are independent switches (V-B, V-C; "progressively" in V); with UDLR, L_ref also trains
+#                  P_fg, which Base lacks; "RUS only" is our control, L_unc as a mere second task
+# Omits
+#     CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
+#     Mask2Former's masked attention, self-attention and feed-forward nets of the query, its second and third round,
+#     intermediate losses: the paper mentions none

@@ -5,8 +5,10 @@ Eqs. (6)-(8) are derived in test_losses.py and Eqs. (19)-(20) in test_metrics.py
 
 import argparse
 import dataclasses
+import inspect
 import math
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -258,7 +260,7 @@ def test_eq05_error_map():
 
 def test_eq06_eq07_eq08_criterion_calls_the_uncertainty_loss(monkeypatch):
     """Eqs. (6)-(8) get the coarse prediction, the resized logits and the settings."""
-    config = replace(OPEN, lambda_unc=0.3, lambda_s=2.0, delta=0.4, clamp=7.0, error_blur=True, symmetric=True)
+    config = replace(OPEN, lambda_unc=0.3, lambda_s=2.0, delta=0.4, clamp=7.0, error_blur=True)
     model, data, calls = build(config), batch(), []
 
     def record(*args, **settings):
@@ -273,7 +275,7 @@ def test_eq06_eq07_eq08_criterion_calls_the_uncertainty_loss(monkeypatch):
     assert torch.equal(U, outputs["uncertainty_logits"]) and U.requires_grad
     assert torch.equal(prediction, outputs["coarse_logits"] > 0)
     assert torch.equal(masks, data["masks"][:, None])
-    assert settings == {"sample_weight": 2.0, "threshold": 0.4, "clamp": 7.0, "blur": True, "symmetric": True}
+    assert settings == {"sample_weight": 2.0, "threshold": 0.4, "clamp": 7.0, "blur": True}
     expected = uncertainty_loss(U, prediction, masks, **settings).mean()
     torch.testing.assert_close(losses["unc"], 0.3 * expected)
 
@@ -559,12 +561,6 @@ def test_gradients_reach_what_each_loss_should_teach():
     assert unreached(model, losses["unc"]) == {name for name in names if not name.startswith(taught)}
 
 
-def test_detached_gate_keeps_the_segmentation_loss_from_the_scorer():
-    model, data = lively(replace(SMALL, detach_gate=True, udlr=False)), batch()
-    losses = model.criterion(run(model, data), data, progress=1.0)
-    assert unreached(model, losses["seg"]) == {name for name, _ in model.named_parameters() if "scorer" in name}
-
-
 @pytest.mark.parametrize("row", ABLATIONS["V"])
 def test_every_row_of_table_v_steps_and_leaves_no_parameter_behind(row):
     model, data = lively(replace(OPEN, **ABLATIONS["V"][row])).train(), batch()
@@ -747,7 +743,8 @@ def test_huggingface_folders_round_trip(published, capsys):
     tokens, text_mask = tokenizer(config)(["The red cars", "the " * 20])
     assert tokens.tolist() == [[2, 5, 6, 7, 8, 3, 0, 0], [2, 5, 5, 5, 5, 5, 5, 3]]
     assert text_mask.sum(1).tolist() == [6, 8] and text_mask.dtype == torch.bool
-    assert len(pickle.loads(pickle.dumps(tokenizer(config)))) == len(VOCABULARY)
+    again = pickle.loads(pickle.dumps(tokenizer(config)))
+    assert torch.equal(again(["The red cars"])[0], tokens[:1])
 
 
 @pytest.mark.parametrize("kind", ["meta", "smlfr", "smlfr-full", "downstream"])
@@ -847,6 +844,29 @@ def test_text_tower_equals_the_published_one():
 # ------------------------------------------------------------------------------------------------------ plug and play
 
 
+IMPORTS = "import torch\nfrom einops import rearrange\nfrom torch import nn\nfrom torch.nn import functional\n\n\n"
+TAKEN = {ReferringUncertaintyScorer: (), UncertaintyGatedFusion: ("Attention", "resize", "xavier"),
+         UncertaintyDrivenLocalRefinement: ("resize", "resize_convolve")}
+
+
+def copied_out(path, *modules):
+    """The classes as an engineer copies them: their source and that of what they take along, in a file of its own."""
+    names = {name: None for module in modules for name in (*TAKEN[module], module.__name__)}
+    path.write_text(IMPORTS + "\n\n".join(inspect.getsource(getattr(crobim_u, name)) for name in names))
+    space = {}
+    exec(compile(path.read_text(), path, "exec"), space)
+    return [space[module.__name__] for module in modules]
+
+
+@pytest.mark.parametrize("module", TAKEN)
+def test_docstring_names_what_is_taken_along(module):
+    named = re.search(r"Takes (.*?) ?along", inspect.getdoc(module) + " along", re.S)
+    taken = re.search(r"Takes along: ([\w, ]+)\.", inspect.getdoc(module))
+    assert named and (taken.group(1).split(", ") if taken else []) == list(TAKEN[module])
+    arguments = list(inspect.signature(module.__init__).parameters)[1:]
+    assert all(re.search(rf"\b{name}\b", inspect.getdoc(module)) for name in arguments), arguments
+
+
 class ToyTwoTower(nn.Module):
     """Another model: a strided convolution, a word table, a mask from their product. It knows nothing of this file."""
 
@@ -857,12 +877,12 @@ class ToyTwoTower(nn.Module):
         self.mask = nn.Conv2d(12, 1, 1)
 
 
-def test_modules_plug_into_another_two_tower_model():
+def test_copied_modules_learn_in_another_two_tower_model(tmp_path):
+    RUS, UGF, UDLR = copied_out(tmp_path / "mine.py", *TAKEN)
     torch.manual_seed(0)
     toy = ToyTwoTower()
-    scorer = ReferringUncertaintyScorer(12, text_width=10)
-    fusion = UncertaintyGatedFusion(12, text_width=10, heads=3, dropout=0.0)
-    refinement = UncertaintyDrivenLocalRefinement(12, hidden=8)
+    scorer, fusion = RUS(12, text_width=10), UGF(12, text_width=10, heads=3, dropout=0.0)
+    refinement = UDLR(12, hidden=8)
     modules = nn.ModuleList((toy, scorer, fusion, refinement))
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3)
     images, tokens = torch.rand(4, 3, 40, 24), torch.randint(20, (4, 5))
@@ -884,3 +904,41 @@ def test_modules_plug_into_another_two_tower_model():
     assert uncertainty.shape == (4, 1, 5, 3) and refined_logits.shape == refine_mask.shape == (4, 1, 40, 24)
     assert not [name for name, parameter in modules.named_parameters() if not parameter.grad.abs().max() > 0]
     assert objectives[-1] < objectives[0]
+
+
+def test_copied_modules_run_with_bfloat16_weights_on_maps_that_are_not_square(tmp_path):
+    modules = copied_out(tmp_path / "mine.py", *TAKEN)
+    torch.manual_seed(0)
+    scorer, fusion, refinement = modules[0](8, 6), modules[1](8, 6, heads=2), modules[2](8, hidden=4, init_std=0.5)
+    features, finest, words = torch.randn(2, 8, 2, 3), torch.randn(2, 8, 4, 6), torch.randn(2, 5, 6)
+    logits, text_mask = torch.randn(2, 1, 16, 24), torch.arange(5) < torch.tensor([[3], [5]])
+
+    def chain(kind):
+        for module in (scorer, fusion, refinement):
+            module.eval().to(kind)
+        uncertainty = scorer(features.to(kind), words.to(kind), text_mask)
+        fused = fusion(features.to(kind), words.to(kind), text_mask, uncertainty.float())
+        return uncertainty, fused, *refinement(finest.to(kind), logits, uncertainty.float())
+
+    for full, half in zip(chain(torch.float32), chain(torch.bfloat16), strict=True):
+        assert full.shape == half.shape and (full - half.float()).abs().max() < 0.2
+    assert full.shape[-2:] == (16, 24)
+
+
+def test_copied_modules_refuse_what_they_would_read_wrongly(tmp_path):
+    RUS, UGF, UDLR = copied_out(tmp_path / "mine.py", *TAKEN)
+    features, words, U = torch.randn(2, 8, 3, 4), torch.randn(2, 5, 8), torch.randn(2, 1, 3, 4)
+    last, mask = features.movedim(1, -1), torch.ones(2, 5, dtype=torch.bool)
+    scorer, fusion, refinement = RUS(8), UGF(8, heads=2), UDLR(8, hidden=4)
+    for numbers in (mask.long(), mask.float()):
+        for call in (lambda m=numbers: scorer(features, words, m), lambda m=numbers: fusion(features, words, m, U)):
+            with pytest.raises(ValueError, match="mask.*: expected bool, True = a real token, got torch"):
+                call()
+    for call in (lambda: scorer(last, words, mask), lambda: fusion(last, words, mask, U),
+                 lambda: refinement(last, U, U), lambda: refinement(features, U[:, 0], U)):
+        with pytest.raises(ValueError, match=r"expected \(B,8,h,w\).*got \(2, "):
+            call()
+    with pytest.raises(ValueError, match="width=8: expected a multiple of heads=3"):
+        UGF(8, heads=3)
+    with pytest.raises(ValueError, match="blur=4: expected 0 or an odd number"):
+        UDLR(8, blur=4)

@@ -19,8 +19,8 @@ Shapes
     A, alpha    (B,P,m);  Q (B,P,2D), K (B,n,2D), H (B,n,D);  F (B,P,n);  V_o, O_TM, V_E, O_CM, O (B,P,D)
     lambda_v    one number per stage;  G the width of a half of Q
 Equations
-    Eq. (1), Eq. (2)    ImageConditionedInstancePrompt.forward
-    Eq. (3), Eq. (4)    ImageConditionedInstancePrompt.forward, with the concatenation [T_o; L]
+    Eq. (1)             ImageConditionedInstancePrompt.forward, with the concatenation [T_o; L]
+    Eq. (2) to Eq. (4)  ImageConditionedInstancePrompt.look: Eq. (2), Eq. (3), Eq. (4)
     Eq. (5), Eq. (6)    BilateralInformationFusion.forward
     Eq. (7)             BilateralInformationFusion.balance
     Eq. (8), Eq. (9)    BilateralInformationFusion.forward, a map of (8) in .scores
@@ -76,8 +76,9 @@ class Config:
     icip: bool = True                               # Table III
     bif: bool = True                                # Table III
     prompts: int = 8                                # IV-B: M_i, the same at each stage
-    bif_width: str = "D"                            # of a half of Q and K, of H and of O; "stage": C_i (official code)
-    value_mult: int = 1                             # H and O are value_mult times as wide; 2: Eq. (5) as printed
+    raw_prompts: bool = False                       # True: T joins the words in the place of T_o (official code)
+    bif_width: str = "D"                            # of a half of Q and K; "stage": C_i (official code)
+    value_mult: int = 1                             # H and O are so many halves wide; 2: Eq. (5) as printed, the code
     query_norm: bool = True                         # official code: instance norm on Q
     softmax: bool = True                            # False: Eq. (8) as printed
     sublayer_norm: bool = True                      # official code, [16]: RMS norm, 1 - lambda^i after Eq. (9)
@@ -87,14 +88,16 @@ class Config:
     intra_scale: bool = True                        # RMSIN's parts, the base model of IV-C
     cross_scale: bool = True
     rotated: bool = True
+    rmsin: bool = False                             # True: cross_scale as RMSIN released it, see Notes
     cross_heads: int = 8                            # RMSIN's
     cross_key: int = 32                             # RMSIN's: key width of a head, its values are twice as wide
     decoder_width: int = 512                        # LAVT's
     decoder_norm: str = "batch"                     # RMSIN's; "tanh": DyT, official code
+    align_corners: bool = False                     # True: logits enlarged to S so (official code)
     router_dropout: float = 0.2                     # RMSIN's rotated convolution
 
     dice_weight: float = 0.1                        # III-B3: lambda of Eq. (14)
-    dice_sum: bool = False                          # True: official code's sum, see Departs
+    dice_sum: bool = False                          # True: official code's sum, see Notes
     background_weight: float = 0.9                  # official code: classes of the cross-entropy
     foreground_weight: float = 1.1
 
@@ -168,26 +171,31 @@ class ImageConditionedInstancePrompt(nn.Module):
 
     Fits any pair of encoders: ImageConditionedInstancePrompt(channels=C, width=D, prompts=m).
     V (B,P,C) visual tokens of a map of any size; L (B,L,D) words; text_mask (B,L) bool, True = a real token
-    -> L_o (B,m+L,D) and its mask (B,m+L). To copy it out, bring along mlp, xavier, check_tokens.
+    -> L_o (B,m+L,D) and its mask (B,m+L). raw: T stands in the place of T_o, V is not read.
+    To copy it out, bring along mlp, xavier, check_tokens.
     As A lies in [-1,1], no position weighs more than e^2 times another: T_o is T + a tilted mean of the whole image.
     """
 
-    def __init__(self, channels, width, prompts):
+    def __init__(self, channels, width, prompts, raw=False):
         super().__init__()
         self.channels, self.width = channels, width
         self.prompts = nn.Parameter(torch.randn(prompts, width) * 0.02)         # Silent: (1)
-        self.f = xavier(mlp(channels, channels, width))                         # Silent: f
+        self.f = None if raw else xavier(mlp(channels, channels, width))        # Silent: f
 
-    def forward(self, V, L, text_mask):
-        check_tokens(V, L, text_mask, self.channels, self.width)
-        T = self.prompts.expand(len(V), -1, -1)  # Eq. (1)                      # (B,m,D)  # Departs: (1)
+    def look(self, V, T):
+        """Prompts that take in the tokens V (B,P,C): T (B,m,D) -> T_o (B,m,D)."""
         V_hat = self.f(V)                                                       # (B,P,D)
         # alpha differs little from place to place while the prompts are small: float32, or the differences are lost
         with torch.autocast(V.device.type, enabled=False):
             V_hat, T = V_hat.float(), T.float()
             A = torch.tanh(V_hat @ T.mT)  # Eq. (2)                             # (B,P,m)
             alpha = A.softmax(1)  # Eq. (3)                                     # (B,P,m)
-            T_o = alpha.mT @ V_hat + T  # Eq. (4)                               # (B,m,D)  # Departs: (4)
+            return alpha.mT @ V_hat + T  # Eq. (4)                              # (B,m,D)
+
+    def forward(self, V, L, text_mask):
+        check_tokens(V, L, text_mask, self.channels, self.width)
+        T = self.prompts.expand(len(V), -1, -1)  # Eq. (1)                      # (B,m,D)  # Departs: (1)
+        T_o = T if self.f is None else self.look(V, T)                          # (B,m,D)  # Departs: (4)
         L_o = torch.cat((T_o.to(L.dtype), L), 1)                                # (B,m+L,D)
         return L_o, functional.pad(text_mask, (T_o.shape[1], 0), value=True)
 
@@ -273,9 +281,8 @@ class PixelWordAttention(nn.Module):
     def __init__(self, channels, width):
         super().__init__()
         self.channels, self.width, self.value_width = channels, width, channels
-        self.f_q = xavier(nn.Linear(channels, channels))
-        self.f_k = xavier(nn.Linear(width, channels))
-        self.f_v = xavier(nn.Linear(width, channels))
+        self.f_q = nn.Linear(channels, channels)
+        self.f_k, self.f_v = nn.Linear(width, channels), nn.Linear(width, channels)
 
     def forward(self, V, L_o, text_mask):
         check_tokens(V, L_o, text_mask, self.channels, self.width)
@@ -324,7 +331,9 @@ class StageFusion(nn.Module):
     def __init__(self, channels, icip, attention, *, last=False, intra_scale=True, init_std=0.02):
         super().__init__()
         self.icip, self.attention = icip, attention
-        self.W = xavier(nn.Linear(attention.value_width, channels))
+        self.W = nn.Linear(attention.value_width, channels)
+        if isinstance(attention, BilateralInformationFusion):                   # Silent: starts
+            xavier(self.W)
         self.visual = nn.Linear(channels, channels)
         self.project = nn.Linear(channels, channels)
         self.gate = None if last else Gate(channels, init_std)                  # Departs: stage 4
@@ -352,11 +361,12 @@ class CrossScaleAttention(nn.Module):
     """RMSIN's: the tokens of a map and of two coarser copies of it attend to each other. (B,C,h,w) -> (B,C,h,w).
 
     Tied to maps of side x side. A copy of one place only is left out: a batch norm cannot learn from one value.
+    as_released: heads, places and widths in the order in which RMSIN's two reshapes leave them, and its starts.
     """
 
-    def __init__(self, channels, side, heads, key):
+    def __init__(self, channels, side, heads, key, as_released=False):
         super().__init__()
-        self.side, self.heads, self.key = side, heads, key
+        self.side, self.heads, self.key, self.as_released = side, heads, key, as_released
         self.norm = nn.BatchNorm2d(channels)
         strides = [stride for stride in (2, 3) if side > stride]
         self.coarser = nn.ModuleList(conv_norm(channels, channels, 2 * stride - 1, stride=stride, groups=channels)
@@ -368,6 +378,11 @@ class CrossScaleAttention(nn.Module):
         self.local = nn.Conv2d(2 * heads * key, 2 * heads * key, 3, padding=1, groups=2 * heads * key)
         self.to_out = nn.Linear(2 * heads * key, channels)
         self.out = nn.Sequential(nn.BatchNorm2d(channels), nn.Hardswish(), nn.Conv2d(channels, channels, 1))
+        if as_released:
+            for layer in (self.qkv, self.to_map, self.to_out):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(self.to_map.bias)
+            nn.init.zeros_(self.to_out.bias)
 
     def forward(self, features):
         x = self.norm(features)
@@ -377,8 +392,12 @@ class CrossScaleAttention(nn.Module):
         q, k, v = rearrange(qkv, "b n (a d) -> b a n d", a=self.heads).split([self.key, self.key, 2 * self.key], -1)
         mixed = functional.scaled_dot_product_attention(q, k, v)                                    # (B,heads,n,d)
         finest = v[:, :, :self.side ** 2]                                                           # (B,heads,h*w,d)
-        mixed = rearrange(mixed, "b a n d -> b (a d) n")
-        finest = rearrange(finest, "b a (h w) d -> b (a d) h w", h=self.side)
+        if self.as_released:                                                    # Departs: cross-scale
+            mixed = mixed.transpose(1, 2).reshape(len(x), -1, mixed.shape[2])                       # (B,heads*d,n)
+            finest = finest.reshape(len(x), -1, self.side, self.side)                               # (B,heads*d,h,w)
+        else:
+            mixed = rearrange(mixed, "b a n d -> b (a d) n")
+            finest = rearrange(finest, "b a (h w) d -> b (a d) h w", h=self.side)
         mixed = self.to_map(mixed) + self.local(functional.hardswish(finest)).flatten(2)            # (B,heads*d,h*w)
         return self.out(rearrange(self.to_out(mixed.mT), "b (h w) c -> b c h w", h=self.side))
 
@@ -400,12 +419,13 @@ class CrossScaleInteraction(nn.Module):
     features fine to coarse, (B,C_i,h_i,w_i) -> the same shapes; the coarsest is side x side, to which it is tied.
     """
 
-    def __init__(self, channels, side, heads=8, key=32):
+    def __init__(self, channels, side, heads=8, key=32, as_released=False):
         super().__init__()
-        self.side, self.channels, self.reduced = side, list(channels), [one // 4 for one in channels]
+        self.side, self.as_released = side, as_released
+        self.channels, self.reduced = list(channels), [one // 4 for one in channels]
         total, inner = sum(self.channels), sum(self.reduced)
         self.reduce = nn.Conv2d(total, inner, 1)
-        self.attentions = nn.ModuleList(CrossScaleAttention(inner, side, heads, key) for _ in range(2))
+        self.attentions = nn.ModuleList(CrossScaleAttention(inner, side, heads, key, as_released) for _ in range(2))
         self.per_scale = nn.ModuleList(conv_feed_forward(one) for one in self.reduced)
         self.across = conv_feed_forward(inner)
         self.expand = nn.Sequential(nn.BatchNorm2d(inner), nn.Conv2d(inner, total, 1))
@@ -419,8 +439,8 @@ class CrossScaleInteraction(nn.Module):
                              "cross-scale interaction has weights for one size; build it for this one")
         x = self.reduce(torch.cat([functional.adaptive_avg_pool2d(feature, size) for feature in features], 1))
         x = x + self.attentions[0](x)
-        x = x + torch.cat([layer(part) for layer, part in
-                           zip(self.per_scale, x.split(self.reduced, 1), strict=True)], 1)
+        scales = [layer(part) for layer, part in zip(self.per_scale, x.split(self.reduced, 1), strict=True)]
+        x = (2 * x if self.as_released else x) + torch.cat(scales, 1)           # Departs: cross-scale
         x = x + self.attentions[1](x)
         x = x + self.across(x)
         shared = self.expand(x).split(self.channels, 1)                         # four of (B,C_i,h_4,w_4)
@@ -509,6 +529,18 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
+class DroppedMLP(nn.Module):
+    """Swin's MLP with its block's drop-path, which transformers gives to the attention alone; keeps (B,P,C)."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.fc1, self.activation, self.fc2 = block.mlp.fc1, block.mlp.activation_fn, block.mlp.fc2
+        self.drop_path = block.drop_path
+
+    def forward(self, tokens):
+        return self.drop_path(self.fc2(self.activation(self.fc1(tokens))))
+
+
 class ICIPNet(nn.Module):
     """Fig. 2: Swin stages, each followed by fusion with the prompts and words; the decoder."""
 
@@ -527,10 +559,12 @@ class ICIPNet(nn.Module):
             window_size=c.window, embed_dim=c.embed, depths=list(c.depths), num_heads=list(c.swin_heads),
             drop_path_rate=c.drop_path, initializer_range=c.init_std), add_pooling_layer=False)
         self.swin.layernorm = nn.Identity()                                     # it serves the classifier only
+        for block in (block for stage in self.swin.encoder.layers for block in stage.blocks):
+            block.mlp = DroppedMLP(block)
         self.stages = nn.ModuleList(self.fusion(i) for i in range(4))
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in c.channels)
         if c.cross_scale:
-            self.cross_scale = CrossScaleInteraction(c.channels, c.sides[-1], c.cross_heads, c.cross_key)
+            self.cross_scale = CrossScaleInteraction(c.channels, c.sides[-1], c.cross_heads, c.cross_key, c.rmsin)
         self.decoder = Decoder(c.channels, c.decoder_width, c.rotated, NORMS[c.decoder_norm], c.router_dropout)
         for part in self.frozen():
             part.requires_grad_(False)
@@ -538,7 +572,7 @@ class ICIPNet(nn.Module):
     def fusion(self, i):
         """What follows stage i of Swin; Table III's rows differ in it."""
         c, channels = self.config, self.config.channels[i]
-        icip = ImageConditionedInstancePrompt(channels, c.width, c.prompts) if c.icip else None
+        icip = ImageConditionedInstancePrompt(channels, c.width, c.prompts, c.raw_prompts) if c.icip else None
         if c.bif:
             half = c.width if c.bif_width == "D" else channels                  # Departs: width
             attention = BilateralInformationFusion(
@@ -572,7 +606,10 @@ class ICIPNet(nn.Module):
         return self
 
     def forward(self, images, tokens, text_mask, image_index=None):
-        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": (M,1,S/4,S/4) float32}."""
+        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": (M,1,S/4,S/4) float32}.
+
+        With align_corners the logits are (M,1,S,S).
+        """
         c, size = self.config, tuple(images.shape[-2:])
         if (c.bif or c.cross_scale) and size != (c.image_size, c.image_size):
             tied = "the token mixture of Eq. (10)" if c.bif else "the cross-scale interaction"
@@ -595,7 +632,10 @@ class ICIPNet(nn.Module):
                 h, w = (h + 1) // 2, (w + 1) // 2
         if c.cross_scale:
             features = self.cross_scale(features)                               # four of (M,C,h,w)
-        return {"logits": self.decoder(features)}                               # (M,1,S/4,S/4)
+        logits = self.decoder(features)                                         # (M,1,S/4,S/4)
+        if c.align_corners:                                                     # Departs: logits
+            logits = resize(logits, images, align_corners=True)                 # (M,1,S,S)
+        return {"logits": logits}
 
     def criterion(self, outputs, batch, progress):
         """Cross-entropy and Dice of the logits, resized to masks (M,S,S) -> weighted scalars; their sum is L_total."""
@@ -603,7 +643,7 @@ class ICIPNet(nn.Module):
         logits = resize(outputs["logits"], masks)                               # (M,1,S,S)
         ce = binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight).mean()
         dice = dice_loss(logits, masks, eps=1e-6).mean()
-        if c.dice_sum:
+        if c.dice_sum:                                                          # Departs: Dice
             dice = RECIPE["batch_size"] * (dice + dice_loss(-logits, ~masks, eps=1e-6).mean())
         lam = c.dice_weight
         return {"ce": (1 - lam) * ce, "dice": lam * dice}  # Eq. (14)
@@ -627,15 +667,19 @@ RECIPE = {
     "schedule": "poly", "power": 0.9, "warmup": 0.0, "clip": 0.0,               # IV-A1: poly; the rest official code
     "micro_batch": 4, "precision": "bf16", "phases": None,                      # our choice: precision
     "per_image": 0, "protocol": "resized", "empty": "zero", "select": "oIoU",   # official code; III-B4: resized
+    "black_boxes": 0.0,                             # official code: 0.2, on which the paper is silent
 }
 RECIPE_FOR = {}                                     # IV-A1: one recipe for both data sets
 RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "schedule": "cosine", "warmup": 0.5,
                "clip": 1.0, "per_image": 4}
 ABLATIONS = {                                       # both on RefSegRS; III is scored on its val split, IV on test
-    "III": {row: {"icip": icip, "bif": bif, "prompts": 5} for row, icip, bif in (
+    "III": {row: {"rmsin": True, "icip": icip, "bif": bif, "prompts": 5} for row, icip, bif in (       # IV-C
         ("Base", False, False), ("+ICIP", True, False), ("+BIF", False, True), ("Full", True, True))},
-    "IV": {"Base": {"icip": False, "bif": False},
-           **{f"+ICIP M={m}": {"icip": True, "bif": False, "prompts": m} for m in (3, 5, 8)}},
+    "IV": {"Base": {"rmsin": True, "icip": False, "bif": False},
+           **{f"+ICIP M={m}": {"rmsin": True, "icip": True, "bif": False, "prompts": m} for m in (3, 5, 8)}},
+    "official": {"all": {"rmsin": True, "raw_prompts": True, "bif_width": "stage", "value_mult": 2,
+                         "decoder_norm": "tanh", "align_corners": True, "dice_sum": True, "black_boxes": 0.2,
+                         "precision": "fp32"}},
 }
 RETIRED = {"channel_mult": 2}                       # fields of older runs, at the value that is built in now
 
@@ -738,19 +782,28 @@ def load_published(module, source, fields):
 #   (8)          each map is a softmax over prompts and real words (code), as in [16], which III-B1 follows;
 #                softmax=False: as printed, padded words zero
 #   (9)          V_o passes an RMS norm and the factor 1 - lambda^i (code, [16]); sublayer_norm=False: as printed
-# Departs from the official code
-#   width        D per half of Q and K at every stage, as the paper's 768; bif_width="stage": C, as there
-#   (4)          T_o joins the words; there the raw T does
+# Departs from the official code (where a switch is named, --ablation official/all turns it)
+#   width        D per half of Q and K at every stage, as the paper's 768, and D in H and O; bif_width="stage" with
+#                value_mult=2: C and 2C, as there
+#   (4)          T_o joins the words; raw_prompts=True: the raw T does, as there, and no f is built, which is idle there
 #   (7)          std 0.1, as in [16]; there 1, with which exp() overflows in 1 of 200 draws at width 1024
+#   (8)          padded words are left out; there a score of -1e4 does it, and K and H are zero at them: the same
 #   (10)-(13)    built once and learned; there built, with random weights, in every forward
+#   Dice         a mean over expressions, of the foreground; dice_sum=True: the sum over both classes and a batch of 4
 #   CE           a mean of per-expression means, so that any division into micro-batches gives the same; there over the
-#                batch. Dice likewise, of the foreground; dice_sum=True: the sum over both classes and a batch of 4
-#   logits       resized with align_corners=False
+#                batch
+#   logits       a quarter of S, enlarged with align_corners=False by who reads them; align_corners=True: as there
+#   decoder      batch norms, the base's; decoder_norm="tanh": DyT, as there
 #   stage 4      no gates and no intra-scale interaction: what they feed is not read (4,194,342 weights there)
 #   BERT         no dropout in the layers that do not learn
+#   text         a sentence longer than 20 tokens keeps its [SEP], which the cut takes there
+#   images       as they are; black_boxes=0.2: 20 to 60 black squares on a fifth of the training images, as there
+#   precision    mixed; precision="fp32": as there
+#   selection    on all expressions of the validation split; there on one of each object, drawn at random
 # Departs from RMSIN's code
-#   cross-scale  heads and tokens keep their axes, so that `to_map` mixes tokens; two reshapes there scramble them.
-#                One residual round the feed-forward of each scale, there two
+#   cross-scale  heads and tokens keep their axes, so that `to_map` mixes tokens, which two reshapes there scramble; one
+#                residual round the feed-forward of each scale, there two; PyTorch's starts, there std 0.02.
+#                rmsin=True: all as there, also in Tables III and IV, whose base is the released RMSIN
 #   sizes        the coarsest map's, there 15 x 15; a coarser copy of one place only is left out
 # Silent (code: as the official code has it; LAVT, RMSIN: as theirs; unmarked: our choice)
 #   Table III    ICIP alone: the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L
@@ -758,17 +811,15 @@ def load_published(module, source, fields):
 #   (1)          a normal draw with std 0.02, so that A neither saturates nor vanishes
 #   (7) (8)      the four vectors and lambda_v are each stage's own; one head (code); G_i is the width of one half, [16]
 #   (10) (12)    hidden widths 256 (code) and 2D; GELU also in (12); no norms, no dropout
-#   starts       Xavier-uniform in f_q, f_k, f_v, W, zero biases (code); PyTorch's in MFR; std 0.02 in gates (LAVT)
+#   starts       Xavier-uniform and zero biases in BIF's f_q, f_k, f_v and the W behind it (code); std 0.02 in gates
+#                (LAVT); PyTorch's in MFR and, like LAVT's convolutions, in the base's pixel-word attention
 #   O to V       linear W D-C, instance norm, times GELU(linear V), linear, GELU: the fused map. V, the gated fused map
 #                and the gated intra-scale V, summed, go on to the next stage; LayerNorm(fused) goes through the
 #                cross-scale interaction to the decoder (LAVT, RMSIN, code)
-#   decoder      with batch norm (LAVT, RMSIN); decoder_norm="tanh": DyT (code)
+#   drop-path    0.3, rising from 0 over Swin's blocks, on attention and MLP (code)
 #   BERT         the text says pre-trained, Fig. 2 draws it frozen: freeze=True; the default is the code's: layers 0-9
 #                learn, layers 10, 11 and the embeddings do not
-#   text         20 tokens (code), [CLS] and [SEP] among them, which also a longer sentence keeps; there the
-#                cut takes the [SEP]
-#   training     at 480, power 0.9, drop-path 0.3, class weights 0.9/1.1, Dice with epsilon 1e-6, decay on all but
-#                Swin's norms and position biases and the four output norms, selection by validation oIoU (code); mixed
-#                precision
+#   training     at 480, 20 tokens with [CLS] and [SEP], power 0.9, class weights 0.9/1.1, Dice with epsilon 1e-6, decay
+#                on all but Swin's norms and position biases and the four output norms, selection by oIoU (code)
 # Omits
-#   the code's black squares on a fifth of the training images, which the paper does not mention
+#   nothing that the paper describes

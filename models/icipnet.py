@@ -33,7 +33,6 @@ import math
 import pickle
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,10 +101,9 @@ class Config:
     foreground_weight: float = 1.1
 
     def __post_init__(self):
-        if self.bif_width not in ("D", "stage"):
-            raise ValueError(f"bif_width={self.bif_width}: expected D or stage")
-        if self.decoder_norm not in NORMS:
-            raise ValueError(f"decoder_norm={self.decoder_norm}: expected batch or tanh")
+        for field, choices in (("bif_width", ("D", "stage")), ("decoder_norm", NORMS)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field}={getattr(self, field)}: expected {' or '.join(choices)}")
         for field in ("depths", "swin_heads", "lambda_bias"):
             if len(getattr(self, field)) != 4:
                 raise ValueError(f"{field}={getattr(self, field)}: expected four numbers, one per stage")
@@ -144,8 +142,7 @@ def xavier(module):
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)
     return module
 
 
@@ -331,9 +328,8 @@ class StageFusion(nn.Module):
     def __init__(self, channels, icip, attention, *, last=False, intra_scale=True, init_std=0.02):
         super().__init__()
         self.icip, self.attention = icip, attention
-        self.W = nn.Linear(attention.value_width, channels)
-        if isinstance(attention, BilateralInformationFusion):                   # Silent: starts
-            xavier(self.W)
+        W = nn.Linear(attention.value_width, channels)
+        self.W = xavier(W) if isinstance(attention, BilateralInformationFusion) else W      # Silent: starts
         self.visual = nn.Linear(channels, channels)
         self.project = nn.Linear(channels, channels)
         self.gate = None if last else Gate(channels, init_std)                  # Departs: stage 4
@@ -544,8 +540,6 @@ class DroppedMLP(nn.Module):
 class ICIPNet(nn.Module):
     """Fig. 2: Swin stages, each followed by fusion with the prompts and words; the decoder."""
 
-    MAPS = MAPS
-
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -606,10 +600,7 @@ class ICIPNet(nn.Module):
         return self
 
     def forward(self, images, tokens, text_mask, image_index=None):
-        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": (M,1,S/4,S/4) float32}.
-
-        With align_corners the logits are (M,1,S,S).
-        """
+        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": float32, (M,1,S/4,S/4)}."""
         c, size = self.config, tuple(images.shape[-2:])
         if (c.bif or c.cross_scale) and size != (c.image_size, c.image_size):
             tied = "the token mixture of Eq. (10)" if c.bif else "the cross-scale interaction"
@@ -686,13 +677,24 @@ RETIRED = {"channel_mult": 2}                       # fields of older runs, at t
 
 # --------------------------------------------------------------------------------------- tokenizer, published weights
 
-
 SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # [PAD] [UNK] [CLS] [SEP], as BERT has them
 MICROSOFT = {r"^patch_embed\.proj": "embeddings.patch_embeddings.projection", r"^patch_embed\.norm": "embeddings.norm",
              r"^layers": "encoder.layers", r"\.norm1": ".layernorm_before", r"\.norm2": ".layernorm_after",
              r"\.attn\.(relative_position_bias_table)": r".attention.relative_position_bias.\1",
              r"\.attn\.proj": ".attention.o_proj", r"\.attn\.qkv": ".attention.qkv_proj"}
 HEADS = ("layernorm.", "pooler.", "classifier.", "cls.", "head.", "norm.")      # what published files hold besides
+
+
+class BertWords:
+    """BERT's own tokenizer, padded and cut to `length` with [CLS] and [SEP] kept: strings -> tokens, text_mask."""
+
+    def __init__(self, words, length):
+        self.words, self.length = words, length
+
+    def __call__(self, expressions):
+        batch = self.words(list(expressions), padding="max_length", truncation=True, max_length=self.length,
+                           return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"].bool()
 
 
 def tokenizer(config):
@@ -702,13 +704,7 @@ def tokenizer(config):
     if len(words) != config.vocab_size:             # where its file is missing, transformers knows five special words
         raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}; is "
                          "vocab.txt or tokenizer.json there?")
-    return partial(bert_tokens, words, config.text_length)
-
-
-def bert_tokens(words, length, expressions):
-    """Padded and cut to `length`, [CLS] and [SEP] kept."""
-    batch = words(list(expressions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return batch["input_ids"], batch["attention_mask"].bool()
+    return BertWords(words, config.text_length)
 
 
 def find_weights(config, name):
@@ -790,8 +786,7 @@ def load_published(module, source, fields):
 #   (8)          padded words are left out; there a score of -1e4 does it, and K and H are zero at them: the same
 #   (10)-(13)    built once and learned; there built, with random weights, in every forward
 #   Dice         a mean over expressions, of the foreground; dice_sum=True: the sum over both classes and a batch of 4
-#   CE           a mean of per-expression means, so that any division into micro-batches gives the same; there over the
-#                batch
+#   CE           a mean of per-expression means, the same for any division into micro-batches; there over the batch
 #   logits       a quarter of S, enlarged with align_corners=False by who reads them; align_corners=True: as there
 #   decoder      batch norms, the base's; decoder_norm="tanh": DyT, as there
 #   stage 4      no gates and no intra-scale interaction: what they feed is not read (4,194,342 weights there)
@@ -822,4 +817,4 @@ def load_published(module, source, fields):
 #   training     at 480, 20 tokens with [CLS] and [SEP], power 0.9, class weights 0.9/1.1, Dice with epsilon 1e-6, decay
 #                on all but Swin's norms and position biases and the four output norms, selection by oIoU (code)
 # Omits
-#   nothing that the paper describes
+#   none

@@ -55,6 +55,16 @@ def build(seed=0, **changes):
     return ICIPNet(dataclasses.replace(TINY, **changes))
 
 
+def awake(module):
+    """Xavier-uniform linear layers: the starts of std 0.02 let hardly anything through so narrow layers."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
 def inputs(images=2, per_image=1, size=64, length=7, vocab=40, seed=1):
     torch.manual_seed(seed)
     expressions = images * per_image
@@ -125,7 +135,7 @@ def test_every_number_is_the_papers_the_codes_or_ours_with_a_reason():
     resolved = {**dataclasses.asdict(Config()), **RECIPE}
     assert {field: value for field, value in resolved.items() if stated[field] != value} == {}
     assert set(stated) == set(resolved) and icipnet.RECIPE_FOR == {}           # IV-A1: one recipe for both data sets
-    assert icipnet.MAPS == ICIPNet.MAPS == ()                                  # Fig. 3 shows masks only
+    assert icipnet.MAPS == ()                                                  # Fig. 3 shows masks only
     assert icipnet.RETIRED == {"channel_mult": 2}
     assert icipnet.SPECIAL_TOKENS == {"pad": 0, "unknown": 1, "begin": 2, "end": 3}
 
@@ -456,7 +466,7 @@ def test_pixel_word_attention():
 def test_stage_brings_prompts_and_words_to_the_tokens(bif):
     """LAVT's shell round ICIP and BIF: what the stage hands on is put together by hand from its parts."""
     stage = build(bif=bif).stages[1].eval()
-    icipnet.xavier(stage)
+    awake(stage)
     torch.manual_seed(0)
     V, L = torch.randn(2, 64, 32), torch.randn(2, 5, 32)
     mask = torch.tensor([[True, True, False, False, False], [True] * 5])
@@ -732,7 +742,7 @@ def test_a_stage_hands_every_gradient_back(exact):
     mask = torch.tensor([[True, True, False, False, False], [True] * 5])
     for changes in ({}, {"bif": False}):
         stage = build(**changes).stages[1].double().eval()
-        icipnet.xavier(stage)
+        awake(stage)
         for number in (0, 1):                                  # V for the next stage, the fused map
             groups = {"V": [V], "L": [L], "f": list(stage.icip.f.parameters()), "prompts": [stage.icip.prompts],
                       "attention": list(stage.attention.parameters()), "W": [stage.W.weight],
@@ -746,7 +756,7 @@ def test_a_stage_hands_every_gradient_back(exact):
 def test_the_loss_differentiates_the_whole_model(depth, changes, exact):
     """Finite differences of L_total by every part of the network: no gradient is cut between words, image and mask."""
     model = build(**changes, depths=(1, 2, 1, 1)).double().train()
-    icipnet.xavier(model)
+    awake(model)
     pictures, tokens, text_mask, image_index = inputs(images=2, per_image=2)
     batch = {"masks": masks(4)}
 
@@ -852,7 +862,7 @@ def test_documented_shapes():
 def test_fig2_put_together_by_hand():
     """The forward from its parts: pixels by ImageNet's statistics, BERT's words, Swin, fusion, norms, decoder."""
     model = build(depths=(1, 2, 1, 1), bert_layers=2).eval()
-    icipnet.xavier(model)
+    awake(model)
     pictures, tokens, text_mask, image_index = inputs(images=2, per_image=2)
     mean, std = (torch.tensor(value)[:, None, None] for value in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     pixels = (pictures[image_index].double() / 255 - mean) / std
@@ -882,7 +892,7 @@ def test_official_all_takes_the_codes_forms():
     """What `official/all` turns, point by point as in the Notes."""
     settings = {field: value for field, value in OFFICIAL.items() if field not in RECIPE}
     model = build(**settings).eval()
-    icipnet.xavier(model)
+    awake(model)
     pictures, tokens, text_mask, _ = inputs()
     low, seen = [], []
     model.decoder.register_forward_hook(lambda m, args, out: low.append(out))
@@ -1051,7 +1061,7 @@ WITHOUT_BIF = [r"stages\.\d\.attention\.f_v\.bias", r"bert\.encoder\.layer\.1\.o
                                             ({"icip": False, "bif": False, **PLAIN}, INERT + WITHOUT_BIF)])
 def test_every_parameter_learns_from_both_terms(changes, inert):
     model = build(image_size=96, dice_weight=0.5, **changes).train()
-    icipnet.xavier(model)                                      # std 0.02 lets hardly anything through so narrow layers
+    awake(model)
     groups = model.param_groups(RECIPE)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     pictures, tokens, text_mask, _ = inputs(images=4, size=96)
@@ -1247,7 +1257,11 @@ def test_weights_from_a_folder(folder, capsys):
     for name, tensor in model.swin.state_dict().items():
         assert torch.equal(tensor, reference.state_dict()[name]), name
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    tokens, text_mask = icipnet.tokenizer(model.config)(["Red ships", "red"])
+    words = icipnet.tokenizer(model.config)
+    long = data.Sample("0", 0, None, "red " * 19, "train", "0", "0", None, None)
+    assert words.length == 20 and data.cut([long], words).startswith("1 of 1")
+    assert words(["red " * 30])[0][0, [0, 1, 18, 19]].tolist() == [2, 5, 5, 3]   # Silent: text, [SEP] is kept
+    tokens, text_mask = words(["Red ships", "red"])
     assert tokens.shape == (2, 20) and tokens[0, :5].tolist() == [2, 5, 6, 7, 3]
     assert text_mask.sum(1).tolist() == [5, 3]
 

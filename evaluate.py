@@ -10,11 +10,13 @@ Scoring runs on one process or on several (torchrun), with the same numbers exac
 import argparse
 import contextlib
 import dataclasses
+import dis
+import functools
 import json
 import os
 import re
+import signal
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -74,6 +77,74 @@ def to_device(batch, device):
             for key, value in batch.items()}
 
 
+def forward(model, batch, device, precision):
+    """-> (outputs in float32, the batch on `device`)."""
+    batch = to_device(batch, device)
+    with autocast(device, precision):
+        outputs = model(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
+    return {key: value.float() if value.is_floating_point() else value for key, value in outputs.items()}, batch
+
+
+def load_batch(dataset, numbers):
+    """In a loader's worker: the collated batch, or the user's error as a value; raised, it would arrive as text."""
+    try:
+        return data.collate([dataset[image] for image in numbers])
+    except USER_ERRORS as error:
+        if is_users(error):
+            return error
+        raise
+
+
+def batches(dataset, plan, workers, device):
+    """Generates the batches of `plan`, a list of the dataset's indices for each."""
+    loader = DataLoader(list(plan), batch_size=None, collate_fn=functools.partial(load_batch, dataset),
+                        num_workers=workers, worker_init_fn=outlast_signals, pin_memory=device.type == "cuda",
+                        generator=torch.Generator().manual_seed(0))
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def outlast_signals(worker):
+    """A stop that reaches the whole process group is for the main process, which ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+USER_ERRORS = (ValueError, OSError, ImportError)
+
+
+def is_users(error):
+    """Whether one line is answer enough: what the system refuses, or what a `raise` of this repository calls wrong.
+
+    Any other ValueError, of a library or a builtin, is a fault of ours and keeps its traceback.
+    """
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return isinstance(error, OSError) or raised and Path(code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Wrong input ends the program with one line, Ctrl-C and a closed standard output (`| head`) without any."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if not is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 # --------------------------------------------------------------------------------------------------------- scoring
 
 
@@ -84,7 +155,7 @@ def shuffled(samples, seed=0):
     """
     by_image = {}
     for number, sample in enumerate(samples):
-        by_image.setdefault(sample.image_id, []).append(number)
+        by_image.setdefault(sample.picture, []).append(number)
     if len(by_image) < 2:
         raise ValueError("--control shuffled needs at least two images in the split")
     cycle = [list(by_image)[k] for k in np.random.default_rng(seed).permutation(len(by_image))]
@@ -98,14 +169,12 @@ def shuffled(samples, seed=0):
 
 def packed(images, micro_batch):
     """Images (tuples of sample numbers) packed into batches of one image or at most `micro_batch` expressions."""
-    batches, size = [[]], 0
+    batches = []
     for numbers in images:
-        if batches[-1] and size + len(numbers) > micro_batch:
+        if not batches or sum(map(len, batches[-1])) + len(numbers) > micro_batch:
             batches.append([])
-            size = 0
         batches[-1].append(numbers)
-        size += len(numbers)
-    return batches if batches[0] else []
+    return batches
 
 
 def upsampled(logits, size):
@@ -113,103 +182,94 @@ def upsampled(logits, size):
     return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def counts(outputs, batch):
+def counts(outputs, batch, save_masks=None):
     """Intersection and union per expression, (M,) int64 each: at the square, or at every mask's own size."""
-    if "original_masks" not in batch:
-        prediction = upsampled(outputs["logits"], batch["masks"].shape[-2:]) > 0
-        return metrics.intersection_union(prediction, batch["masks"][:, None])
     pairs = []
-    for logits, mask in zip(outputs["logits"].split(1), batch["original_masks"], strict=True):
-        pairs.append(metrics.intersection_union(upsampled(logits, mask.shape) > 0, mask[None, None].to(logits.device)))
+    for i, truth in enumerate(batch.get("original_masks", batch["masks"])):
+        prediction = upsampled(outputs["logits"][i:i + 1], truth.shape)[0] > 0                         # (1,H,W)
+        pairs.append(metrics.intersection_union(prediction, truth[None].to(prediction.device)))
+        if save_masks:
+            write_mask(prediction[0].cpu().numpy(), save_masks / f"{batch['samples'][i].id}.png")
     intersection, union = zip(*pairs, strict=True)
     return torch.cat(intersection), torch.cat(union)
 
 
+def write_mask(mask, path, **options):
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path, **options)
+
+
 @torch.no_grad()
 def evaluate(model, samples, processes, *, tokenizer, protocol, empty="zero", precision="fp32", micro_batch=32,
-             workers=1, save_masks=None, sheet_rows=0, label="evaluate"):
-    """Run `model` over all samples, shared out over the processes.
+             workers=1, save_masks=None, label="evaluate"):
+    """Run `model` over all samples, shared out over the processes -> the lines of per_sample.jsonl, each sample once.
 
-    Returns (lines, rows) on every process: the lines of per_sample.jsonl (all samples, each once) and what the sheet
-    shows of `sheet_rows` samples spread evenly over the split. save_masks: a folder for one PNG (0/255) per sample.
+    save_masks: a folder for one PNG (0/255) per sample.
     """
-    original = protocol == "original"
-    dataset = data.ReferringDataset(samples, model.config.image_size, tokenizer, original=original)
+    dataset = data.ReferringDataset(samples, model.config.image_size, tokenizer, original=protocol == "original")
     mine = packed(dataset.images[processes.rank::processes.world], micro_batch)
-    loader = DataLoader(dataset, batch_sampler=mine, num_workers=workers, collate_fn=data.collate,
-                        pin_memory=processes.device.type == "cuda", generator=torch.Generator().manual_seed(0))
-    drawn = {round(k * (len(samples) - 1) / max(1, sheet_rows - 1)) for k in range(min(sheet_rows, len(samples)))}
-    scores, rows = metrics.Scores(), []
-    training = model.training
+    loaded = batches(dataset, mine, workers, processes.device)
+    scores, training = metrics.Scores(), model.training
     model.eval()
-    for images, batch in zip(mine, tqdm(loader, label, disable=not processes.first, leave=False), strict=True):
-        batch = to_device(batch, processes.device)
-        with autocast(processes.device, precision):
-            outputs = model(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
-        outputs = {key: value.float() if value.is_floating_point() else value for key, value in outputs.items()}
-        numbers = [number for image in images for number in image]
-        intersection, union = counts(outputs, batch)
+    for images, batch in zip(mine, tqdm(loaded, label, len(mine), disable=not processes.first, leave=False),
+                             strict=True):
+        outputs, batch = forward(model, batch, processes.device, precision)
         diagnostics = model.diagnose(outputs, batch["masks"]) if hasattr(model, "diagnose") else {}
-        scores.add(torch.tensor(numbers), intersection, union, **diagnostics)
-        rows += [sheet_row(model, outputs, batch, i, number) for i, number in enumerate(numbers) if number in drawn]
-        if save_masks:
-            write_masks(save_masks, outputs, batch)
+        numbers = torch.tensor([number for image in images for number in image])
+        scores.add(numbers, *counts(outputs, batch, save_masks), **diagnostics)
     model.train(training)
-    lines = metrics.records(samples, scores.merged(expected=len(samples)), empty)
-    if processes.world > 1:
-        gathered = [None] * processes.world
-        dist.all_gather_object(gathered, rows)
-        rows = [row for part in gathered for row in part]
-    return lines, sorted(rows, key=lambda row: row["number"])
-
-
-def write_masks(folder, outputs, batch):
-    for i, sample in enumerate(batch["samples"]):
-        size = sample.size if "original_masks" in batch else batch["masks"].shape[-2:]
-        prediction = upsampled(outputs["logits"][i:i + 1], size)[0, 0] > 0
-        Image.fromarray(prediction.cpu().numpy().astype(np.uint8) * 255).save(Path(folder) / f"{sample.id}.png")
+    return metrics.records(samples, scores.merged(expected=len(samples)), empty)
 
 
 def score_split(model, processes, *, dataset, data_root, split, recipe, output, tokenizer, precision, micro_batch=32,
                 workers=1, categories="all", limit=0, small=False, control=False, save_masks=False, checkpoint="",
-                prefix="", changes=()):
+                prefix=(), changes=()):
     """Score one split, print its table and write metrics.json, per_sample.jsonl and sheet.png -> the summary.
 
     control: every image carries another image's sentences, see `shuffled`. changes: `field=value`, what differs from
-    the run's own settings. The folder is named by the split, with `prefix` before it, and the categories, the control,
-    where it is one, and the changes behind it, so that no score of one kind takes the place of another.
+    the run's own settings. The folder is named by the prefix, the split, the categories, the control and the changes,
+    as far as there are any, so that no score of one kind takes the place of another.
     """
     samples = data.read(dataset, data_root, split, categories=categories, limit=limit,
                         **({"small": small} if dataset == "synthetic" else {}))
-    samples = shuffled(samples) if control else samples
-    name = split + f"-{categories}" * (categories != "all") + "-shuffled" * control
-    folder = Path(output) / in_file_name("-".join((f"{prefix}{name}", *changes)))
+    name = [split]
+    if categories != "all":
+        name.append(categories)
+    if control:
+        samples = shuffled(samples)
+        name.append("shuffled")
+    folder = Path(output) / in_file_name("-".join([*prefix, *name, *changes]))
     if processes.first:
         (folder / "masks" if save_masks else folder).mkdir(parents=True, exist_ok=True)
     if processes.world > 1:
         dist.barrier()
-    lines, rows = evaluate(model, samples, processes, tokenizer=tokenizer, protocol=recipe["protocol"],
-                           empty=recipe["empty"], precision=precision, micro_batch=micro_batch, workers=workers,
-                           sheet_rows=10, save_masks=folder / "masks" if save_masks else None, label=folder.name)
+    lines = evaluate(model, samples, processes, tokenizer=tokenizer, protocol=recipe["protocol"],
+                     empty=recipe["empty"], precision=precision, micro_batch=micro_batch, workers=workers,
+                     save_masks=folder / "masks" if save_masks else None, label=folder.name)
     summary = metrics.summarize(lines, empty=recipe["empty"])
-    about = {"dataset": dataset, "split": name, "protocol": recipe["protocol"], "threshold": "logits > 0",
+    about = {"dataset": dataset, "split": "-".join(name), "protocol": recipe["protocol"], "threshold": "logits > 0",
              "subset": f"{categories} categories", "checkpoint": str(checkpoint), "changes": ", ".join(changes),
              "precision": precision}
     if recipe["protocol"] == "resized":
         about["side"] = model.config.image_size
     if processes.first:
-        print(metrics.table(summary, about), flush=True)
         write_text(folder / "per_sample.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_text(folder / "metrics.json", json.dumps({**about, **summary}, indent=1) + "\n")
-        sheet(rows, lines, folder / "sheet.png")
+        print(metrics.table(summary, about), flush=True)
+        shown = spread(len(samples), 10)
+        sheet(sheet_rows(model, [samples[number] for number in shown], tokenizer, processes.device, precision),
+              [lines[number]["iou"] for number in shown], folder / "sheet.png")
     return summary
 
 
+def spread(count, most):
+    """The numbers of min(count, most) things, evenly spread from the first to the last."""
+    shown = min(count, most)
+    return [round(k * (count - 1) / max(1, shown - 1)) for k in range(shown)]
+
+
 def write_text(path, text):
-    """Write beside and move into place, so that an interrupted write leaves the old file whole."""
-    part = Path(f"{path}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    with models.put_in_place(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -234,22 +294,24 @@ def overlay(image, mask, colour=(255, 40, 40)):
     return result.astype(np.uint8)
 
 
-def sheet_row(model, outputs, batch, i, number):
-    """What the sheet shows of sample `i` of the batch, small and on the host."""
-    size = batch["masks"].shape[-2:]
-    maps = {name: upsampled(outputs[name][i:i + 1], size)[0, 0].cpu().numpy()
-            for name in models.maps(model) if name in outputs}
-    return {
-        "number": number,
-        "expression": batch["samples"][i].expression,
-        "image": batch["images"][batch["image_index"][i]].permute(1, 2, 0).cpu().numpy(),
-        "truth": batch["masks"][i].cpu().numpy(),
-        "prediction": (upsampled(outputs["logits"][i:i + 1], size)[0, 0] > 0).cpu().numpy(),
-        "maps": maps,
-    }
+@torch.no_grad()
+def sheet_rows(model, samples, tokenizer, device, precision):
+    """What the sheet shows of each sample, on the host."""
+    dataset = data.ReferringDataset(samples, model.config.image_size, tokenizer)
+    rows, training = [], model.training
+    model.eval()
+    for number, sample in enumerate(samples):
+        outputs, batch = forward(model, data.collate([dataset[(number,)]]), device, precision)
+        size = batch["masks"].shape[-2:]
+        shown = {name: upsampled(outputs[name], size)[0, 0].cpu().numpy()
+                 for name in ("logits", *models.maps(model)) if name in outputs}
+        rows.append({"expression": sample.expression, "image": batch["images"][0].permute(1, 2, 0).cpu().numpy(),
+                     "truth": batch["masks"][0].cpu().numpy(), "prediction": shown.pop("logits") > 0, "maps": shown})
+    model.train(training)
+    return rows
 
 
-def sheet(rows, lines, path, cell=160):
+def sheet(rows, ious, path, cell=160):
     """The picture sheet: a row per sample with image, truth, prediction and maps; its IoU and sentence beneath."""
     titles = ["image", "truth", "prediction", *rows[0]["maps"]]
     font, gap, caption = ImageFont.load_default(13), 6, 22
@@ -258,19 +320,17 @@ def sheet(rows, lines, path, cell=160):
     draw = ImageDraw.Draw(page)
     for column, title in enumerate(titles):
         draw.text((gap + column * (cell + gap), 5), title, "black", font)
-    for r, row in enumerate(rows):
+    for r, (row, iou) in enumerate(zip(rows, ious, strict=True)):
         top = 24 + r * (cell + caption + gap)
         truth, prediction = overlay(row["image"], row["truth"], (40, 200, 60)), overlay(row["image"], row["prediction"])
         panels = [row["image"], truth, prediction, *map(shades, row["maps"].values())]
         for column, panel in enumerate(panels):
             picture = Image.fromarray(panel).resize((cell, cell), Image.Resampling.BILINEAR)
             page.paste(picture, (gap + column * (cell + gap), top))
-        iou = lines[row["number"]]["iou"]
         text = f"IoU {'left out' if iou is None else format(iou, '.2f')}   {row['expression']}"
         draw.text((gap, top + cell + 3), text, "black", font)
-    part = Path(f"{path}.part")
-    page.save(part, "PNG")
-    os.replace(part, path)
+    with models.put_in_place(path) as part:
+        page.save(part, "PNG")
 
 
 # ------------------------------------------------------------------------------------------------------- own image
@@ -296,14 +356,11 @@ def predict(model, image, expressions, precision="fp32"):
             raise ValueError(f"expected a uint8 array (H,W,3), got {image.dtype} {image.shape}; "
                              "a path or a PIL image may also be gray or 16-bit")
         image = Image.fromarray(image)
-    device = next(model.parameters()).device
-    side = model.config.image_size
-    pixels = np.array(image.resize((side, side), Image.Resampling.BILINEAR))
-    images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
+    device, side = next(model.parameters()).device, model.config.image_size
+    pixels = torch.from_numpy(np.array(image.resize((side, side), Image.Resampling.BILINEAR)))
     tokens, text_mask = model.tokenizer([" ".join(text.split()) for text in expressions])
-    with autocast(device, precision):
-        outputs = model(images, tokens.to(device), text_mask.to(device),
-                        torch.zeros(len(expressions), dtype=torch.long, device=device))
+    outputs, _ = forward(model, {"images": pixels.permute(2, 0, 1)[None], "tokens": tokens, "text_mask": text_mask,
+                                 "image_index": torch.zeros(len(expressions), dtype=torch.long)}, device, precision)
     size = (image.height, image.width)
     logits = upsampled(outputs["logits"], size)[:, 0]
     maps = {name: upsampled(outputs[name], size)[:, 0].cpu().numpy() for name in models.maps(model) if name in outputs}
@@ -315,10 +372,9 @@ def segment_files(model, files, texts, output, precision):
 
     The mask of a georeferenced TIFF is a TIFF with the same tags, so that it lands on the map in a GIS.
     """
-    unreadable = [str(file) for file in files if not Path(file).is_file()]
-    if unreadable:
-        raise FileNotFoundError(f"--image: no such file {', '.join(unreadable)}"
-                                + "; of a folder, name the files: FOLDER/*.png" * Path(unreadable[0]).is_dir())
+    if unreadable := [str(file) for file in files if not Path(file).is_file()]:
+        hint = "; of a folder, name the files: FOLDER/*.png" if Path(unreadable[0]).is_dir() else ""
+        raise FileNotFoundError(f"--image: no such file {', '.join(unreadable)}{hint}")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     stems = [Path(file).stem for file in files]
@@ -331,7 +387,7 @@ def segment_files(model, files, texts, output, precision):
             base = output / (f"{name}-{i + 1}" if len(texts) > 1 else name)
             tags = georeference(file)
             written = Path(f"{base}-mask{'.tif' if tags else '.png'}")
-            Image.fromarray(mask.astype(np.uint8) * 255).save(written, **({"tiffinfo": tags} if tags else {}))
+            write_mask(mask, written, **({"tiffinfo": tags} if tags else {}))
             Image.fromarray(overlay(np.array(picture), mask)).save(f"{base}-overlay.png")
             for title in models.maps(model):
                 if title in result:
@@ -346,7 +402,6 @@ def georeference(file):
         kept = {tag: tags[tag] for tag in GEOREFERENCE_TAGS if tag in tags}
         if not kept:
             return {}
-        from PIL.TiffImagePlugin import ImageFileDirectory_v2
         directory = ImageFileDirectory_v2()
         for tag, value in kept.items():
             directory.tagtype[tag] = tags.tagtype[tag]
@@ -434,12 +489,14 @@ def main(args):
         return
     recipe = {**run["recipe"], **{key: value for key in ("protocol", "empty") if (value := getattr(args, key))}}
     dataset, data_root = args.dataset or run["dataset"], args.data_root or run["data_root"]
-    prefix = f"{dataset}-" * (dataset != run["dataset"])
+    prefix = [dataset] if dataset != run["dataset"] else []
     changes = [one for one in args.set if not one.startswith(("pretrained=", "weights_dir="))]    # where, not what
     changes += [f"{key}={recipe[key]}" for key in ("protocol", "empty")
                 if getattr(args, key) and recipe[key] != trained["recipe"][key]]
-    changes += ["small=True"] * (args.small and not run["small"])
-    changes += [f"limit={args.limit}"] * (args.limit != run["limit"])
+    if args.small and not run["small"]:
+        changes.append("small=True")
+    if args.limit != run["limit"]:
+        changes.append(f"limit={args.limit}")
     summaries = {split: score_split(
         model, processes, dataset=dataset, data_root=data_root, split=split, recipe=recipe,
         output=args.output or folder, tokenizer=model.tokenizer, precision=precision, micro_batch=args.micro_batch,
@@ -449,28 +506,6 @@ def main(args):
         for split in data.split_names(dataset, args.split, data_root)}
     if processes.first and len(summaries) > 1:
         print(metrics.rows(summaries))
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """Wrong input, which our code answers with a ValueError or FileNotFoundError, ends the program with that one line.
-
-    The same errors from a library are a fault of ours and keep their traceback.
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(last.filename).is_relative_to(Path(__file__).parent) and last.line.startswith("raise")
-        from_loader = str(error).startswith("Caught ")     # a worker's error arrives as the text of its traceback
-        if not (ours or from_loader):
-            raise
-        line = str(error).strip().splitlines()[-1].partition(": ")[2] if from_loader else str(error)
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

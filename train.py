@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -417,10 +416,9 @@ def train_epoch(job, learner, position, stop):
         sampler = make_sampler(args, recipe, processes, samples)
     dataset = data.ReferringDataset(samples, job.config.image_size, job.tokenizer,
                                     repeat_mask=recipe.get("repeat_mask", 0.0), draw=(args.seed, epoch))
-    loader = DataLoader(dataset, batch_sampler=list(sampler.batches(epoch, processes.rank, position["step"])),
-                        num_workers=args.workers, collate_fn=data.collate, pin_memory=processes.device.type == "cuda",
-                        generator=torch.Generator().manual_seed(0))
-    batches, begun = iter(loader), time.monotonic() - position["seconds"]
+    batches = evaluate.batches(dataset, sampler.batches(epoch, processes.rank, position["step"]), args.workers,
+                               processes.device)
+    begun = time.monotonic() - position["seconds"]
     bar = tqdm(range(position["step"], sampler.steps), f"epoch {epoch + 1}/{recipe['epochs']}",
                initial=position["step"], total=sampler.steps, disable=not processes.first, leave=False)
     for step in bar:
@@ -441,9 +439,9 @@ def end_epoch(job, learner, position):
     args, recipe, processes, model = job.args, job.recipe, job.processes, learner.model
     epoch, summary, better = position["epoch"] + 1, {}, False
     if job.select != "last":
-        lines, _ = evaluate.evaluate(model, job.validation, processes, tokenizer=job.tokenizer,
-                                     protocol=recipe["protocol"], empty=recipe["empty"], precision=job.precision,
-                                     micro_batch=recipe["micro_batch"], workers=args.workers, label="validate")
+        lines = evaluate.evaluate(model, job.validation, processes, tokenizer=job.tokenizer,
+                                  protocol=recipe["protocol"], empty=recipe["empty"], precision=job.precision,
+                                  micro_batch=recipe["micro_batch"], workers=args.workers, label="validate")
         summary = metrics.summarize(lines, empty=recipe["empty"], bootstrap=0)
         score = sum(summary[name] for name in job.select.split("+"))
         better = position["best"] is None or score > position["best"]

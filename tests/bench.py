@@ -253,7 +253,7 @@ class Bench:
         tokenizer = models.word_tokenizer(self.args.model, config, data.vocabulary("synthetic", []))
         evaluate.counts, metrics.records = timed("counts"), timed("records")
         begun = time.perf_counter()
-        lines, _ = evaluate.evaluate(self.model, data.read("synthetic", "", "test", limit=24),
+        lines = evaluate.evaluate(self.model, data.read("synthetic", "", "test", limit=24),
                                      evaluate.Processes(0, 1, self.device), tokenizer=tokenizer, protocol="resized",
                                      workers=0, precision=self.args.precision, micro_batch=12)
         summed = time.perf_counter()

@@ -93,13 +93,18 @@ def test_scores_do_not_depend_on_how_the_samples_are_batched(run):
     model = models.load(run)
     samples = data.read("synthetic", "", "val", limit=24)
     settings = {"tokenizer": model.tokenizer, "protocol": "resized", "workers": 0}
-    lines, rows = evaluate.evaluate(model, samples, ONE, micro_batch=3, sheet_rows=5, **settings)
-    again, _ = evaluate.evaluate(model, samples, ONE, micro_batch=24, **settings)
+    lines = evaluate.evaluate(model, samples, ONE, micro_batch=3, **settings)
+    again = evaluate.evaluate(model, samples, ONE, micro_batch=24, **settings)
     assert [(line["id"], line["intersection"], line["union"]) for line in lines] == \
         [(line["id"], line["intersection"], line["union"]) for line in again]
     assert [line["id"] for line in lines] == [sample.id for sample in samples]
     assert all(0 <= line["brightness"] <= 1 for line in lines)
-    assert [row["number"] for row in rows] == [0, 6, 12, 17, 23]
+
+
+def test_the_sheet_takes_samples_from_the_whole_split():
+    assert evaluate.spread(24, 5) == [0, 6, 12, 17, 23]         # k * 23 / 4, rounded
+    assert evaluate.spread(5, 10) == [0, 1, 2, 3, 4]
+    assert evaluate.spread(1, 10) == [0]
 
 
 @pytest.mark.parametrize("protocol, side", [("resized", 32), ("original", 96)])
@@ -175,7 +180,7 @@ def test_categories_and_other_data_sets_have_folders_of_their_own(run, tmp_path,
 
 def test_the_empty_policy_reaches_the_records(run, tmp_path, monkeypatch):
     nothing = torch.zeros(24, dtype=torch.long)
-    monkeypatch.setattr(evaluate, "counts", lambda _, batch: (nothing[:len(batch["samples"])],) * 2)
+    monkeypatch.setattr(evaluate, "counts", lambda _, batch, masks: (nothing[:len(batch["samples"])],) * 2)
     for policy, value in (("zero", 0.0), ("one", 1.0)):
         score(run, tmp_path / policy, "--empty", policy)
         folder = tmp_path / policy / f"test{'-empty=one' * (policy == 'one')}-limit=24"
@@ -204,15 +209,12 @@ def test_a_corrupt_image_ends_in_one_line_that_names_it(run, tmp_path):
 
 
 def test_an_error_in_a_loader_worker_arrives_as_one_line(capsys):
-    class Broken(torch.utils.data.Dataset):
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, number):
+    class Broken:
+        def __getitem__(self, numbers):
             raise ValueError("images/3.png is truncated; copy it again")
 
     with pytest.raises(SystemExit), evaluate.one_line_errors():
-        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+        list(evaluate.batches(Broken(), [[(0,)]], workers=1, device=ONE.device))
     assert capsys.readouterr().err == "error: images/3.png is truncated; copy it again\n"
 
 

@@ -47,13 +47,13 @@ def dice_loss(logits, masks, squared=False, eps=1.0):
 # ----------------------------------------------------------------------------------------------------------- CroBIM-U
 
 
-def uncertainty_loss(uncertainty, prediction, masks, *, sample_weight=1.0, threshold=0.5, eps=1.0, clamp=100.0,
+def uncertainty_loss(uncertainty, prediction, masks, *, sample_weight=1.0, threshold=0.5, eps=1.0, clamp=None,
                      blur=False):
     """CroBIM-U's supervision of the uncertainty by the model's own errors, Eqs. (5)-(8) -> (M,), Eq. (6) is its mean.
 
     uncertainty (M,1,H,W) logits, already at the masks' size; prediction (M,1,H,W) bool, Eq. (4); the gradient goes to
     `uncertainty` only. sample_weight is lambda_s and threshold delta of Eq. (7); an empty union is not a hard sample.
-    clamp bounds Eq. (8)'s weight, which reaches H*W/2 for a single wrong pixel (None: as printed).
+    clamp bounds Eq. (8)'s weight, which reaches H*W/2 for a single wrong pixel; None: as printed.
     blur: z is the 3x3 mean of e; Eq. (8) is defined for a hard z only, so its cases and counts stay those of e.
     """
     check_masks(uncertainty, prediction, masks)

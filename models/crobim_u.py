@@ -91,12 +91,15 @@ class Config:
 
     seg_weights: tuple[float, ...] = (0.9, 0.1)     # our choice: RMSIN's cross-entropy and Dice
     class_weights: tuple[float, ...] = (0.9, 1.1)   # our choice: LAVT's background and foreground
+    dice_sum: int = 0                               # RMSIN's Dice: both classes, summed over a card's expressions, 4
+    seg_on_refined: bool = False                    # True: L_seg, too, sees P_ref, see Silent: (17) (18)
+    lambda_seg: float = 1.0                         # Eq. (18) has no such factor; 2: the control rows
     lambda_unc: float = 0.1                         # our choice, Eq. (18)
     lambda_ref: float = 1.0                         # our choice, Eq. (18)
     unc_warmup: float = 0.05                        # our choice: share of the run before L_unc counts
     lambda_s: float = 1.0                           # Eq. (7)
     delta: float = 0.5                              # Eq. (7)
-    clamp: float | None = 100.0                     # our choice, Departs: (8); None = as printed
+    clamp: float | None = None                      # Eq. (8) as printed; a number bounds it, see Silent: clamp
     error_blur: bool = False                        # Eq. (5): z = Blur(e)
 
     def __post_init__(self):
@@ -114,7 +117,8 @@ class Config:
                    convnext_depths=(1, 1, 2, 1), convnext_widths=(24, 48, 72, 96), layer_scale=1.0, drop_path=0.0,
                    bert_width=48, bert_layers=2, bert_heads=4, bert_ffn=96, dropout=0.0,
                    width=48, norm_groups=8, encoder_layers=2, heads=4, ffn_width=96, refine="cheap", refine_hidden=4,
-                   points=2, seg_weights=(1.0, 1.0), class_weights=(1.0, 1.0))      # Dice finds small objects sooner
+                   points=2, seg_weights=(1.0, 1.0), class_weights=(1.0, 1.0),      # Dice finds small objects sooner
+                   clamp=100.0)                     # Silent: clamp; the preset was tuned with it
 
 
 # ------------------------------------------------------------------------ III-B: interaction stages and mask decoder
@@ -128,7 +132,7 @@ def resize(maps, size):
 
 
 def xavier(*layers):
-    """Start linear layers as Mask2Former does."""
+    """Start linear layers after Mask2Former."""
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight)                                 # Silent: start
         if layer.bias is not None:
@@ -512,16 +516,21 @@ class CroBIMU(nn.Module):
         return outputs
 
     def segmentation_loss(self, logits, masks):
-        """L_seg of logits and masks (B,1,S,S), a mean over the expressions."""
+        """L_seg of logits and masks (B,1,S,S)."""
         c = self.config
-        terms = binary_cross_entropy(logits, masks, *c.class_weights), dice_loss(logits, masks)     # (B,) each
-        return sum(weight * term.mean() for weight, term in zip(c.seg_weights, terms, strict=True))
+        ce = binary_cross_entropy(logits, masks, *c.class_weights).mean()     # Silent: L_seg
+        if c.dice_sum:
+            dice = c.dice_sum * (dice_loss(logits, masks, eps=1e-6) + dice_loss(-logits, ~masks, eps=1e-6)).mean()
+        else:
+            dice = dice_loss(logits, masks).mean()
+        return c.seg_weights[0] * ce + c.seg_weights[1] * dice
 
     def criterion(self, outputs, batch, progress):
         """outputs, batch["masks"] (B,S,S) bool, progress in [0,1] -> weighted scalars; their sum is the objective."""
         c, masks = self.config, batch["masks"][:, None]                       # (B,1,S,S)
         P_fg = outputs["coarse_logits"]
-        losses = {"seg": self.segmentation_loss(P_fg, masks)}
+        L_seg = self.segmentation_loss(outputs["logits"] if c.seg_on_refined else P_fg, masks)
+        losses = {"seg": c.lambda_seg * L_seg}
         if c.rus:
             prediction, _ = online_error(P_fg, masks)
             L_unc = uncertainty_loss(
@@ -583,6 +592,7 @@ ABLATIONS = {
         ("Base", False, False, False), ("+UGF", True, True, False), ("+UDLR", True, False, True),
         ("Full", True, True, True), ("RUS only", True, False, False))},
 }
+ABLATIONS["V"] |= {f"{row} L_seg twice": ABLATIONS["V"][row] | {"lambda_seg": 2.0} for row in ("RUS only", "+UGF")}
 RETIRED = {"detach_gate": False, "symmetric": False}
 
 
@@ -606,17 +616,10 @@ class BertWords:
 
 def tokenizer(config):
     source = find_weights(config, config.text_backbone)
-    words = from_hub(bert_vocabulary, source)
+    words = from_hub(BertTokenizer, source)
     if len(words) != config.vocab_size:
         raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
     return BertWords(words, config.text_length)
-
-
-def bert_vocabulary(source):
-    words = BertTokenizer.from_pretrained(source)
-    if len(words) <= 5:                             # transformers' answer to a missing file is its five special words
-        raise OSError("neither vocab.txt nor tokenizer.json found")
-    return words
 
 
 def find_weights(config, name):
@@ -630,10 +633,13 @@ def find_weights(config, name):
     return str(path)
 
 
-def from_hub(load, source, **options):
-    """`load(source)` of transformers, with an answer that helps if it fails."""
+def from_hub(kind, source, **options):
+    """What transformers' `kind` reads there, with an answer that helps if it fails."""
     try:
-        return load(source, **options)
+        found = kind.from_pretrained(source, **options)
+        if kind is BertTokenizer and len(found) <= 5:           # its answer to missing files: the five special words
+            raise OSError("neither vocab.txt nor tokenizer.json found")
+        return found
     except (OSError, ValueError, RuntimeError) as error:
         if Path(source).is_dir():
             raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
@@ -648,7 +654,7 @@ def load_tower(tower, source, extra, fields):
     if source.endswith(".pth"):
         tensors = read_meta_convnext(source)
     else:
-        model, info = from_hub(type(tower).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+        model, info = from_hub(type(tower), source, dtype=torch.float32, output_loading_info=True)
         tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
         tensors = {name: tensor for name, tensor in tensors.items() if name not in info["missing_keys"]}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(extra)}
@@ -684,11 +690,9 @@ def read_meta_convnext(path):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
-    for wrapper in ("module", "state_dict", "model"):
-        if isinstance(file, dict) and isinstance(file.get(wrapper), dict):
-            file = file[wrapper]
     if not isinstance(file, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
+    file = next((file[key] for key in ("module", "state_dict", "model") if isinstance(file.get(key), dict)), file)
     tower = {name.split(SPARK)[1]: tensor for name, tensor in file.items() if SPARK in name} or file
     for pattern, replacement in META_TO_HUGGINGFACE:
         tower = {re.sub(pattern, replacement, name): tensor for name, tensor in tower.items()}
@@ -701,8 +705,6 @@ def read_meta_convnext(path):
 #     channels     256..2048 in III-B are not ConvNeXt-B's, which has 128..1024
 #     (1)          one Phi takes the tokens of all three levels at once; printed, each Phi^(s) takes its own level's
 #     (3)          padded words are masked out of the softmax; as printed they would take part
-#     (8)          the weight is clamped at 100 (clamp=None: as printed); with epsilon 1 a single wrong pixel would
-#                  weigh half the image
 #     refine       "cheap" puts a 1x1 convolution C -> refine_hidden before the resize of (15); "literal", the default
 #                  and as printed, costs hardly more: resize_convolve mixes the channels at stride 4 in either form
 #     Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
@@ -717,8 +719,8 @@ def read_meta_convnext(path):
 #                  32, 16, 8 in turn; P_fg = <F, MLP(query)> / sqrt(C) + b, resized from stride 4: after Mask2Former's
 #                  decoder, with one query
 #     positions    sines and a level embedding join Phi's queries and the decoder's keys
-#     start        Xavier for attention and feed-forward layers, as in Mask2Former; PyTorch's own lets the words in
-#                  weakly. No key biases in any attention: they cancel
+#     start        Xavier and zero biases for attention and feed-forward layers, after Mask2Former; PyTorch's own start
+#                  lets the words in weakly. No key biases in any attention: they cancel
 #     b            starts at logit(0.05), so that the first predictions are mostly background
 #     resizing     bilinear, align_corners=False
 #     (3)          Fig. 2's "raw broadcasting" of the words stands neither in III-C nor in (3): left out. MLP 2C-C-1
@@ -726,22 +728,29 @@ def read_meta_convnext(path):
 #     (5)          z = e; with error_blur the 3x3 mean, and (8) still counts e
 #     (6)          V and T enter RUS undetached, so L_unc also trains projections and towers
 #     (7) (8)      an empty union is not a hard sample; epsilon 1, the counts are integers
+#     clamp        ours, off: as printed, (8) lets a lone wrong pixel weigh half the image, and U_p of a place that errs
+#                  as often as its image be 0.5 however rare errors are, as tau = 0.5 asks. clamp=100 ends both: where
+#                  1 %, 0.5 %, 0.2 %, 0.1 % are wrong, that U_p is 0.50, 0.33, 0.17, 0.09 and M 0.50, 0.16, 0.03, 0.02:
+#                  the better the model, the less is refined
 #     warm-up      L_unc is multiplied by zero for the first 5 % of the run: an empty prediction's errors are the mask
 #     (9)          8 heads with their own output layer before Proj, dropout 0.1
 #     (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g
-#     (13)         tau 0.5: (8) puts U_p above 0.5 where errors are more frequent than on average in their image, and
-#                  than 1 % (the clamp); t 0.1; no blur
+#     (13)         tau 0.5: (8) puts U_p above 0.5 where errors are more frequent than on average in their image; t 0.1;
+#                  no blur
 #     (15)         64 channels, F counted at S x S, the last layer zero; P_fg and U_p enter undetached
-#     L_seg        takes logits: 0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice, as RMSIN's code, which CroBIM's
-#                  README thanks, but each expression by itself
-#     (17) (18)    L_seg sees P_fg, so that L_ref, optional in the paper, is all that trains the refinement
-#                  (lambda_ref=0: it stays zero); lambda_unc 0.1, lambda_ref 1
-#     text         20 tokens with [CLS] and [SEP], lower case, padded to 20
+#     L_seg        0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice: RMSIN's terms and weights, whose code CroBIM's
+#                  README thanks. Ours is a mean over expressions, its Dice the foreground's with epsilon 1; RMSIN's
+#                  Dice sums both classes and a card's expressions (dice_sum=4: the paper's 32 are on 8 cards)
+#     (17) (18)    (17) writes a sigmoid, the loss takes logits. L_seg sees P_fg, so that L_ref, optional in the paper,
+#                  is all that trains the refinement (lambda_ref=0: it stays zero). If L_seg means the loss of the final
+#                  mask, it sees P_ref: seg_on_refined=True, and L_ref is optional. lambda_unc 0.1, lambda_ref 1
+#     text         20 tokens, [CLS] and [SEP] among them and kept where a sentence is cut (LAVT's code cuts [SEP] away),
+#                  lower case, padded to 20
 #     training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars, all of BERT learns
 #     freeze       the paper names no frozen part: both towers learn; freeze=True keeps them as they were loaded
 #     scoring      at S x S, an empty union counts 0, the best epoch by validation mIoU
-#     Table V      the rows are independent switches (V-B, V-C; "progressively" in V); with UDLR, L_ref also trains
-#                  P_fg, which Base lacks; "RUS only" is our control, L_unc as a mere second task
+#     Table V      the rows are independent switches (V-B, V-C; "progressively" in V). Ours: "RUS only", L_unc as a mere
+#                  second task; "... L_seg twice" beside +UDLR and Full, where L_ref trains P_fg a second time
 # Omits
 #     CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
 #     Mask2Former's masked attention, self-attention and feed-forward nets of the query, its second and third round,

@@ -135,15 +135,13 @@ def loops(uncertainty, prediction, masks, lam=1.0, delta=0.5, eps=1.0, clamp=mat
     return total / count
 
 
-@pytest.mark.parametrize("options", [{}, {"sample_weight": 0.7, "threshold": 0.2}, {"eps": 1e-6}, {"clamp": 1.5},
-                                     {"clamp": None}])
+@pytest.mark.parametrize("options", [{}, {"sample_weight": 0.7, "threshold": 0.2}, {"eps": 1e-6}, {"clamp": 1.5}])
 def test_eq06_mean_over_expressions_and_pixels(options):
     uncertainty, prediction, masks = example(M=4)
     masks[3] = prediction[3]                                                    # one expression without an error
     loss = uncertainty_loss(uncertainty, prediction, masks, **options)
-    clamp = options.get("clamp", 100.0)
     expected = loops(uncertainty, prediction, masks, options.get("sample_weight", 1.0), options.get("threshold", 0.5),
-                     options.get("eps", 1.0), math.inf if clamp is None else clamp)
+                     options.get("eps", 1.0), options.get("clamp", math.inf))
     assert loss.shape == (4,)
     assert loss.mean().item() == pytest.approx(expected, rel=1e-5)
 
@@ -171,12 +169,12 @@ def test_eq07_hard_samples_weigh_more():
 
 
 @pytest.mark.parametrize(("errors", "options", "loss", "gradient"), [
-    (0, {"clamp": None}, 0.693, 0.5),
-    (1, {"clamp": None}, 1.04, 57_600),
-    (1, {"clamp": None, "eps": 1e-6}, 1.39, 115_200),
-    (1, {}, 0.693, 50),
-    (230, {"clamp": None}, 1.38, 498),
-    (230, {}, 0.761, 50),
+    (0, {}, 0.693, 0.5),
+    (1, {}, 1.04, 57_600),
+    (1, {"eps": 1e-6}, 1.39, 115_200),
+    (1, {"clamp": 100.0}, 0.693, 50),
+    (230, {}, 1.38, 498),
+    (230, {"clamp": 100.0}, 0.761, 50),
     (4608, {}, 1.36, 24.5),
     (115_200, {}, 0.693, 0.5),
     (225_792, {}, 0.028, 0.5),
@@ -191,6 +189,26 @@ def test_eq08_rebalancing_at_480(errors, options, loss, gradient):
     value.sum().backward()
     assert value.item() == pytest.approx(loss, rel=6e-3, abs=5e-4)
     assert U.grad.abs().max().item() * 480 * 480 == pytest.approx(gradient, rel=6e-3, abs=5e-3)
+
+
+@pytest.mark.parametrize(("wrong", "clamp", "U_p"), [
+    (400, None, 0.5), (200, None, 0.5), (80, None, 0.5), (40, None, 0.5),
+    (400, 100.0, 0.50), (200, 100.0, 0.33), (80, 100.0, 0.17), (40, 100.0, 0.09)])
+def test_eq08_what_the_uncertainty_of_an_average_place_comes_to(wrong, clamp, U_p):
+    """Eq. (8) as printed weighs errors and the rest equally: U_p = 0.5 at any rate of errors; the clamp lowers it."""
+    side = 200
+    prediction = (torch.arange(side * side) < wrong).view(1, 1, side, side)
+    rate = wrong / side ** 2
+    weight = min((1 - rate) / rate, clamp or math.inf)
+    best = rate * weight / (rate * weight + 1 - rate)       # where the weighted cross-entropy of one U for all is least
+    assert best == pytest.approx(U_p, abs=0.005)
+    slopes = []
+    for place in (best - 0.02, best + 0.02):
+        U = torch.tensor(math.log(place / (1 - place)), requires_grad=True)
+        everywhere = U.expand(1, 1, side, side)
+        uncertainty_loss(everywhere, prediction, torch.zeros_like(prediction), clamp=clamp).sum().backward()
+        slopes.append(U.grad.item())
+    assert slopes[0] < 0 < slopes[1]
 
 
 def test_eq06_gradient_is_finite_and_reaches_the_uncertainty_alone():

@@ -200,6 +200,12 @@ def test_eq03_rounding_does_not_choose_among_equally_high_cells():
         assert (row, column) == (13, 13)                     # the first of 3 x 3
 
 
+def test_eq03_cells_within_a_ten_thousandth_are_equally_high():
+    """Ours: rounding moves a logit by 1e-6 of its size, objects differ by far more than 1e-4."""
+    for gap, chosen in ((0.95e-4, 0), (1.05e-4, 1)):
+        assert prompt_ris.point_map(torch.tensor([[0.0, gap]]), 1.0, sample=False).argmax() == chosen
+
+
 def test_eq03_sharp_logits_make_training_and_inference_agree():
     model = build()
     S_C = torch.randn(2, 1, 16, 16) * 1000
@@ -305,6 +311,9 @@ def test_eq09_sum_of_three_losses_on_the_maps_that_the_paper_names(changes):
     draw = torch.Generator().manual_seed(1)
     outputs = {"coarse_logits": 2 * torch.randn(8, 1, 3, 3, generator=draw),
                "logits": 2 * torch.randn(8, 1, 32, 32, generator=draw)}
+    for S in outputs.values():
+        S[3] = -8                                           # squares of the order of Dice's eps
+    batch["masks"][3] = False
     terms = model.criterion(outputs, batch, 0.0)
     rows = [(2 * i + 1) * 32 // 6 for i in range(3)]                             # centres of the 3 x 3 cells
     coarse = batch["masks"][:, rows][:, :, rows]

@@ -162,6 +162,9 @@ def boundary_loss(logits, masks, weight, hard=False):
     p = sigmoid(logits); weight (M,), a scalar per expression. hard: p is cut at 0.5 first, as in the official code, and
     then no gradient reaches the logits.
     """
+    check_masks(logits, masks)
+    if weight.shape != logits.shape[:1]:
+        raise ValueError(f"weight: expected ({len(logits)},), one number per expression, got {tuple(weight.shape)}")
     p = logits.float().sigmoid()
     p = (p > 0.5).float() if hard else p
     difference = absolute_differences(p) - absolute_differences(masks.float())

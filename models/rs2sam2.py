@@ -1,14 +1,16 @@
 """RS2-SAM 2: text inside SAM 2's image encoder; a pseudo-mask and a class token as SAM 2's prompts.
 
 Paper
-    Rong, Lan, Zhang, Zhang. Customized SAM 2 for Referring Remote Sensing Image Segmentation. arXiv:2503.07266, 2025.
-    A union encoder (BEiT-3) reads image and words together. A bidirectional hierarchical fusion module (BHFM) has a
-    layer in every block of SAM 2's frozen image encoder, in which image and words read each other, and a gate behind
-    it. A generator (MPG) makes a pseudo-mask, SAM 2's dense prompt, of the union encoder's class token and patches; the
-    class token itself is the sparse prompt. A boundary loss, weighted by the text, sharpens the mask.
+    Rong, Lan, Zhang, Zhang. Customized SAM 2 for Referring Remote Sensing Image Segmentation.
+    arXiv:2503.07266, 2025, https://arxiv.org/abs/2503.07266
 Official
     the authors' repository (commit 7321e75, no licence), below "the code"; weights huggingface.co/ReeF2025/RS2-SAM2.
     No code was copied.
+Idea
+    A union encoder (BEiT-3) reads image and words together. In every block of SAM 2's frozen image encoder, and once
+    behind it, image and words read each other (BHFM: layers and a gate). A generator (MPG) makes a pseudo-mask, SAM 2's
+    dense prompt, of the union encoder's class token and patches; the class token itself is the sparse prompt; a
+    boundary loss, weighted by the text, sharpens the mask.
 Shapes
     N images, M expressions, S image side (H_s = W_s, 1024), C width of SAM 2 (256)
     H_u, p, N_p, D  side and patch of BEiT-3 (224, 16), the number of its patches (H_u/p)^2, its width (1024)
@@ -16,62 +18,21 @@ Shapes
     d, r         width of a block of Hiera, reduced width of its fusion layer, d/4;  h,w any map's sides
     U_0          the stream {"A": V_0 (M,1+N_p,D), "B": T_0 (M,L,D)} in front of the union encoder
     V_cls, V, T  class token (M,1,D), patches (M,N_p,D) and words (M,L,D) behind it
-    T_i          words in front of fusion layer i (M,L,C), in front of the first Linear(T), in the code `words`
+    words        Linear(T) (M,L,C): what fusion layers, gate and loss read of the text
+    T_i          words in front of fusion layer i (M,L,C), before the first one `words`;  T_next  T_i+1
     F_in, F_i    a block's shortcut, as Hiera has it (where a stage begins, projected and pooled), and what its
                  attention gave, un-windowed (M,h,w,d)
-    F1, F2, F3   F', F'', F''' of (2), (3);  T1, T2 likewise
-    feature      F of (4), the neck's map at stride 16 (M,C,S/16,S/16);  M_p pseudo-mask (M,1,H_u/p,H_u/p) in [0,1]
+    F1, F2, F3   F', F'', F''' of (2), (3);  T1, T2 likewise;  V_cls1, V1  V'_cls, V' of (5)
+    F, F_en      the neck's map at stride 16, before and behind the gate (4) (M,C,S/16,S/16)
+    M_p          pseudo-mask (M,1,H_u/p,H_u/p) in [0,1]
 Equations
     Eq. (1)             BEiT3.embed
     Eq. (2), Eq. (3)    BidirectionalHierarchicalFusion.interact, .forward
     Eq. (4)             TextGate.forward
     Eq. (5)             MaskPromptGenerator.forward
     Eq. (6)             RS2SAM2.criterion
-    Eq. (7)             losses.py, boundary_loss
-Departs
-  From the paper:
-    padding      is masked wherever words are read: the rest of a batch changes nothing (the code: batch 1, no padding)
-    (4)          the query is F + SAM 2's dense positions, as in the code; T is `words`, the one projection from D to C
-    (5)          ends in a sigmoid, and "MLP layers" is one Linear (mpg_layers), as in the code; V'_cls is multiplied by
-                 V_cls, as 3.4's text and the code have it and the formula has not
-    M_p          is resized at once to 4 * S/16, the prompt encoder's input; by way of S x S it differs by <= 0.02
-    BEiT-3       is shown the S x S image, shrunk without aliasing, not the original: the loader hands over one size
-    batch        4.2's "unified batch size of 1" is read as 1 on each of its 8 cards
-  From the code; the switch in brackets gives its form:
-    (2)          T2 attends to F1; there to F2 (official_fusion)
-    (3)          the linear branch reads F3; there LN(F3) (official_fusion)
-    (7)          M_pre is the soft probability; there it is cut at 0.5: no gradient reaches the logits, only the text
-                 weight learns (hard_boundary)
-    logits       one logit m, cut at 0; there the pair (1-m, m), which is the logit 2m-1 (official_logits)
-    pixels       BEiT-3 gets its own statistics, 0.5/0.5, bicubic; there ImageNet's, bilinear (official_pixels)
-  From the code, for good:
-    (6)          lambda_ce 1, there 0.9; Dice of [22], V-Net's, with squares (dice_squared); there over both classes
-    rates        as 4.2; the code's script for RRSIS-D has those of RefSegRS and never lets them fall
-Silent (choices are the code's unless marked "ours")
-    BHFM         in all 48 blocks; r = d/4, 4 heads, each attention of (2) with its own weights, biases, exact GELU; no
-                 norm, positions or dropout; LN and MLP of (3) are the block's own, frozen
-    T_i          C wide in every stage, with projections of each layer's own; the last layer's T is read by nobody
-    (4), (5)     8 heads; F includes the no-memory embedding
-    (7)          differences to the pixel above and on the left, 0 where there is none; T_s is the word <s> of `words`.
-                 Weight 0 is an optimum: `diagnose` reports |weight|; near 0 the loss does nothing
-    M_p          has no loss of its own; its probabilities enter where SAM 2 expects logits
-    token MLP    Linear, ReLU, Linear on V_cls; the one sparse token: the "sparse embeddings" have no length
-    decoder      single mask, its token 0; IoU and object scores are not read
-    (6), (7)     at S x S; cross-entropy weighted 0.9/1.1 as in [19]; Dice eps 1, all per expression (ours)
-    learning     all but SAM 2's image encoder (backbone and neck) and what gets no gradient: IoU and object heads,
-                 heads of masks 1-3, BEiT-3's mask token, embeddings of absent prompts, the last layer's text update
-    rates        the high one: fusion layers, gate, MPG; the two Linears on the text have the base rate
-    training     weight decay 0.01 on everything, bf16, no warm-up, no clipping, no augmentation
-    selection    best mIoU + oIoU on val; scored at S x S; an empty union counts 0
-    text         BEiT-3's own pieces in XLM-R's numbering, case kept, at most 64 (ours; the code has no limit)
-    init         PyTorch's defaults; zero_init shuts the fusion layers at the start, stock SAM 2 (ours, off); without
-                 published weights start_from_scratch (ours)
-    other data   the recipe of RRSIS-D (ours)
-    Tables 3, 4  MMP = MPG; DHF = BHFMM = BHFM, its layers BL and its gate BC. Without MPG: SAM 2's no-mask embedding;
-                 w/o MHCA: V_cls for V'_cls; Linear: no words in (2), the rest of (3) as it is; Uni: T_i stays
-                 Linear(T). Baseline: recipe and loss (6) less L_tbl (all ours; its numbers in the paper are EVF-SAM's)
-Omits
-    memory       SAM 2's, as the paper does; the tower is SAM 2.0's Hiera-L in the image model of transformers
+    Eq. (7)             losses.py, boundary_loss; its Linear(T_s) in RS2SAM2.forward
+Where the paper is departed from or silent: Notes, at the end of this file.
 """
 
 import argparse
@@ -80,10 +41,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from sentencepiece import SentencePieceProcessor
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
 from transformers.models.sam2.configuration_sam2 import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig
@@ -91,10 +51,6 @@ from transformers.models.sam2.modeling_sam2 import do_pool, window_partition, wi
 
 from losses import binary_cross_entropy, boundary_loss, dice_loss
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))       # mean, std
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                       # BEiT-3's
-UNUSED_WORDS = 8                                    # BEiT-3's table ends on rows that no piece has
-BEIT3_PLACE = "github.com/addf400/files/releases/tag/beit3"
 MAPS = ("pseudo_mask",)
 
 
@@ -139,12 +95,10 @@ class Config:
     fusion_heads: int = 4                           # official code
     gate_heads: int = 8                             # official code
     mpg_heads: int = 8                              # official code
-    mpg_layers: int = 1                             # official code; 3.4: "MLP layers"
     alpha_text: float = 0.2                         # 4.2
     alpha_image: float = 0.5                        # 4.2
-    zero_init: bool = False                         # True: the fusion layers start shut
 
-    official_fusion: bool = False                   # see Departs; the released weights need the first three
+    official_fusion: bool = False                   # forms of the code, see Notes; its weights need the first three
     official_logits: bool = False
     official_pixels: bool = False
     hard_boundary: bool = False
@@ -163,15 +117,13 @@ class Config:
             raise ValueError(f"hiera_blocks={self.hiera_blocks}, hiera_windows={self.hiera_windows}: expected 4 each")
         if self.image_size % (unit := 4 * self.hiera_windows[0]) or self.image_size % 32:
             raise ValueError(f"image_size={self.image_size}: expected a multiple of 32 and of 4 windows, {unit}")
-        if self.beit_size % self.beit_patch:
-            raise ValueError(f"beit_size={self.beit_size}: expected a multiple of beit_patch={self.beit_patch}")
         if self.hiera_width % (unit := self.fusion_reduction * self.fusion_heads):
             raise ValueError(f"hiera_width={self.hiera_width}: expected a multiple of fusion_reduction * fusion_heads, "
                              f"{unit}")
-        for width, heads in (("beit_width", "beit_heads"), ("beit_width", "mpg_heads"), ("sam_width", "gate_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width}={getattr(self, width)}: expected a multiple of {heads}="
-                                 f"{getattr(self, heads)}")
+        for field, unit in (("beit_size", "beit_patch"), ("beit_width", "beit_heads"), ("beit_width", "mpg_heads"),
+                            ("sam_width", "gate_heads")):
+            if (value := getattr(self, field)) % (least := getattr(self, unit)):
+                raise ValueError(f"{field}={value}: expected a multiple of {unit}={least}")
         if self.text_length + 2 > self.beit_positions:
             raise ValueError(f"text_length={self.text_length}: expected at most beit_positions - 2, "
                              f"{self.beit_positions - 2}")
@@ -179,6 +131,11 @@ class Config:
     @property
     def hiera_widths(self):
         return tuple(self.hiera_width * 2 ** stage for stage in range(4))
+
+    @property
+    def grid(self):
+        """Sides of the union encoder's grid of patches."""
+        return self.beit_size // self.beit_patch, self.beit_size // self.beit_patch
 
     @property
     def reads_text(self):
@@ -195,188 +152,21 @@ class Config:
                    lambda_dice=1.0, background_weight=1.0, foreground_weight=1.0)      # Dice finds small objects sooner
 
 
-RECIPE = {                                          # 4.2 where not marked; RRSIS-D's
-    "epochs": 40, "batch_size": 8, "micro_batch": 1, "lr": 1e-5, "lr_modules": 5e-5,
-    "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,
-    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16",                      # official code
-    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,      # likewise
-}
-RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
-RECIPE_TINY = {"epochs": 40, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
-               "warmup": 0.5, "clip": 1.0, "per_image": 4}
-ABLATIONS = {
-    "3": {row: {"boundary_loss": tbl, "mpg": mmp, "fusion": "bi" if dhf else "none", "gate": dhf}
-          for row, tbl, mmp, dhf in (
-              ("Baseline", False, False, False), ("L_tbl", True, False, False), ("L_tbl+MMP", True, True, False),
-              ("L_tbl+DHF", True, False, True), ("L_tbl+MMP+DHF", True, True, True))},
-    "4": {"MPG w/o MHCA": {"mpg_attention": False}, "MPG w MHCA": {"mpg_attention": True},
-          "Linear": {"fusion": "linear"}, "Uni": {"fusion": "uni"}, "Bi": {"fusion": "bi"},
-          "w/o BC": {"gate": False}, "w/o BL": {"fusion": "none"}, "w BC&BL": {"gate": True, "fusion": "bi"}},
-}
-
-
-# --------------------------------------------------------------------------------------- tokenizer, published weights
-
-
-SPECIAL_TOKENS = {"begin": 0, "pad": 1, "end": 2, "unknown": 3}      # as BEiT-3's: <s> <pad> </s> <unk>
-
-
-class BEiT3Words:
-    """BEiT-3's own SentencePiece file: strings -> tokens, text_mask, both (M,L), case kept, cut to `length`.
-
-    Numbers as in XLM-R: <s> 0, <pad> 1, </s> 2, <unk> 3, piece k of the file k + 1, <mask> last.
-    """
-
-    def __init__(self, path, length):
-        try:
-            self.pieces = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: damaged or no SentencePiece file; copy it again from {BEIT3_PLACE}") from error
-        self.length = length
-
-    def __len__(self):
-        return self.pieces.get_piece_size() + 2
-
-    def __call__(self, expressions):
-        tokens = torch.ones(len(expressions), self.length, dtype=torch.long)
-        for row, expression in zip(tokens, expressions, strict=True):
-            numbers = [piece + 1 if piece else 3 for piece in self.pieces.encode(expression)][:self.length - 2]
-            row[:len(numbers) + 2] = torch.tensor([0, *numbers, 2])
-        return tokens, tokens != 1
-
-
-def tokenizer(config):
-    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
-    source = find_weights(config, config.beit_words)
-    words = BEiT3Words(source, config.text_length)
-    if len(words) + UNUSED_WORDS != config.vocab_size:
-        raise ValueError(f"{source}: {len(words)} tokens, expected vocab_size - {UNUSED_WORDS} = "
-                         f"{config.vocab_size - UNUSED_WORDS}; take the file beit3.spm from {BEIT3_PLACE}")
-    return words
-
-
-def find_weights(config, name):
-    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
-    is_file, hub = name.endswith((".pth", ".spm")), config.pretrained == "hub"
-    if hub and not is_file:
-        return name
-    path = Path(config.weights_dir if hub else config.pretrained) / name.split("/")[-1]
-    if path.exists():
-        return str(path)
-    if is_file:
-        raise FileNotFoundError(f"{path}: no such file; download {name} from {BEIT3_PLACE} to there, "
-                                f"or name its folder with --set {'weights_dir' if hub else 'pretrained'}=DIR")
-    raise FileNotFoundError(f"{path}: no such folder; put the files of huggingface.co/{name} there, "
-                            "or say --set pretrained=hub")
-
-
-def from_hub(load, source, **options):
-    """`load(source)` of transformers, with an answer that helps if it fails."""
-    try:
-        return load(source, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        if Path(source).is_dir():
-            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
-                             f"({str(error).strip().splitlines()[0]})") from error
-        raise FileNotFoundError(
-            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
-            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
-
-
-def read_beit3(path):
-    """The tensors of a BEiT-3 file of Microsoft's under BEiT3's names, float32; its pretraining heads are left."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
-    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
-        raise ValueError(f'{path}: expected a dict with the tensors under "model"; download it from {BEIT3_PLACE}')
-    return {name.removeprefix("beit3."): value.float() for name, value in file["model"].items()
-            if name.startswith("beit3.")}
-
-
-def read_huggingface(kind, source, extra):
-    """Tensors of a published checkpoint in float32; names that begin with one of `extra` may be in it besides."""
-    _, info = loaded = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
-    unknown = [name for name in info["unexpected_keys"] if not name.startswith(extra)]
-    if info["missing_keys"] or unknown:
-        raise ValueError(f"{source}: not the weights of a {kind.__name__}: missing {sorted(info['missing_keys'])[:3]}, "
-                         f"unknown {sorted(unknown)[:3]}")
-    return {name: value for name, value in loaded[0].state_dict().items() if not name.startswith(extra)}
-
-
-def load_strictly(module, tensors, source, fields):
-    """All of `tensors` into `module` and nothing left over; `fields` are named if it does not fit."""
-    own = module.state_dict()
-    wrong = [*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))]
-    wrong += [name for name in own if not wrong and own[name].shape != tensors[name].shape]
-    if wrong:
-        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
-                         f"of another shape, the first {wrong[:2]}")
-    module.load_state_dict(tensors)
-    print(f"{source}: {len(tensors)} tensors loaded")
-
-
-# -------------------------------------------------------------------------------------------------------------- parts
-
-
-def resize(maps, size):
-    """(B,C,h,w) -> (B,C,*size), bilinear."""
-    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def to_pixels(images, size, mean, std, mode):
-    """images (N,3,S,S) uint8 -> (N,3,size,size) float, normalised; shrinks without aliasing."""
-    pixels = images.float()
-    if pixels.shape[-2:] != (size, size):
-        pixels = F.interpolate(pixels, (size, size), mode=mode, align_corners=False, antialias=True).clamp(0, 255)
-    return (pixels / 255 - mean) / std
-
-
-def run(function, *inputs, checkpointing):
-    """function(*inputs); with `checkpointing` its inner activations are computed anew in the backward pass."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return function(*inputs)
-
-
-def start_from_scratch(model):
-    """Start a model that no published weights will fill: with transformers' own, std 0.02, a small one hardly learns.
-
-    Convolutions keep biases: without them SAM 2's mask embedding, which normalises, would not see how high a mask is.
-    """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            layer.reset_parameters()
-
-
-class Attention(nn.Module):
-    """Multi-head attention: queries (B,Q,C), keys and values (B,K,C) -> (B,Q,C); mask (B,K), True = may be read."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
-        for layer in (self.to_q, self.to_k, self.to_v):                       # starts as nn.MultiheadAttention does
-            nn.init.xavier_uniform_(layer.weight, gain=2 ** -0.5)
-        for layer in (self.to_q, self.to_k, self.to_v, self.to_out):
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, queries, keys, values, mask=None):
-        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
-                   for tokens in (self.to_q(queries), self.to_k(keys), self.to_v(values)))
-        mask = None if mask is None else mask[:, None, None]                  # (B,1,1,K)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,Q,C/heads)
-        return self.to_out(rearrange(mixed, "b a n d -> b n (a d)"))
-
-
 # ------------------------------------------------------------------------------------------------ 3.2, union encoder
 # A stream is {"A": image tokens (B,1+N_p,D), "B": words (B,L,D)}, in this order; either may be absent. Names of modules
 # and parameters are those of Microsoft's file.
+
+
+class BEiT3FeedForward(nn.Module):
+    """(B,n,D) -> (B,n,D), with a norm in front of the last layer (sub-LN)."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.ffn_layernorm = nn.LayerNorm(hidden)
+
+    def forward(self, x):
+        return self.fc2(self.ffn_layernorm(functional.gelu(self.fc1(x))))
 
 
 def multiway(kind, *sizes):
@@ -395,24 +185,13 @@ class BEiT3Attention(nn.Module):
 
     def forward(self, stream, mask):
         """stream, mask (B,1,1,n) or None -> stream."""
-        q, k, v = (rearrange(torch.cat([layer[branch](x) for branch, x in stream.items()], 1), "b n (a d) -> b a n d",
-                             a=self.heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)       # (B,heads,n,D/heads)
+        q, k, v = (torch.cat([layer[branch](x) for branch, x in stream.items()], 1)     # [V_0; T_0] of Eq. (1)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))                # (B,n,D)
+        q, k, v = (rearrange(x, "b n (a d) -> b a n d", a=self.heads) for x in (q, k, v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)        # (B,heads,n,D/heads)
         parts = rearrange(mixed, "b a n d -> b n (a d)").split([x.shape[1] for x in stream.values()], 1)
         return {branch: self.out_proj[branch](self.inner_attn_ln[branch](part))
                 for branch, part in zip(stream, parts, strict=True)}
-
-
-class BEiT3FeedForward(nn.Module):
-    """(B,n,D) -> (B,n,D), with a norm in front of the last layer (sub-LN)."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.ffn_layernorm = nn.LayerNorm(hidden)
-
-    def forward(self, x):
-        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
 
 
 class BEiT3Layer(nn.Module):
@@ -431,16 +210,29 @@ class BEiT3Layer(nn.Module):
         return {branch: x + self.ffn[branch](self.final_layer_norm[branch](x)) for branch, x in stream.items()}
 
 
-class BEiT3(nn.Module):
-    """The union encoder: image alone, words alone or both (Wang et al., CVPR 2023). Stands by itself.
+def run(function, *inputs, checkpointing):
+    """function(*inputs); with `checkpointing` its inner activations are computed anew in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
 
+
+class BEiT3(nn.Module):
+    """3.2, the union encoder: image alone, words alone or both (Wang et al., CVPR 2023). Stands by itself.
+
+    size, patch: sides of the image, to which it is tied, and of a patch; width: D, a multiple of heads; layers, heads;
+    ffn: hidden width; positions: rows of the words' table, two more than words; vocab_size; checkpointing: less memory,
+    more time. forward: pixels (B,3,size,size), channels first; tokens (B,L); text_mask (B,L) bool, True = a real token.
     Its state dict is that of Microsoft's file without the prefix "beit3." and the pretraining heads.
+    Takes along: multiway, BEiT3Attention, BEiT3FeedForward, BEiT3Layer, run.
     """
 
     def __init__(self, *, size=224, patch=16, width=1024, layers=24, heads=16, ffn=4096, positions=1024,
                  vocab_size=64010, checkpointing=False):
         super().__init__()
-        self.checkpointing = checkpointing
+        if size % patch or width % heads:
+            raise ValueError(f"size={size}, width={width}: expected multiples of patch={patch}, heads={heads}")
+        self.size, self.checkpointing = size, checkpointing
         self.text_embed = nn.Embedding(vocab_size, width)
         self.vision_embed = nn.Module()
         self.vision_embed.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -460,20 +252,25 @@ class BEiT3(nn.Module):
         positions = {branch: table.weight[2:] for branch, table in self.encoder.embed_positions.items()}
         U_0 = {}
         if pixels is not None:
+            if pixels.shape[1:] != (3, self.size, self.size):
+                raise ValueError(f"pixels: expected (B,3,{self.size},{self.size}), got {tuple(pixels.shape)}")
             P_v = rearrange(self.vision_embed.proj(pixels), "b d h w -> b (h w) d")
             V_cls = self.vision_embed.cls_token.expand(len(pixels), -1, -1)           # (B,1,D)
             U_0["A"] = torch.cat((V_cls, P_v), 1) + positions["A"]                    # V_0 (B,1+N_p,D)
         if tokens is not None:
             T_0 = self.text_embed(tokens) + positions["B"][:tokens.shape[1]]          # (B,L,D)
-            U_0["B"] = T_0 if text_mask is None else T_0 * text_mask[..., None]
+            U_0["B"] = T_0 if text_mask is None else T_0 * text_mask[..., None]       # Departs: padding
         return U_0  # Eq. (1)
 
     def forward(self, pixels=None, tokens=None, text_mask=None):
         """-> image tokens (B,1+N_p,D), the class token first, and words (B,L,D); None for what was not given."""
+        if text_mask is not None and text_mask.dtype != torch.bool:
+            raise ValueError(f"text_mask: expected bool, True = a real token, got {text_mask.dtype}; "
+                             "say .bool() where 1 is a real token, == 0 where 1 is padding")
         stream = self.embed(pixels, tokens, text_mask)
         mask = None
         if text_mask is not None:
-            mask = text_mask if pixels is None else F.pad(text_mask, (stream["A"].shape[1], 0), value=True)
+            mask = text_mask if pixels is None else functional.pad(text_mask, (stream["A"].shape[1], 0), value=True)
             mask = mask[:, None, None]                                                # (B,1,1,1+N_p+L), or L alone
         for layer in self.encoder.layers:
             stream = run(layer, stream, mask, checkpointing=self.checkpointing)
@@ -484,15 +281,47 @@ class BEiT3(nn.Module):
 # ------------------------------------------------------------------------ 3.3, bidirectional hierarchical fusion module
 
 
-class BidirectionalHierarchicalFusion(nn.Module):
-    """The module's layer (BL) for one block of Hiera: image and words read each other in a reduced width.
+class Attention(nn.Module):
+    """Multi-head attention: queries (B,Q,C), keys and values (B,K,C) -> (B,Q,C); mask (B,K) bool, True = is read."""
 
-    structure "uni" leaves the words as they were, "linear" is an adapter that reads none.
+    def __init__(self, width, heads):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width={width}: expected a multiple of heads={heads}")
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        for layer in (self.to_q, self.to_k, self.to_v):                       # starts as nn.MultiheadAttention does
+            nn.init.xavier_uniform_(layer.weight, gain=2 ** -0.5)
+        for layer in (self.to_q, self.to_k, self.to_v, self.to_out):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, queries, keys, values, mask=None):
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask of words: expected bool, True = a real token, got {mask.dtype}; "
+                             "say .bool() where 1 is a real token, == 0 where 1 is padding")
+        q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
+                   for tokens in (self.to_q(queries), self.to_k(keys), self.to_v(values)))
+        allowed = None if mask is None else mask[:, None, None]               # (B,1,1,K)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)     # (B,heads,Q,C/heads)
+        return self.to_out(rearrange(mixed, "b a n d -> b n (a d)"))
+
+
+class BidirectionalHierarchicalFusion(nn.Module):
+    """3.3, BHFM's layer (BL) for one block of Hiera: image and words read each other in a reduced width.
+
+    width: d of the block, a multiple of reduction * heads; text_width: C; structure: "bi", "uni" (the words stay as
+    they were) or "linear" (an adapter, no words are read); alpha_text, alpha_image: of Eq. (3); official: the code's
+    forms. forward: F_in, F_i (M,h,w,d), channels last, any sides; T_i (M,L,C); text_mask (M,L) bool, True = a real
+    word, or None; norm, mlp: the block's own -> F_out (M,h,w,d), T_i+1 (M,L,C).
+    Takes along: Attention.
     """
 
     def __init__(self, width, text_width, *, reduction=4, heads=4, structure="bi", alpha_text=0.2, alpha_image=0.5,
                  official=False):
         super().__init__()
+        if structure not in ("bi", "uni", "linear") or width % reduction:
+            raise ValueError(f"structure={structure}, width={width}: expected bi, uni or linear, and a multiple of "
+                             f"reduction={reduction}")
         self.structure, self.official = structure, official
         self.alpha_text, self.alpha_image = alpha_text, alpha_image
         reduced = width // reduction
@@ -507,7 +336,7 @@ class BidirectionalHierarchicalFusion(nn.Module):
 
     def interact(self, F_i, T_i, text_mask):
         """F_i (M,h,w,d), T_i (M,L,C), text_mask (M,L) -> F2 (M,h,w,r), T2 (M,L,r) or None where words stay."""
-        F1 = F.gelu(self.down(F_i))                                           # (M,h,w,r)
+        F1 = functional.gelu(self.down(F_i))                                  # (M,h,w,r)
         if self.structure == "linear":
             return F1, None
         h = F1.shape[1]
@@ -515,17 +344,20 @@ class BidirectionalHierarchicalFusion(nn.Module):
         F2 = self.image_reads_text(F1, T1, T1, text_mask) + F1                # (M,h*w,r)
         T2 = None
         if self.structure == "bi":
-            image = F2 if self.official else F1
+            image = F2 if self.official else F1                               # Departs: (2)
             T2 = self.text_reads_image(T1, image, image) + T1  # Eq. (2)
         return rearrange(F2, "m (h w) r -> m h w r", h=h), T2
 
     def forward(self, F_in, F_i, T_i, text_mask, norm, mlp):
-        """F_in, F_i (M,h,w,d), T_i (M,L,C), the block's own norm and MLP -> F_out (M,h,w,d), T_i+1 (M,L,C)."""
+        if F_i.ndim != 4 or F_i.shape[-1] != self.down.in_features or F_in.shape != F_i.shape:
+            raise ValueError(f"F_in, F_i: expected (M,h,w,{self.down.in_features}), channels last, "
+                             f"got {tuple(F_in.shape)} and {tuple(F_i.shape)}")
         F2, T2 = self.interact(F_i, T_i, text_mask)
         T_next = T_i if T2 is None else (1 - self.alpha_text) * T_i + self.alpha_text * self.text_out(T2)
         F3 = F_in + self.up(F2) + F_i
         normed = norm(F3)
-        F_out = F3 + mlp(normed) + self.alpha_image * self.side(normed if self.official else F3)  # Eq. (3)
+        side = self.side(normed if self.official else F3)                     # Departs: (3)
+        F_out = F3 + mlp(normed) + self.alpha_image * side  # Eq. (3)
         return F_out, T_next
 
 
@@ -541,44 +373,90 @@ def attend(block, hidden):
 
 
 class TextGate(nn.Module):
-    """The module's part behind the encoder (BC): the feature reads the original words, times what it read."""
+    """3.3, BHFM behind the encoder (BC): the feature reads the words, times what it read.
+
+    width: C of feature and words, a multiple of heads. forward: F (M,C,h,w) and positions (1,C,h,w), channels first,
+    any sides; words (M,L,C); text_mask (M,L) bool, True = a real word, or None -> F_en (M,C,h,w).
+    Takes along: Attention.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
         self.attention = Attention(width, heads)
 
-    def forward(self, feature, positions, words, text_mask):
-        """feature (M,C,h,w), positions (1,C,h,w), words (M,L,C), text_mask (M,L) -> F_en (M,C,h,w)."""
-        queries = rearrange(feature + positions, "m c h w -> m (h w) c")      # (M,h*w,C)
+    def forward(self, F, positions, words, text_mask):
+        width = self.attention.to_q.in_features
+        if F.ndim != 4 or F.shape[1] != width or positions.shape[1:] != F.shape[1:]:
+            raise ValueError(f"F, positions: expected (M,{width},h,w) and (1,{width},h,w), "
+                             f"got {tuple(F.shape)} and {tuple(positions.shape)}")
+        queries = rearrange(F + positions, "m c h w -> m (h w) c")            # (M,h*w,C); Departs: (4)
         read = self.attention(queries, words, words, text_mask)               # (M,h*w,C)
-        read = rearrange(read, "m (h w) c -> m c h w", h=feature.shape[-2])   # (M,C,h,w)
-        return read * feature  # Eq. (4)
+        F_en = rearrange(read, "m (h w) c -> m c h w", h=F.shape[-2]) * F  # Eq. (4)
+        return F_en
 
 
 # ---------------------------------------------------------------------------------------- 3.4, mask prompt generator
 
 
 class MaskPromptGenerator(nn.Module):
-    """Class token and patches of the union encoder -> a pseudo-mask on the patches' grid."""
+    """3.4, MPG: class token and patches of the union encoder -> a pseudo-mask on the patches' grid.
 
-    def __init__(self, width, *, heads=8, layers=1, attention=True):
+    width: D, a multiple of heads; attention: False leaves V_cls as it is (Table 4's w/o MHCA). forward: V_cls (M,1,D);
+    V (M,h*w,D), row by row; grid: its sides (h, w) -> M_p (M,1,h,w) in [0,1].
+    Takes along: Attention.
+    """
+
+    def __init__(self, width, *, heads=8, attention=True):
         super().__init__()
         self.attention = Attention(width, heads) if attention else None
         self.linear = nn.Linear(width, width)
-        hidden = [layer for _ in range(layers - 1) for layer in (nn.Linear(width, width), nn.ReLU())]
-        self.mlp = nn.Sequential(*hidden, nn.Linear(width, 1))
+        self.mlp = nn.Sequential(nn.Linear(width, 1))                         # Departs: (5)
 
-    def forward(self, V_cls, V):
-        """V_cls (M,1,D), V (M,N_p,D), a square grid of sides h = w, row by row -> M_p (M,1,h,w) in [0,1]."""
+    def forward(self, V_cls, V, grid):
+        (h, w), width = grid, self.linear.in_features
+        if V.shape[1:] != (h * w, width) or V_cls.shape != (len(V), 1, width):
+            raise ValueError(f"V_cls, V: expected (M,1,{width}) and (M,{h}*{w},{width}), "
+                             f"got {tuple(V_cls.shape)} and {tuple(V.shape)}")
+        V_cls1 = V_cls
         if self.attention is not None:
-            V_cls = self.attention(V_cls, V, V) * V_cls                       # V'_cls (M,1,D)
-        V = rearrange(V, "m (h w) d -> m h w d", h=round(V.shape[1] ** 0.5))  # R(V), (M,h,w,D)
-        V = V * self.linear(V_cls)[:, None]                                   # V' (M,h,w,D)
-        M_p = self.mlp(V).sigmoid()  # Eq. (5)
+            V_cls1 = self.attention(V_cls, V, V) * V_cls                      # (M,1,D); Departs: (5)
+        R_V = rearrange(V, "m (h w) d -> m h w d", h=h)                       # (M,h,w,D)
+        V1 = R_V * self.linear(V_cls1)[:, None]                               # (M,h,w,D)
+        M_p = self.mlp(V1).sigmoid()  # Eq. (5)
         return rearrange(M_p, "m h w 1 -> m 1 h w")
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))       # mean, std
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                       # BEiT-3's
+
+
+def resize(maps, size):
+    """(B,C,h,w) -> (B,C,*size), bilinear."""
+    return functional.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def to_pixels(images, size, mean, std, mode):
+    """images (N,3,S,S) uint8 -> (N,3,size,size) float, normalised; shrinks without aliasing."""
+    pixels = images.float()
+    if pixels.shape[-2:] != (size, size):
+        pixels = functional.interpolate(pixels, (size, size), mode=mode, antialias=True).clamp(0, 255)
+    return (pixels / 255 - mean) / std
+
+
+def start_from_scratch(model):
+    """Start a model that no published weights will fill: with transformers' own, std 0.02, a small one hardly learns.
+
+    Convolutions keep biases: without them SAM 2's mask embedding, which normalises, would not see how high a mask is.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.reset_parameters()
 
 
 def sam2_config(c):
@@ -602,8 +480,6 @@ def sam2_config(c):
 class RS2SAM2(nn.Module):
     """Fig. 2: union encoder, image encoder with fusion layers, gate, mask prompt generator, mask decoder."""
 
-    MAPS = MAPS
-
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -623,30 +499,23 @@ class RS2SAM2(nn.Module):
         if c.gate:
             self.gate = TextGate(c.sam_width, c.gate_heads)
         if c.mpg:
-            self.prompt_generator = MaskPromptGenerator(c.beit_width, heads=c.mpg_heads, layers=c.mpg_layers,
-                                                        attention=c.mpg_attention)
+            self.prompt_generator = MaskPromptGenerator(c.beit_width, heads=c.mpg_heads, attention=c.mpg_attention)
         self.token_mlp = nn.Sequential(nn.Linear(c.beit_width, c.beit_width), nn.ReLU(),
                                        nn.Linear(c.beit_width, c.sam_width))
         if c.boundary_loss:
             self.text_weight = nn.Linear(c.sam_width, 1)
         if c.pretrained == "none":
             start_from_scratch(self)
-        if c.fusion != "none" and c.zero_init:
-            for last in (last for layer in self.fusion for last in (layer.up, layer.side[-1])):
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
 
     def load_pretrained(self):
         """Published weights into both towers, strictly -> {state-dict prefix: source}."""
         c = self.config
         if c.pretrained == "none":
             return {}
-        source = find_weights(c, c.beit_backbone)
-        load_strictly(self.beit3, read_beit3(source), source,
-                      "beit_size, beit_patch, beit_width, beit_layers, beit_ffn, beit_positions, vocab_size")
-        source = find_weights(c, c.sam_backbone)
-        load_strictly(self.sam, read_huggingface(Sam2Model, source, extra=()), source,
-                      "hiera_width, hiera_blocks, hiera_windows, hiera_background, sam_width, sam_mlp")
+        load_tower(self.beit3, find_weights(c, c.beit_backbone),
+                   "beit_size, beit_patch, beit_width, beit_layers, beit_ffn, beit_positions, vocab_size")
+        load_tower(self.sam, find_weights(c, c.sam_backbone),
+                   "hiera_width, hiera_blocks, hiera_windows, hiera_background, sam_width, sam_mlp")
         return {"beit3.": c.beit_backbone, "sam.": c.sam_backbone}
 
     def train(self, mode=True):
@@ -676,7 +545,7 @@ class RS2SAM2(nn.Module):
         # The neck's own forward also makes the positions of every level, which SAM 2 needs for its memory only.
         feature32, feature16, feature8, feature4 = (
             conv(stage) for conv, stage in zip(neck.convs, reversed(stages), strict=True))
-        return feature4, feature8, feature16 + F.interpolate(feature32, scale_factor=2.0, mode="nearest")
+        return feature4, feature8, feature16 + functional.interpolate(feature32, scale_factor=2.0, mode="nearest")
 
     def forward(self, images, tokens, text_mask, image_index=None):
         """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> dict.
@@ -686,35 +555,35 @@ class RS2SAM2(nn.Module):
         """
         c, decoder = self.config, self.sam.mask_decoder
         sam_pixels = to_pixels(images, c.image_size, *self.sam_statistics, "bilinear")
-        beit_pixels = to_pixels(images, c.beit_size, *self.beit_statistics,
+        beit_pixels = to_pixels(images, c.beit_size, *self.beit_statistics,             # Departs: BEiT-3, pixels
                                 "bilinear" if c.official_pixels else "bicubic")
         if image_index is not None:
             sam_pixels, beit_pixels = sam_pixels[image_index], beit_pixels[image_index]
 
         image_tokens, T = self.beit3(beit_pixels, tokens, text_mask)          # (M,1+N_p,D), (M,L,D)
         V_cls, V = image_tokens[:, :1], image_tokens[:, 1:]                   # (M,1,D), (M,N_p,D)
-        words = self.text_projection(T) if c.reads_text else None             # (M,L,C)
+        words = self.text_projection(T) if c.reads_text else None             # (M,L,C); Silent: T_i
 
-        feature4, feature8, feature = self.encode_image(sam_pixels, words, text_mask)
-        feature = feature + self.sam.no_memory_embedding.view(1, -1, 1, 1)    # (M,C,S/16,S/16)
+        feature4, feature8, feature16 = self.encode_image(sam_pixels, words, text_mask)
+        F = feature16 + self.sam.no_memory_embedding.view(1, -1, 1, 1)        # (M,C,S/16,S/16)
         positions = self.sam.get_image_wide_positional_embeddings()           # (1,C,S/16,S/16)
-        if c.gate:
-            feature = self.gate(feature, positions, words, text_mask)         # F_en (M,C,S/16,S/16)
+        F_en = self.gate(F, positions, words, text_mask) if c.gate else F     # (M,C,S/16,S/16)
 
-        outputs, M_p = {}, None
+        outputs, mask_prompt = {}, None
         if c.mpg:
-            outputs["pseudo_mask"] = M_p = self.prompt_generator(V_cls, V)    # (M,1,H_u/p,H_u/p)
-            M_p = resize(M_p, self.sam.prompt_encoder.mask_input_size)        # (M,1,S/4,S/4)
-        _, dense_prompt = self.sam.prompt_encoder(None, None, None, M_p)      # (M,C,S/16,S/16); without M_p (1,...)
+            M_p = self.prompt_generator(V_cls, V, c.grid)                     # (M,1,H_u/p,H_u/p)
+            outputs["pseudo_mask"] = M_p
+            mask_prompt = resize(M_p, self.sam.prompt_encoder.mask_input_size)          # (M,1,S/4,S/4); Departs: M_p
+        _, dense_prompt = self.sam.prompt_encoder(None, None, None, mask_prompt)        # (M,C,S/16,S/16), or (1,...)
         sparse_prompts = self.token_mlp(V_cls)                                # (M,1,C)
-        logits = decoder(image_embeddings=feature, image_positional_embeddings=positions,
-                         sparse_prompt_embeddings=sparse_prompts[:, None], dense_prompt_embeddings=dense_prompt,
-                         multimask_output=False,
-                         high_resolution_features=[decoder.conv_s0(feature4), decoder.conv_s1(feature8)])[0]
-        logits = logits[:, 0]                                                 # (M,1,S/4,S/4)
-        outputs["logits"] = 2 * logits - 1 if c.official_logits else logits
+        m = decoder(image_embeddings=F_en, image_positional_embeddings=positions,
+                    sparse_prompt_embeddings=sparse_prompts[:, None], dense_prompt_embeddings=dense_prompt,
+                    multimask_output=False,
+                    high_resolution_features=[decoder.conv_s0(feature4), decoder.conv_s1(feature8)])[0][:, 0]
+        outputs["logits"] = 2 * m - 1 if c.official_logits else m             # (M,1,S/4,S/4); Departs: logits
         if c.boundary_loss:
-            outputs["text_weight"] = self.text_weight(words[:, 0])[:, 0]      # (M,)
+            T_s = words[:, 0]                                                 # (M,C); Silent: (7)
+            outputs["text_weight"] = self.text_weight(T_s)[:, 0]              # (M,), Linear(T_s) of Eq. (7)
         return outputs
 
     def criterion(self, outputs, batch, progress):
@@ -728,8 +597,8 @@ class RS2SAM2(nn.Module):
         lam = {"ce": c.lambda_ce, "dice": c.lambda_dice, "tbl": c.lambda_tbl}
         return {name: lam[name] * loss.mean() for name, loss in losses.items()}  # Eq. (6)
 
-    def without_gradient(self):
-        """Modules and parameters that no loss reaches."""
+    def choose_what_learns(self):
+        """All but SAM 2's image encoder, where it is frozen, and what no loss reaches."""
         c, sam = self.config, self.sam
         silent = [self.beit3.vision_embed.mask_token,
                   sam.prompt_encoder.point_embed, sam.prompt_encoder.not_a_point_embed,
@@ -740,17 +609,17 @@ class RS2SAM2(nn.Module):
             silent += [self.fusion[-1].text_reads_image, self.fusion[-1].text_out]
         if not c.reads_text:
             last = self.beit3.encoder.layers[-1]
-            silent += [layer["B"] for layer in (
+            silent += [part["B"] for part in (
                 last.self_attn.q_proj, last.self_attn.inner_attn_ln, last.self_attn.out_proj, last.final_layer_norm,
                 last.ffn, self.beit3.encoder.layer_norm)]
-        return silent
+        self.requires_grad_(True)
+        for part in silent:
+            part.requires_grad_(False)
+        sam.vision_encoder.requires_grad_(not c.freeze)
 
     def param_groups(self, recipe):
-        """What learns, at two rates: the paper's modules, and all else but the frozen image encoder."""
-        self.requires_grad_(True)
-        for silent in self.without_gradient():
-            silent.requires_grad_(False)
-        self.sam.vision_encoder.requires_grad_(not self.config.freeze)
+        """What learns, at two rates: the paper's modules, and the rest."""
+        self.choose_what_learns()
         groups = {"lr": [], "lr_modules": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -773,3 +642,160 @@ class RS2SAM2(nn.Module):
             union = (pseudo | masks).sum((1, 2, 3))
             figures["pseudo_mask_iou"] = (pseudo & masks).sum((1, 2, 3)) / union.clamp(min=1)
         return figures
+
+
+RECIPE = {                                          # 4.2 where not marked; RRSIS-D's
+    "epochs": 40, "batch_size": 8, "micro_batch": 1, "lr": 1e-5, "lr_modules": 5e-5,
+    "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,
+    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16",                      # official code
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,      # likewise
+}
+RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
+RECIPE_TINY = {"epochs": 40, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
+               "warmup": 0.5, "clip": 1.0, "per_image": 4}
+ABLATIONS = {
+    "3": {row: {"boundary_loss": tbl, "mpg": mmp, "fusion": "bi" if dhf else "none", "gate": dhf}
+          for row, tbl, mmp, dhf in (
+              ("Baseline", False, False, False), ("L_tbl", True, False, False), ("L_tbl+MMP", True, True, False),
+              ("L_tbl+DHF", True, False, True), ("L_tbl+MMP+DHF", True, True, True))},
+    "4": {"MPG w/o MHCA": {"mpg_attention": False}, "MPG w MHCA": {"mpg_attention": True},
+          "Linear": {"fusion": "linear"}, "Uni": {"fusion": "uni"}, "Bi": {"fusion": "bi"},
+          "w/o BC": {"gate": False}, "w/o BL": {"fusion": "none"}, "w BC&BL": {"gate": True, "fusion": "bi"}},
+}
+RETIRED = {"mpg_layers": 1, "zero_init": False}     # fields of older runs, at the value that is built in now
+
+
+# --------------------------------------------------------------------------------------- tokenizer, published weights
+
+
+SPECIAL_TOKENS = {"begin": 0, "pad": 1, "end": 2, "unknown": 3}      # as BEiT-3's: <s> <pad> </s> <unk>
+UNUSED_WORDS = 8                                    # BEiT-3's table ends on rows that no piece has
+BEIT3_PLACE = "github.com/addf400/files/releases/tag/beit3"
+
+
+class BEiT3Words:
+    """BEiT-3's SentencePiece file in XLM-R's numbers: strings -> tokens, text_mask (M,L); case kept, cut to length."""
+
+    def __init__(self, path, length):
+        from sentencepiece import SentencePieceProcessor
+        try:
+            self.pieces, self.length = SentencePieceProcessor(model_file=path), length
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged or no SentencePiece file; copy it again from {BEIT3_PLACE}") from error
+
+    def __call__(self, expressions):
+        tokens = torch.ones(len(expressions), self.length, dtype=torch.long)
+        for row, expression in zip(tokens, expressions, strict=True):
+            numbers = [piece + 1 if piece else 3 for piece in self.pieces.encode(expression)][:self.length - 2]
+            row[:len(numbers) + 2] = torch.tensor([0, *numbers, 2])
+        return tokens, tokens != 1
+
+
+def tokenizer(config):
+    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
+    source = find_weights(config, config.beit_words)
+    words, expected = BEiT3Words(source, config.text_length), config.vocab_size - UNUSED_WORDS
+    if (found := words.pieces.get_piece_size() + 2) != expected:              # <pad> and <mask> are not in the file
+        raise ValueError(f"{source}: {found} tokens, expected vocab_size - {UNUSED_WORDS} = {expected}; take the file "
+                         f"beit3.spm from {BEIT3_PLACE}")
+    return words
+
+
+def find_weights(config, name):
+    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
+    hub, is_file = config.pretrained == "hub", name.endswith((".pth", ".spm"))
+    if hub and not is_file:
+        return name
+    path = Path(config.weights_dir if hub else config.pretrained) / name.split("/")[-1]
+    if path.exists():
+        return str(path)
+    raise FileNotFoundError(f"{path}: no such {'file' if is_file else 'folder'}; download {name} from "
+                            f"{BEIT3_PLACE if is_file else 'huggingface.co'} to there, or name its folder with "
+                            f"--set {'weights_dir' if hub else 'pretrained'}=DIR")
+
+
+def from_hub(load, source, **options):
+    """`load(source)` of transformers, with an answer that helps if it fails."""
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
+                             f"({str(error).strip().splitlines()[0]})") from error
+        raise FileNotFoundError(
+            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
+            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
+
+
+def read_beit3(path):
+    """A BEiT-3 file of Microsoft's: its tensors under BEiT3's names; the pretraining heads are left."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
+    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
+        raise ValueError(f'{path}: expected a dict with the tensors under "model"; download it from {BEIT3_PLACE}')
+    return {name.removeprefix("beit3."): value for name, value in file["model"].items() if name.startswith("beit3.")}
+
+
+def load_tower(tower, source, fields):
+    """All of a published tower's tensors into `tower`, float32; `fields` are named if one is missing or left over."""
+    if source.endswith(".pth"):
+        tensors = read_beit3(source)
+    else:
+        model, info = from_hub(type(tower).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+        tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
+        tensors = {name: value for name, value in tensors.items() if name not in info["missing_keys"]}
+    own = tower.state_dict()
+    wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    tower.load_state_dict(tensors)
+    print(f"{source}: {len(tensors)} tensors loaded")
+
+
+# Notes
+#
+# Departs (from the code: the switch in brackets gives its form)
+#   padding      is masked wherever words are read: a batch changes nothing (the code: batch 1, no padding)
+#   (2)          the code's T2 attends to F2 (official_fusion)
+#   (3)          the code's linear branch reads LN(F3) (official_fusion)
+#   (4)          the query is F + SAM 2's dense positions, as in the code; T is `words`, the one projection from D to C
+#   (5)          ends in a sigmoid, and "MLP layers" is one Linear, as in the code; V'_cls is multiplied by V_cls, as
+#                3.4's text and the code have it and the formula has not
+#   (6)          lambda_ce is 0.9 in the code; Dice of [22], V-Net's, with squares (dice_squared), in the code over both
+#                classes
+#   (7)          M_pre is the soft probability; the code cuts it at 0.5: no gradient reaches the logits, only the text
+#                weight learns (hard_boundary)
+#   M_p          is resized at once to 4 * S/16, the prompt encoder's input; by way of S x S it differs by <= 0.02
+#   BEiT-3       is shown the S x S image, shrunk without aliasing, not the original: the loader hands over one size
+#   pixels       BEiT-3 gets its own statistics, 0.5/0.5, bicubic; in the code ImageNet's, bilinear (official_pixels)
+#   logits       one logit m, cut at 0; in the code the pair (1-m, m), which is the logit 2m-1 (official_logits)
+#   batch        4.2's "unified batch size of 1" is read as 1 on each of its 8 cards
+#   rates        as 4.2; the code's script for RRSIS-D has those of RefSegRS and never lets them fall
+# Silent (choices are the code's unless marked "ours")
+#   BHFM         in all 48 blocks; r = d/4, 4 heads, each attention of (2) with its own weights, biases, exact GELU; no
+#                norm, positions or dropout; LN and MLP of (3) are the block's own, frozen
+#   T_i          C wide in every stage, with projections of each layer's own; the last layer's T is read by nobody
+#   (4), (5)     8 heads; F includes the no-memory embedding
+#   (7)          differences to the pixel above and on the left, 0 where there is none; T_s is the word <s> of `words`.
+#                Weight 0 is an optimum: `diagnose` reports |weight|; near 0 the loss does nothing
+#   M_p          has no loss of its own; its probabilities enter where SAM 2 expects logits
+#   token MLP    Linear, ReLU, Linear on V_cls; the one sparse token: the "sparse embeddings" have no length
+#   decoder      single mask, its token 0; IoU and object scores are not read
+#   (6), (7)     at S x S; cross-entropy weighted 0.9/1.1 as in [19]; Dice eps 1, all per expression (ours)
+#   learning     all but SAM 2's image encoder (backbone and neck) and what gets no gradient: heads for IoU, object and
+#                masks 1-3, BEiT-3's mask token, embeddings of absent prompts, the last layer's text update
+#   rates        the high one: fusion layers, gate, MPG; the two Linears on the text have the base rate
+#   training     weight decay 0.01 on everything, bf16, no warm-up, no clipping, no augmentation
+#   selection    best mIoU + oIoU on val; scored at S x S; an empty union counts 0
+#   text         BEiT-3's own pieces in XLM-R's numbering, case kept, at most 64 (ours; the code has no limit)
+#   init         PyTorch's defaults; without published weights start_from_scratch (ours)
+#   other data   the recipe of RRSIS-D (ours)
+#   Tables 3, 4  MMP = MPG; DHF = BHFMM = BHFM, its layers BL and its gate BC. Without MPG: SAM 2's no-mask embedding;
+#                w/o MHCA: V_cls for V'_cls; Linear: no words in (2), the rest of (3) as it is; Uni: T_i is Linear(T).
+#                Baseline: recipe and loss (6) less L_tbl (all ours; its numbers in the paper are EVF-SAM's)
+# Omits
+#   memory       SAM 2's, as the paper does; the tower is SAM 2.0's Hiera-L in the image model of transformers

@@ -470,6 +470,15 @@ def test_rs2sam2_boundary_gradient_of_two_is_the_mean_of_two_single_runs():
     assert to_logits is None and to_weight.abs().min() > 1e-3
 
 
+def test_rs2sam2_boundary_loss_refuses_what_it_would_read_wrongly():
+    logits, _, masks = example()
+    for weight in (torch.ones(3, 1), torch.ones(())):
+        with pytest.raises(ValueError, match=r"weight: expected \(3,\)"):
+            boundary_loss(logits, masks, weight)
+    with pytest.raises(ValueError, match="masks: expected bool"):
+        boundary_loss(logits, masks.byte() * 255, torch.ones(3))
+
+
 def test_rs2sam2_boundary_loss_computes_in_float32_under_autocast():
     """RS2-SAM 2 Eq. (7)."""
     logits, _, masks = example()

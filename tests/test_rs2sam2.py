@@ -1,8 +1,10 @@
 """RS2-SAM 2 against its paper: every equation by plain loops, BEiT-3 against its description, DESIGN's contract."""
 
 import dataclasses
+import inspect
 import math
 import pickle
+import re
 
 import pytest
 import sentencepiece
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 import data
+import models
 from losses import boundary_loss
 from models import rs2sam2
 from models.rs2sam2 import BEiT3, BidirectionalHierarchicalFusion, Config, MaskPromptGenerator, RS2SAM2, TextGate
@@ -302,9 +305,10 @@ def test_hand_run_hiera_with_closed_fusion_is_transformers_own(size):
     for feature, other, stride in zip(features, expected, (4, 8, 16), strict=True):
         assert feature.shape == (M, 16, size // stride, size // stride)
         torch.testing.assert_close(feature, other, rtol=0, atol=0)
-    shut, without = build(zero_init=True), build(fusion="none")
-    without.load_state_dict(shut.state_dict(), strict=False)
-    assert torch.equal(shut.encode_image(pixels, T, example()[2])[2], without.encode_image(pixels, None, None)[2])
+    without = build(image_size=size, hiera_windows=(8, 4, 6, 2), fusion="none")
+    without.load_state_dict(model.state_dict(), strict=False)
+    for feature, other in zip(features, without.encode_image(pixels, None, None), strict=True):
+        torch.testing.assert_close(feature, other, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -343,16 +347,16 @@ def test_eq04_the_feature_is_multiplied_by_what_it_read():
 @pytest.mark.parametrize("with_attention", [True, False], ids=["w MHCA", "w/o MHCA"])
 def test_eq05_pseudo_mask_of_class_token_and_patches(with_attention):
     torch.manual_seed(0)
-    generator = randomised(MaskPromptGenerator(6, heads=2, layers=1, attention=with_attention))
-    V_cls, V = torch.randn(M, 1, 6), torch.randn(M, 9, 6)
-    M_p = generator(V_cls, V)
-    assert M_p.shape == (M, 1, 3, 3)
+    generator = randomised(MaskPromptGenerator(6, heads=2, attention=with_attention))
+    V_cls, V = torch.randn(M, 1, 6), torch.randn(M, 6, 6)
+    M_p = generator(V_cls, V, (2, 3))
+    assert M_p.shape == (M, 1, 2, 3)
     for m in range(M):
         token = V_cls[m, 0]
         if with_attention:
             token = attention(generator.attention, [token], V[m], V[m])[0] * token
         token = linear(generator.linear, token)
-        for n in range(9):                                                    # R(V) lays the patches out row by row
+        for n in range(6):                                                    # R(V) lays the patches out row by row
             value = linear(generator.mlp[0], V[m, n] * token)
             torch.testing.assert_close(M_p[m, 0, n // 3, n % 3], 1 / (1 + torch.exp(-value[0])))
 
@@ -411,6 +415,86 @@ def test_diagnose_reports_the_text_weight_and_the_pseudo_mask():
     assert (model.diagnose(shifted, masks)["boundary"] > 1e-3).all()
 
 
+# --------------------------------------------------------------------------------------------------------- copying out
+
+
+IMPORTS = ("import torch\nfrom einops import rearrange\nfrom torch import nn\nfrom torch.nn import functional\n"
+           "from torch.utils.checkpoint import checkpoint\n\n\n")
+TAKEN = {BEiT3: ("multiway", "BEiT3Attention", "BEiT3FeedForward", "BEiT3Layer", "run"), TextGate: ("Attention",),
+         BidirectionalHierarchicalFusion: ("Attention",), MaskPromptGenerator: ("Attention",)}
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The four modules as an engineer copies them: their source and what they take along, in a file of its own."""
+    path = tmp_path_factory.mktemp("copied") / "mine.py"
+    names = dict.fromkeys(name for module in TAKEN for name in (*TAKEN[module], module.__name__))
+    path.write_text(IMPORTS + "\n\n".join(inspect.getsource(getattr(rs2sam2, name)) for name in names))
+    space = {}
+    exec(compile(path.read_text(), path, "exec"), space)
+    return [space[module.__name__] for module in TAKEN]
+
+
+@pytest.mark.parametrize("module", TAKEN)
+def test_docstring_names_arguments_and_what_is_taken_along(module):
+    text = inspect.getdoc(module)
+    assert tuple(re.search(r"Takes along: ([\w, ]+)\.", text).group(1).split(", ")) == TAKEN[module]
+    arguments = list(inspect.signature(module.__init__).parameters)[1:]
+    assert all(re.search(rf"\b{name}\b", text) for name in arguments), arguments
+
+
+@torch.no_grad()
+def test_copied_modules_run_on_maps_of_any_sides_and_with_bfloat16_weights(copied):
+    torch.manual_seed(0)
+    beit3 = copied[0](size=8, patch=4, width=8, layers=2, heads=2, ffn=12, positions=12, vocab_size=20)
+    gate, fusion, generator = copied[1](6, 2), copied[2](8, 6, reduction=2, heads=2), copied[3](8, heads=2)
+    F_in, F_i, T_i, text_mask = fusion_inputs()
+    pixels, feature, V = torch.randn(M, 3, 8, 8), torch.randn(M, 6, 3, 5), torch.randn(M, 6, 8)
+
+    def outputs(kind):
+        for module in (beit3, gate, fusion, generator):
+            module.to(kind)
+        norm = nn.LayerNorm(8).to(kind)
+        image, words = beit3(pixels.to(kind), torch.full((M, 5), 7), text_mask)
+        return (image, words[text_mask], *fusion(F_in.to(kind), F_i.to(kind), T_i.to(kind), text_mask, norm, norm),
+                gate(feature.to(kind), feature[:1].to(kind), T_i.to(kind), text_mask),
+                generator(image[:, :1], V.to(kind), (3, 2)))
+
+    full, half = outputs(torch.float32), outputs(torch.bfloat16)
+    assert [tuple(value.shape[1:]) for value in full[2:]] == [(2, 3, 8), (5, 6), (6, 3, 5), (1, 3, 2)]
+    for one, other in zip(full, half, strict=True):
+        assert other.dtype == torch.bfloat16 and (one - other.float()).abs().max() < 0.1 * one.abs().max()
+
+
+def test_copied_modules_refuse_what_they_would_read_wrongly(copied):
+    beit3 = copied[0](size=8, patch=4, width=8, layers=1, heads=2, ffn=12, positions=12, vocab_size=20)
+    gate, fusion, generator = copied[1](6, 2), copied[2](8, 6, reduction=2, heads=2), copied[3](8, heads=2)
+    F_in, F_i, T_i, text_mask = fusion_inputs()
+    feature, tokens, norm = torch.randn(M, 6, 3, 5), torch.full((M, 5), 7), nn.LayerNorm(8)
+    for numbers in (text_mask.long(), text_mask.float()):
+        for call in (lambda m=numbers: beit3(None, tokens, m), lambda m=numbers: gate(feature, feature, T_i, m),
+                     lambda m=numbers: fusion(F_in, F_i, T_i, m, norm, norm)):
+            with pytest.raises(ValueError, match="mask.*: expected bool, True = a real token, got torch"):
+                call()
+    for call, message in (
+            (lambda: beit3(torch.randn(M, 3, 4, 16)), r"expected \(B,3,8,8\), got \(3, 3, 4, 16\)"),
+            (lambda: beit3(torch.randn(M, 8, 8, 3)), r"expected \(B,3,8,8\), got \(3, 8, 8, 3\)"),
+            (lambda: gate(feature.movedim(1, -1), feature, T_i, text_mask), r"\(M,6,h,w\) .*got \(3, 3, 5, 6\)"),
+            (lambda: fusion(*(x.movedim(-1, 1) for x in (F_in, F_i)), T_i, text_mask, norm, norm),
+             r"\(M,h,w,8\), channels last, got \(3, 8, 2, 3\)"),
+            (lambda: generator(torch.randn(M, 1, 8), torch.randn(M, 36, 8), (6, 7)), r"\(M,6\*7,8\), got .*36"),
+            (lambda: generator(torch.randn(M, 8), torch.randn(M, 6, 8), (2, 3)), r"\(M,1,8\) .*got \(3, 8\)"),
+            (lambda: copied[2](8, 6, structure="Bi"), "structure=Bi.*: expected bi, uni or linear"),
+            (lambda: copied[2](8, 6, reduction=3), "width=8: .*a multiple of reduction=3"),
+            (lambda: copied[2](8, 6, reduction=2, heads=3), "width=4: expected a multiple of heads=3"),
+            (lambda: copied[1](6, 4), "width=6: expected a multiple of heads=4"),
+            (lambda: copied[3](8, heads=3), "width=8: expected a multiple of heads=3"),
+            (lambda: copied[0](size=9, patch=4), "size=9.*expected multiples of patch=4"),
+            (lambda: copied[0](width=9, heads=2), "width=9: expected multiples of .*heads=2")):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
@@ -430,7 +514,7 @@ def test_decoder_gets_gated_feature_one_token_and_the_embedded_pseudo_mask():
     torch.testing.assert_close(got["image_embeddings"], model.gate(feature16, positions, words, text_mask))
     torch.testing.assert_close(got["image_positional_embeddings"], positions)
     torch.testing.assert_close(got["sparse_prompt_embeddings"], model.token_mlp(V[:, 0])[:, None, None])
-    M_p = model.prompt_generator(V[:, :1], V[:, 1:])
+    M_p = model.prompt_generator(V[:, :1], V[:, 1:], (4, 4))
     torch.testing.assert_close(outputs["pseudo_mask"], M_p)
     up = F.interpolate(M_p, (16, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(got["dense_prompt_embeddings"], model.sam.prompt_encoder.mask_embed(up))
@@ -452,7 +536,7 @@ def test_outputs_have_the_documented_shapes_and_training_mode_changes_nothing():
     outputs = model(images, tokens, text_mask)
     assert {name: tuple(value.shape) for name, value in outputs.items()} == {
         "logits": (M, 1, 16, 16), "pseudo_mask": (M, 1, 4, 4), "text_weight": (M,)}
-    assert all(name in outputs for name in model.MAPS)
+    assert all(name in outputs for name in rs2sam2.MAPS)
     assert outputs["pseudo_mask"].min() >= 0 and outputs["pseudo_mask"].max() <= 1
     for name, value in model.train()(images, tokens, text_mask).items():
         torch.testing.assert_close(value, outputs[name], rtol=0, atol=0)
@@ -495,7 +579,7 @@ def test_switches_for_released_weights():
     imagenet = build(official_pixels=True)
     torch.testing.assert_close(imagenet.beit_statistics, plain.sam_statistics)
     assert not any(getattr(Config(), name) for name in (
-        "official_fusion", "official_logits", "official_pixels", "hard_boundary", "zero_init"))
+        "official_fusion", "official_logits", "official_pixels", "hard_boundary"))
 
 
 @torch.no_grad()
@@ -548,7 +632,7 @@ def cancels(name):
 
 ALL_LOUD = {"lambda_ce": 10.0, "lambda_dice": 10.0, "lambda_tbl": 10.0}    # gradients ten times above the threshold
 VARIANTS = [{}, {"fusion": "uni"}, {"fusion": "linear"}, {"fusion": "none"}, {"gate": False}, {"mpg": False},
-            {"mpg_attention": False}, {"mpg_layers": 2}, {"official_fusion": True},
+            {"mpg_attention": False}, {"official_fusion": True},
             {"fusion": "none", "gate": False, "mpg": False, "boundary_loss": False}]
 
 
@@ -694,7 +778,6 @@ def folder_config(folder, words_file, **changes):
 def test_pretrained_tokenizer_numbers_pieces_as_the_embedding_expects(tmp_path, words_file):
     config, pieces = folder_config(tmp_path, words_file)
     tokenize = pickle.loads(pickle.dumps(rs2sam2.tokenizer(config)))
-    assert len(tokenize) == pieces + 2
     raw = sentencepiece.SentencePieceProcessor(model_file=str(words_file))
     tokens, text_mask = tokenize(["red", "the Ship 漢 on the left side of the harbour"])
     assert tokens.shape == text_mask.shape == (2, 8) and tokens.dtype == torch.int64 and text_mask.dtype == torch.bool
@@ -776,9 +859,9 @@ def test_missing_weights_are_named_with_their_place(tmp_path, pretrained):
         rs2sam2.tokenizer(config)
     if pretrained == "hub":
         with pytest.raises(FileNotFoundError, match="facebook/sam2-hiera-large: not reached.*HF_ENDPOINT.*=DIR"):
-            rs2sam2.read_huggingface(rs2sam2.Sam2Model, config.sam_backbone, extra=())
+            rs2sam2.load_tower(build().sam, config.sam_backbone, "")
     else:
-        with pytest.raises(FileNotFoundError, match="sam2-hiera-large: no such folder"):
+        with pytest.raises(FileNotFoundError, match="sam2-hiera-large: no such folder; download facebook/"):
             rs2sam2.find_weights(config, config.sam_backbone)
 
 
@@ -817,6 +900,14 @@ def test_small_towers_start_able_to_tell_words_and_mask_prompts_apart():
     small, large = (which.sam.vision_encoder.neck.convs[0].weight.std() for which in (published, model))
     assert small < 0.03 < large
     assert published.token_mlp[0].bias.any() and not model.token_mlp[0].bias.any()
+
+
+def test_settings_of_older_runs_load():
+    values = dataclasses.asdict(Config())
+    assert models.config_from("rs2sam2", {**values, "mpg_layers": 1, "zero_init": False}) == Config()
+    for field, value in (("mpg_layers", 2), ("zero_init", True)):
+        with pytest.raises(ValueError, match=field):
+            models.config_from("rs2sam2", {**values, "mpg_layers": 1, "zero_init": False, field: value})
 
 
 def test_tiny_builds_small():

@@ -48,6 +48,7 @@ from losses import binary_cross_entropy, dice_loss, uncertainty_loss
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, as both ConvNeXt sources expect
 MAPS = ("uncertainty", "refine_mask", "coarse")
+AT_ONCE = 2 ** 26                                   # numbers, C x S x S an expression: more leave a processor's caches
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class Attention(nn.Module):
                              "say .bool() where 1 is a real token, == 0 where 1 is padding")
         q, k, v = (rearrange(tokens, "b n (a d) -> b a n d", a=self.heads)
                    for tokens in (self.to_q(queries), self.to_k(keys), self.to_v(values)))
-        mask = None if mask is None else mask[:, None, None]                  # (B,1,1,K)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)                  # (B,heads,Q,C/heads)
+        mixed = functional.scaled_dot_product_attention(                      # (B,heads,Q,C/heads)
+            q, k, v, attn_mask=None if mask is None else mask[:, None, None])
         return self.to_out(rearrange(mixed, "b a n d -> b n (a d)"))
 
 
@@ -220,8 +221,7 @@ class DeformableAttention(nn.Module):
                 where = torch.stack((centre_x + x * (2 / w), centre_y + y * (2 / h)), -1)         # (B*heads,points,n,2)
                 sampled = functional.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False)
                 mixed = mixed + (sampled * weight).sum(2)                     # (B*heads,C/heads,n)
-        mixed = rearrange(mixed, "(b a) d n -> b n (a d)", a=self.heads)
-        return self.to_out(mixed.to(self.to_out.weight.dtype))
+        return self.to_out(rearrange(mixed, "(b a) d n -> b n (a d)", a=self.heads).to(self.to_out.weight.dtype))
 
 
 class EncoderLayer(nn.Module):
@@ -273,7 +273,7 @@ class MaskDecoder(nn.Module):
         self.read_image = nn.ModuleList(Attention(width, heads) for _ in range(levels))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(levels))
         self.embed = feed_forward(width, width)
-        self.bias = nn.Parameter(torch.tensor(math.log(prior / (1 - prior))))                       # Silent: b
+        self.bias = nn.Parameter(torch.tensor(math.log(prior / (1 - prior))))                       # Silent: start
 
     def forward(self, feature4, features, positions, T):
         """feature4 (B,C,S/4,S/4); features, positions from the encoder; T (B,L,C) -> F (B,C,S/4,S/4), (B,1,S/4,S/4)."""
@@ -399,11 +399,9 @@ class UncertaintyDrivenLocalRefinement(nn.Module):
         if F.ndim != 4 or F.shape[1] != self.width or P_fg.ndim != 4 or P_fg.shape[1] != 1:
             raise ValueError(f"F, P_fg: expected (B,{self.width},h,w) and (B,1,H,W), "
                              f"got {tuple(F.shape)} and {tuple(P_fg.shape)}")
-        size, t = P_fg.shape[-2:], self.temperature
+        size, t, blur = P_fg.shape[-2:], self.temperature, self.blur
         U_p = resize(uncertainty, size).sigmoid()                             # (B,1,H,W)
-        blurred = U_p
-        if self.blur:
-            blurred = functional.avg_pool2d(U_p, self.blur, 1, self.blur // 2, count_include_pad=False)
+        blurred = functional.avg_pool2d(U_p, blur, 1, blur // 2, count_include_pad=False) if blur else U_p
         M = torch.sigmoid((blurred - self.tau) / t)  # Eq. (13)
         M = M.detach()  # Eq. (14)
         # The first layer takes F and [P_fg, U_p] one after the other: F never stands at full resolution.
@@ -465,9 +463,8 @@ class CroBIMU(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.config.freeze:
-            self.convnext.eval()
-            self.bert.eval()
+        for tower in (self.convnext, self.bert):
+            tower.train(mode and not self.config.freeze)
         return self
 
     def encode_images(self, images):
@@ -494,12 +491,22 @@ class CroBIMU(nn.Module):
         logits: above 0 is the mask. coarse, uncertainty, refine_mask: maps in [0,1]. coarse_logits, uncertainty_logits:
         for the criterion. What is switched off is absent.
         """
-        c, size = self.config, tuple(images.shape[-2:])
+        size = tuple(images.shape[-2:])
         features = self.encode_images(images)                                 # four of (N,C,S/s,S/s)
-        if image_index is not None:
-            features = [feature[image_index] for feature in features]         # four of (B,C,S/s,S/s)
-        feature4, *features = features
         T = self.encode_text(tokens, text_mask)                               # (B,L,C)
+        at_once = len(T)
+        if T.device.type == "cpu" and not torch.is_grad_enabled():
+            at_once = max(1, AT_ONCE // (T.shape[-1] * size[0] * size[1]))
+        parts = []
+        for first in range(0, len(T), at_once):
+            some = slice(first, first + at_once)
+            rows = some if image_index is None else image_index[some]
+            parts.append(self.decode([feature[rows] for feature in features], T[some], text_mask[some], size))
+        return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def decode(self, features, T, text_mask, size):
+        """features, four of (B,C,S/s,S/s); T (B,L,C); text_mask (B,L) -> what `forward` gives."""
+        c, (feature4, *features) = self.config, features
         if c.rus:
             U = self.scorer(features[-1], T, text_mask).float()               # (B,1,S/32,S/32), Silent: (6)
         if c.ugf:
@@ -519,10 +526,9 @@ class CroBIMU(nn.Module):
         """L_seg of logits and masks (B,1,S,S)."""
         c = self.config
         ce = binary_cross_entropy(logits, masks, *c.class_weights).mean()     # Silent: L_seg
+        dice = dice_loss(logits, masks).mean()
         if c.dice_sum:
             dice = c.dice_sum * (dice_loss(logits, masks, eps=1e-6) + dice_loss(-logits, ~masks, eps=1e-6)).mean()
-        else:
-            dice = dice_loss(logits, masks).mean()
         return c.seg_weights[0] * ce + c.seg_weights[1] * dice
 
     def criterion(self, outputs, batch, progress):
@@ -680,7 +686,6 @@ META_TO_HUGGINGFACE = (
     (r"^stages\.(\d)\.(\d+)\.", r"encoder.stages.\1.layers.\2."), (r"\.norm\.", ".layernorm."),
     (r"\.gamma$", ".layer_scale_parameter"),
 )
-SPARK = "sparse_encoder.sp_cnn."                    # SMLFR's full file holds its decoder and settings beside the tower
 
 
 def read_meta_convnext(path):
@@ -693,14 +698,14 @@ def read_meta_convnext(path):
     if not isinstance(file, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
     file = next((file[key] for key in ("module", "state_dict", "model") if isinstance(file.get(key), dict)), file)
-    tower = {name.split(SPARK)[1]: tensor for name, tensor in file.items() if SPARK in name} or file
+    # SMLFR's full file holds its decoder and settings beside the tower.
+    tower = {name.split(".sp_cnn.")[1]: tensor for name, tensor in file.items() if ".sp_cnn." in name} or file
     for pattern, replacement in META_TO_HUGGINGFACE:
         tower = {re.sub(pattern, replacement, name): tensor for name, tensor in tower.items()}
     return tower
 
 
 # Notes
-#
 # Departs
 #     channels     256..2048 in III-B are not ConvNeXt-B's, which has 128..1024
 #     (1)          one Phi takes the tokens of all three levels at once; printed, each Phi^(s) takes its own level's
@@ -720,14 +725,12 @@ def read_meta_convnext(path):
 #                  decoder, with one query
 #     positions    sines and a level embedding join Phi's queries and the decoder's keys
 #     start        Xavier and zero biases for attention and feed-forward layers, after Mask2Former; PyTorch's own start
-#                  lets the words in weakly. No key biases in any attention: they cancel
-#     b            starts at logit(0.05), so that the first predictions are mostly background
-#     resizing     bilinear, align_corners=False
+#                  lets the words in weakly. No key biases in any attention: they cancel. b at logit(0.05): the first
+#                  predictions are mostly background
 #     (3)          Fig. 2's "raw broadcasting" of the words stands neither in III-C nor in (3): left out. MLP 2C-C-1
 #                  with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
-#     (5)          z = e; with error_blur the 3x3 mean, and (8) still counts e
 #     (6)          V and T enter RUS undetached, so L_unc also trains projections and towers
-#     (7) (8)      an empty union is not a hard sample; epsilon 1, the counts are integers
+#     (5) (7) (8)  z = e, with error_blur its 3x3 mean, (8) counting e; an empty union is not hard; epsilon 1, of pixels
 #     clamp        ours, off: as printed, (8) lets a lone wrong pixel weigh half the image, and U_p of a place that errs
 #                  as often as its image be 0.5 however rare errors are, as tau = 0.5 asks. clamp=100 ends both: where
 #                  1 %, 0.5 %, 0.2 %, 0.1 % are wrong, that U_p is 0.50, 0.33, 0.17, 0.09 and M 0.50, 0.16, 0.03, 0.02:
@@ -746,9 +749,9 @@ def read_meta_convnext(path):
 #                  mask, it sees P_ref: seg_on_refined=True, and L_ref is optional. lambda_unc 0.1, lambda_ref 1
 #     text         20 tokens, [CLS] and [SEP] among them and kept where a sentence is cut (LAVT's code cuts [SEP] away),
 #                  lower case, padded to 20
-#     training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars, all of BERT learns
-#     freeze       the paper names no frozen part: both towers learn; freeze=True keeps them as they were loaded
-#     scoring      at S x S, an empty union counts 0, the best epoch by validation mIoU
+#     training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars. The paper names no frozen part:
+#                  both towers learn, all of BERT; freeze=True keeps them as they were loaded
+#     resizing     bilinear, align_corners=False; scoring at S x S, an empty union 0, best epoch by validation mIoU
 #     Table V      the rows are independent switches (V-B, V-C; "progressively" in V). Ours: "RUS only", L_unc as a mere
 #                  second task; "... L_seg twice" beside +UDLR and Full, where L_ref trains P_fg a second time
 # Omits

@@ -626,6 +626,24 @@ def test_expressions_of_one_image_equal_the_image_repeated():
         torch.testing.assert_close(shared[name], output, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("image_index", [(0, 1, 1, 0, 1), None])
+def test_expressions_in_turn_are_expressions_together(monkeypatch, image_index):
+    """On a processor, without gradients, as many expressions are decoded at a time as its caches hold."""
+    model, data = build(OPEN), batch(images=5, image_index=(0, 1, 1, 0, 1))
+    data["image_index"] = image_index and data["image_index"]
+    counts = []
+    model.decoder.register_forward_hook(lambda module, inputs, output: counts.append(len(output[1])))
+    plain = run(model, data)
+    for room, expected in ((1, [1] * 5), (2 * 16 * 64 * 64, [2, 2, 1]), (2 ** 26, [5])):
+        monkeypatch.setattr(crobim_u, "AT_ONCE", room)
+        counts.clear()
+        with torch.no_grad():
+            outputs = run(model, data)
+        assert counts == expected and list(outputs) == list(plain)
+        for name, output in outputs.items():
+            torch.testing.assert_close(output, plain[name], rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_autocast_gives_float32_outputs():
     model, data = build(OPEN), batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -634,7 +634,21 @@ def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
 
 
 def _drawn(sample: Sample) -> tuple[np.ndarray, list[np.ndarray]]:
-    return render(scene(sample.image, size=sample.size[0]))
+    return _rendered(sample.image, sample.size[0])
+
+
+@functools.lru_cache(maxsize=32)
+def _rendered(number: int, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    return render(scene(number, size=size))
+
+
+def distractors(sample: Sample, size: tuple[int, int]) -> np.ndarray:
+    """(K, H, W) bool of `size`: the other objects of the sample's category in its synthetic scene."""
+    things = scene(sample.image, size=sample.size[0]).things
+    masks = [Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
+             for number, (thing, mask) in enumerate(zip(things, _drawn(sample)[1], strict=True))
+             if thing.category == sample.category and number != sample.mask]
+    return np.array(masks, bool).reshape(-1, *size)
 
 
 def load(samples: list[Sample]) -> tuple[Image.Image, list[np.ndarray]]:

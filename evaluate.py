@@ -1,7 +1,9 @@
-"""Score a checkpoint on a dataset's splits, or segment your own image.
+"""Score a checkpoint, or masks that another program wrote, on a dataset's splits; or segment your own images.
 
     python evaluate.py --checkpoint runs/crobim_u-rrsisd --dataset rrsisd --split val,test
     python evaluate.py --checkpoint runs/crobim_u-rrsisd --image photo.jpg --text "the ship at the pier" --output out
+    python evaluate.py --model rs2sam2 --checkpoint authors.pth --dataset rrsisd       (or --image; their weights)
+    python evaluate.py --predictions DIR --dataset rrsisd --split test                 (one PNG per sample id)
 
 In a notebook: model = models.load("runs/..."); result = evaluate.predict(model, image, ["the ship ...", "..."]).
 Scoring runs on one process or on several (torchrun), with the same numbers exactly.
@@ -12,18 +14,21 @@ import contextlib
 import dataclasses
 import dis
 import functools
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -34,6 +39,10 @@ import models
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 GEOREFERENCE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)    # scale, tie points, transformation, GeoKeys
+SCREEN = 2048                                                     # longer side of an overlay at most
+SUFFIXES = (".bmp", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+ROWS = ("first", "worst", "best", *metrics.FAILURES)              # what --rows takes beside ids
+NOT_FINITE = "the model's output is not finite: a weight is not, or half precision overflows (--precision fp32)"
 
 
 # ------------------------------------------------------------------------------------------------------- processes
@@ -132,9 +141,18 @@ def is_users(error):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Wrong input ends the program with one line, Ctrl-C and a closed standard output (`| head`) without any."""
+    """Wrong input ends the program with one line, Ctrl-C with a word, a closed output (`| head`) in silence."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")       # where a terminal cannot show a sentence
     try:
         yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what is flushed at the exit
+        sys.exit(1)
     except USER_ERRORS as error:
         if not is_users(error):
             raise
@@ -149,22 +167,27 @@ def one_line_errors():
 
 
 def shuffled(samples, seed=0):
-    """Each image's samples with the sentences of another image, the images in one random cycle.
+    """The samples with sentences of another picture: the next one, in one random cycle, that says what this one does
+    not, case and stops aside. Left out are the samples of a picture that holds all sentences there are.
 
     A model that scores well on this control finds the object without reading the sentence.
     """
-    by_image = {}
-    for number, sample in enumerate(samples):
-        by_image.setdefault(sample.picture, []).append(number)
-    if len(by_image) < 2:
-        raise ValueError("--control shuffled needs at least two images in the split")
-    cycle = [list(by_image)[k] for k in np.random.default_rng(seed).permutation(len(by_image))]
-    result = list(samples)
-    for here, there in zip(cycle, cycle[1:] + cycle[:1], strict=True):
-        for k, number in enumerate(by_image[here]):
-            sentence = samples[by_image[there][k % len(by_image[there])]].expression
-            result[number] = dataclasses.replace(samples[number], expression=sentence)
-    return result
+    groups = data.by_picture(samples, range(len(samples)))
+    cycle = [groups[k] for k in np.random.default_rng(seed).permutation(len(groups))]
+    said = [tuple(word for word in data.words(sample.expression) if word.isalnum()) for sample in samples]
+    every, result = set(said), {}
+    for place, numbers in enumerate(cycle):
+        own = {said[number] for number in numbers}
+        for there in (cycle[place + 1:] + cycle[:place] if own < every else []):
+            if others := [number for number in there if said[number] not in own]:
+                for k, number in enumerate(numbers):
+                    sentence = samples[others[k % len(others)]].expression
+                    result[number] = dataclasses.replace(samples[number], expression=sentence, kind=None)
+                break
+    if not result:
+        raise ValueError("--control shuffled: each picture of the split holds all sentences that there are; the "
+                         "control takes at least two images, one with a sentence that the other lacks")
+    return [result[number] for number in sorted(result)]
 
 
 def packed(images, micro_batch):
@@ -183,19 +206,37 @@ def upsampled(logits, size):
 
 
 def counts(outputs, batch, save_masks=None):
-    """Intersection and union per expression, (M,) int64 each: at the square, or at every mask's own size."""
-    pairs = []
-    for i, truth in enumerate(batch.get("original_masks", batch["masks"])):
-        prediction = upsampled(outputs["logits"][i:i + 1], truth.shape)[0] > 0                         # (1,H,W)
-        pairs.append(metrics.intersection_union(prediction, truth[None].to(prediction.device)))
+    """{name: (M,)} of `count`, at the square or at every mask's own size."""
+    rows = []
+    truths = batch.get("original_masks", batch["masks"])
+    for i, (sample, truth) in enumerate(zip(batch["samples"], truths, strict=True)):
+        prediction = upsampled(outputs["logits"][i:i + 1], truth.shape)[0, 0] > 0
+        rows.append(count(sample, prediction, truth.to(prediction.device)))
         if save_masks:
-            write_mask(prediction[0].cpu().numpy(), save_masks / f"{batch['samples'][i].id}.png")
-    intersection, union = zip(*pairs, strict=True)
-    return torch.cat(intersection), torch.cat(union)
+            write_mask(prediction.cpu().numpy(), save_masks / f"{sample.id}.png")
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def count(sample, prediction, truth):
+    """Pixels of two masks (H,W) bool: intersection, union, truth; of a synthetic scene also on_distractor: 1 if the
+    prediction covers more of another object of the category than of its own, NaN where there is none."""
+    intersection, union = metrics.intersection_union(prediction[None], truth[None])
+    row = {"intersection": intersection[0], "union": union[0], "truth": truth.sum()}
+    if isinstance(sample.image, int):
+        others = torch.from_numpy(data.distractors(sample, truth.shape)).to(truth.device)               # (K,H,W)
+        covered = (prediction & others).sum((1, 2))                                                     # (K,)
+        row["on_distractor"] = (covered > intersection).any().float() if len(others) else covered.sum() * torch.nan
+    return row
 
 
 def write_mask(mask, path, **options):
     Image.fromarray(mask.astype(np.uint8) * 255).save(path, **options)
+
+
+def unfinished(model, outputs):
+    """(M,) bool: where what is scored or drawn, the logits or a map, is not finite."""
+    shown = [outputs[name].flatten(1) for name in ("logits", *models.maps(model)) if name in outputs]
+    return ~torch.stack([torch.isfinite(values).all(1) for values in shown]).all(0)
 
 
 @torch.no_grad()
@@ -203,7 +244,7 @@ def evaluate(model, samples, processes, *, tokenizer, protocol, empty="zero", pr
              workers=1, save_masks=None, label="evaluate"):
     """Run `model` over all samples, shared out over the processes -> the lines of per_sample.jsonl, each sample once.
 
-    save_masks: a folder for one PNG (0/255) per sample.
+    save_masks: a folder for one PNG (0/255) per sample. Raises ValueError if an output is not finite.
     """
     dataset = data.ReferringDataset(samples, model.config.image_size, tokenizer, original=protocol == "original")
     mine = packed(dataset.images[processes.rank::processes.world], micro_batch)
@@ -214,57 +255,98 @@ def evaluate(model, samples, processes, *, tokenizer, protocol, empty="zero", pr
                              strict=True):
         outputs, batch = forward(model, batch, processes.device, precision)
         diagnostics = model.diagnose(outputs, batch["masks"]) if hasattr(model, "diagnose") else {}
-        numbers = torch.tensor([number for image in images for number in image])
-        scores.add(numbers, *counts(outputs, batch, save_masks), **diagnostics)
+        scores.add(torch.tensor([number for image in images for number in image]), **diagnostics,
+                   **counts(outputs, batch, save_masks), unfinished=unfinished(model, outputs))
     model.train(training)
-    return metrics.records(samples, scores.merged(expected=len(samples)), empty)
+    merged = scores.merged(expected=len(samples))
+    if (bad := np.flatnonzero(merged.pop("unfinished"))).size:
+        raise ValueError(f"sample {samples[bad[0]].id}, {len(bad)} of {len(samples)} samples: {NOT_FINITE}")
+    return metrics.records(samples, merged, empty)
 
 
 def score_split(model, processes, *, dataset, data_root, split, recipe, output, tokenizer, precision, micro_batch=32,
-                workers=1, categories="all", limit=0, small=False, control=False, save_masks=False, checkpoint="",
-                prefix=(), changes=()):
-    """Score one split, print its table and write metrics.json, per_sample.jsonl and sheet.png -> the summary.
+                workers=1, categories="all", limit=0, small=False, refs=None, control=False, save_masks=False, rows="",
+                checkpoint="", prefix=(), changes=()):
+    """Score one split; write metrics.json, per_sample.jsonl and sheet.png, print the table -> the summary.
 
-    control: every image carries another image's sentences, see `shuffled`. changes: `field=value`, what differs from
-    the run's own settings. The folder is named by the prefix, the split, the categories, the control and the changes,
-    as far as there are any, so that no score of one kind takes the place of another.
+    control: every picture carries another one's sentences, see `shuffled`. rows: see `chosen`. changes: `field=value`,
+    what differs from the run's own settings. The folder is named by the prefix, the split, the categories, the control
+    and the changes, as far as there are any, so that no score of one kind takes the place of another.
     """
-    samples = data.read(dataset, data_root, split, categories=categories, limit=limit,
-                        **({"small": small} if dataset == "synthetic" else {}))
-    name = [split]
-    if categories != "all":
-        name.append(categories)
-    if control:
-        samples = shuffled(samples)
-        name.append("shuffled")
-    folder = Path(output) / in_file_name("-".join([*prefix, *name, *changes]))
-    if processes.first:
-        (folder / "masks" if save_masks else folder).mkdir(parents=True, exist_ok=True)
-    if processes.world > 1:
-        dist.barrier()
-    lines = evaluate(model, samples, processes, tokenizer=tokenizer, protocol=recipe["protocol"],
-                     empty=recipe["empty"], precision=precision, micro_batch=micro_batch, workers=workers,
-                     save_masks=folder / "masks" if save_masks else None, label=folder.name)
-    summary = metrics.summarize(lines, empty=recipe["empty"])
+    samples = read_split(dataset, data_root, split, categories, limit, small, refs, rows)
+    name = [split, *([categories] if categories != "all" else []), *(["shuffled"] if control else [])]
     about = {"dataset": dataset, "split": "-".join(name), "protocol": recipe["protocol"], "threshold": "logits > 0",
              "subset": f"{categories} categories", "checkpoint": str(checkpoint), "changes": ", ".join(changes),
              "precision": precision}
     if recipe["protocol"] == "resized":
         about["side"] = model.config.image_size
+    if control:
+        every, samples = len(samples), shuffled(samples)
+        about["control"] = f"{len(samples)} of {every} sentences changed, the others left out"
+    folder = Path(output) / in_file_name("-".join([*prefix, *name, *changes]))
+    masks = folder / "masks.part" if save_masks else None
     if processes.first:
-        write_text(folder / "per_sample.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        write_text(folder / "metrics.json", json.dumps({**about, **summary}, indent=1) + "\n")
-        print(metrics.table(summary, about), flush=True)
-        shown = spread(len(samples), 10)
-        sheet(sheet_rows(model, [samples[number] for number in shown], tokenizer, processes.device, precision),
-              [lines[number]["iou"] for number in shown], folder / "sheet.png")
+        print(*notes(samples, tokenizer), sep="", end="", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if masks:
+            shutil.rmtree(masks, ignore_errors=True)
+            masks.mkdir()
+    if processes.world > 1:
+        dist.barrier()
+    try:
+        lines = evaluate(model, samples, processes, tokenizer=tokenizer, protocol=recipe["protocol"],
+                         empty=recipe["empty"], precision=precision, micro_batch=micro_batch, workers=workers,
+                         save_masks=masks, label=folder.name)
+        if masks and processes.first:
+            shutil.rmtree(folder / "masks", ignore_errors=True)
+            masks.rename(folder / "masks")
+    finally:
+        if masks and processes.first:
+            shutil.rmtree(masks, ignore_errors=True)
+    summary = metrics.summarize(lines, empty=recipe["empty"])
+    if processes.first:
+        report(folder, lines, summary, about, rows, lambda numbers: sheet_rows(
+            model, [samples[number] for number in numbers], tokenizer, processes.device, precision))
     return summary
 
 
-def spread(count, most):
-    """The numbers of min(count, most) things, evenly spread from the first to the last."""
-    shown = min(count, most)
-    return [round(k * (count - 1) / max(1, shown - 1)) for k in range(shown)]
+def read_split(dataset, data_root, split, categories, limit, small, refs, rows):
+    """The samples of a split. `rows` may name some by id: all of them must be there."""
+    options = {"small": small} if dataset == "synthetic" else {"refs": refs}
+    samples = data.read(dataset, data_root, split, categories=categories, limit=limit, **options)
+    asked = set(rows.split(",")) if rows and rows not in ROWS else set()
+    if absent := sorted(asked - {sample.id for sample in samples}):
+        raise ValueError(f"--rows {rows}: the split {split} has no sample {', '.join(absent)}; --rows takes ids, as "
+                         f"{samples[0].id}, or one of {', '.join(ROWS)}")
+    return samples
+
+
+def notes(samples, tokenizer):
+    """Lines on the sentences that do not reach the model as they are."""
+    strange = [sample.expression for sample in samples if unknown(sample.expression, tokenizer)]
+    if strange:
+        yield (f"{len(strange)} of {len(samples)} sentences hold no word that the model knows, for example "
+               f"{strange[0]:.200}\n")
+    if cut := data.cut(samples, tokenizer):
+        yield cut + "\n"
+
+
+def unknown(expression, tokenizer):
+    """Whether a model that was trained from scratch, which knows a list of words alone, knows none of these."""
+    return isinstance(tokenizer, data.WordTokenizer) and not tokenizer.numbers.keys() & set(data.words(expression))
+
+
+def report(folder, lines, summary, about, rows, drawn):
+    """Write the scores of a split, then print its table and draw its sheet; `drawn` gives the rows of some numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "per_sample.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(folder / "metrics.json", json.dumps({**about, **summary}, indent=1) + "\n")
+    print(metrics.table(summary, about), flush=True)
+    (folder / "sheet.png").unlink(missing_ok=True)
+    if numbers := chosen(lines, rows):
+        sheet(drawn(numbers), [lines[number]["iou"] for number in numbers], folder / "sheet.png")
+    else:
+        print(f"--rows {rows}: there is no such sample, so there is no sheet")
 
 
 def write_text(path, text):
@@ -272,26 +354,104 @@ def write_text(path, text):
         part.write_text(text, encoding="utf-8")
 
 
+def chosen(lines, rows, most=10):
+    """Numbers of the lines that the sheet shows: spread over the split, the first of one of ROWS, or by their ids."""
+    numbers = list(range(len(lines)))
+    if not rows:
+        shown = min(most, len(lines))
+        return [round(k * (len(lines) - 1) / max(1, shown - 1)) for k in range(shown)]
+    if rows not in ROWS:
+        return [number for name in rows.split(",") for number in numbers if lines[number]["id"] == name]
+    if rows in metrics.FAILURES:
+        numbers = [number for number in numbers if lines[number]["failure"] == rows]
+    elif rows != "first":
+        numbers = [number for number in numbers if lines[number]["iou"] is not None]
+        numbers.sort(key=lambda number: lines[number]["iou"], reverse=rows == "best")
+    return numbers[:most]
+
+
+# ------------------------------------------------------------------------------------------------ others' predictions
+
+
+def score_predictions(args):
+    """Score DIR/ID.png of each sample as `args` says; whatever cannot be scored is listed, and then nothing written."""
+    found, faults, ids = {}, [], set()
+    for split in data.split_names(args.dataset, args.split, args.data_root, args.refs):
+        samples = read_split(args.dataset, args.data_root, split, args.categories, args.limit, args.small, args.refs,
+                             args.rows)
+        with ThreadPool() as pool:
+            rows = list(tqdm(pool.imap(functools.partial(score_file, args), samples), split, len(samples), leave=False))
+        found[split], ids = (samples, rows), ids | {sample.id for sample in samples}
+        faults += [str(row) for row in rows if isinstance(row, Exception)]
+    extra = sorted(file.name for file in Path(args.predictions).glob("*.png") if file.stem not in ids)
+    for line in [*faults, *(f"{name}: no sample of {args.split} has this name" for name in extra)]:
+        print(line, file=sys.stderr)
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(ids)} predictions cannot be scored, see above; nothing is written")
+    for split, (samples, rows) in found.items():
+        name = "-".join([split, *([args.categories] if args.categories != "all" else []),
+                         *([f"limit={args.limit}"] if args.limit else [])])
+        merged = {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
+        lines = metrics.records(samples, {"number": np.arange(len(rows)), **merged}, args.empty or "zero")
+        about = {"dataset": args.dataset, "split": name, "protocol": "resized" if args.side else "original",
+                 "threshold": "255 of 0 and 255", "predictions": str(args.predictions), "side": args.side}
+        folder, summary = Path(args.output or args.predictions) / name, metrics.summarize(lines, args.empty or "zero")
+        report(folder, lines, summary, about, args.rows,
+               lambda numbers, samples=samples: [file_row(args, samples[number]) for number in numbers])
+
+
+def score_file(args, sample):
+    """What `count` gives, or the error that says why the sample's file cannot be scored."""
+    try:
+        row = file_row(args, sample)
+    except (OSError, ValueError) as error:
+        return error
+    return count(sample, torch.from_numpy(row["prediction"]), torch.from_numpy(row["truth"]))
+
+
+def file_row(args, sample):
+    """What the sheet shows of a sample and its file; masks (H,W) bool at the picture's own size, or side x side."""
+    path, (image, (truth,)) = Path(args.predictions) / f"{sample.id}.png", data.load([sample])
+    size = (args.side, args.side) if args.side else image.size
+    try:
+        with Image.open(path) as file:
+            values = np.array(file.convert("L") if file.mode == "1" else file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a sound PNG ({error})") from None
+    if values.shape != size[::-1]:
+        raise ValueError(f"{path}: {' x '.join(map(str, values.shape))}, expected one band of {size[1]} x {size[0]} "
+                         "(height x width; --side N for the protocol resized)")
+    if not np.isin(values, (0, 255)).all():
+        raise ValueError(f"{path}: holds {', '.join(map(str, np.unique(values)[:4]))} ...; a mask is 0 and 255 alone")
+    truth = np.array(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
+    return {"expression": sample.expression, "image": image, "truth": truth, "prediction": values > 0, "maps": {}}
+
+
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
+STOPS = np.array([[20, 20, 80], [30, 110, 140], [60, 180, 110], [250, 230, 40]])           # dark blue, green, yellow
+PALETTE = np.stack([np.interp(np.arange(256), [0, 85, 170, 255], stop) for stop in STOPS.T], 1).astype(np.uint8)
+
+
 def shades(values):
-    """(h,w) in [0,1] -> RGB uint8, dark blue over green to yellow."""
-    stops = np.array([[20, 20, 80], [30, 110, 140], [60, 180, 110], [250, 230, 40]], float)
-    place = np.clip(values, 0, 1) * (len(stops) - 1)
-    low = np.minimum(place.astype(int), len(stops) - 2)
-    part = (place - low)[..., None]
-    return (stops[low] * (1 - part) + stops[low + 1] * part).astype(np.uint8)
+    """(h,w) in [0,1] -> RGB image."""
+    return Image.fromarray(PALETTE[(np.clip(values, 0, 1) * 255).round().astype(np.uint8)])
 
 
-def overlay(image, mask, colour=(255, 40, 40)):
-    """Image (H,W,3) uint8 with the mask (H,W) bool tinted and its border drawn."""
-    inside = np.pad(mask, 1)
-    inner = inside[1:-1, 1:-1] & inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
-    result = image.astype(float)
-    result[mask] = 0.5 * result[mask] + 0.5 * np.array(colour)
-    result[mask & ~inner] = colour
-    return result.astype(np.uint8)
+def outlined(image, mask, size):
+    """PIL image and mask (H,W) bool at `size`: the mask in an outline of two tones, white within black, so that it is
+    seen on any picture; the rest dimmed. What is less than a pixel there is shown as one."""
+    width = 2 * (1 + max(size) // 640) + 1
+    inside = Image.fromarray(mask).convert("L").resize(size, Image.Resampling.BOX)
+    inside = inside.point(lambda level: 255 if level else 0)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    result = Image.composite(image, image.point(lambda level: level * 2 // 5), inside)
+    result.paste("black", mask=ImageChops.subtract(inside.filter(ImageFilter.MaxFilter(width)), inside))
+    result.paste("white", mask=ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(width))))
+    return result
 
 
 @torch.no_grad()
@@ -305,30 +465,53 @@ def sheet_rows(model, samples, tokenizer, device, precision):
         size = batch["masks"].shape[-2:]
         shown = {name: upsampled(outputs[name], size)[0, 0].cpu().numpy()
                  for name in ("logits", *models.maps(model)) if name in outputs}
-        rows.append({"expression": sample.expression, "image": batch["images"][0].permute(1, 2, 0).cpu().numpy(),
-                     "truth": batch["masks"][0].cpu().numpy(), "prediction": shown.pop("logits") > 0, "maps": shown})
+        rows.append({"expression": sample.expression, "truth": batch["masks"][0].cpu().numpy(),
+                     "image": Image.fromarray(batch["images"][0].permute(1, 2, 0).cpu().numpy()),
+                     "prediction": shown.pop("logits") > 0, "maps": shown})
+        if "point" in outputs:                                                      # a map that is 1 at the point
+            point = outputs["point"][0, 0]
+            y, x = divmod(int(point.argmax()), point.shape[1])
+            rows[-1]["point"] = ((x + 0.5) / point.shape[1], (y + 0.5) / point.shape[0])
     model.train(training)
     return rows
 
 
 def sheet(rows, ious, path, cell=160):
-    """The picture sheet: a row per sample with image, truth, prediction and maps; its IoU and sentence beneath."""
-    titles = ["image", "truth", "prediction", *rows[0]["maps"]]
-    font, gap, caption = ImageFont.load_default(13), 6, 22
-    width = max(len(titles) * (cell + gap) + gap, 480)
-    page = Image.new("RGB", (width, 24 + len(rows) * (cell + caption + gap)), "white")
-    draw = ImageDraw.Draw(page)
+    """The picture sheet: a row per sample with image, truth, prediction and maps; its IoU and sentence beneath.
+
+    Under a map's name stands its scale; a cross on the prediction is the point that prompted it.
+    """
+    titles, font = ["image", "truth", "prediction", *rows[0]["maps"]], ImageFont.load_default(13)
+    gap, head, caption = 6, 42, 22
+    size = max(len(titles) * (cell + gap) + gap, 480), head + len(rows) * (cell + caption + gap)
+    page = Image.new("RGB", size, "white")
+
+    def write(x, y, text):
+        try:
+            ImageDraw.Draw(page).text((x, y), text, "black", font)
+        except UnicodeEncodeError:                 # of the one font that there is without FreeType
+            ImageDraw.Draw(page).text((x, y), text.encode("latin-1", "replace"), "black", font)
+
     for column, title in enumerate(titles):
-        draw.text((gap + column * (cell + gap), 5), title, "black", font)
+        left = gap + column * (cell + gap)
+        write(left, 5, title)
+        if title in rows[0]["maps"]:
+            write(left, 21, "0")
+            write(left + cell - 8, 21, "1")
+            page.paste(shades(np.linspace(0, 1, cell - 28)[None].repeat(8, 0)), (left + 14, 26))
     for r, (row, iou) in enumerate(zip(rows, ious, strict=True)):
-        top = 24 + r * (cell + caption + gap)
-        truth, prediction = overlay(row["image"], row["truth"], (40, 200, 60)), overlay(row["image"], row["prediction"])
-        panels = [row["image"], truth, prediction, *map(shades, row["maps"].values())]
+        top = head + r * (cell + caption + gap)
+        panels = [row["image"], *(outlined(row["image"], row[name], (cell, cell)) for name in ("truth", "prediction")),
+                  *map(shades, row["maps"].values())]
+        if "point" in row:
+            x, y = (cell * share for share in row["point"])
+            for colour, width in (("black", 5), ("yellow", 1)):
+                ImageDraw.Draw(panels[2]).line((x - 7, y, x + 7, y), colour, width)
+                ImageDraw.Draw(panels[2]).line((x, y - 7, x, y + 7), colour, width)
         for column, panel in enumerate(panels):
-            picture = Image.fromarray(panel).resize((cell, cell), Image.Resampling.BILINEAR)
-            page.paste(picture, (gap + column * (cell + gap), top))
-        text = f"IoU {'left out' if iou is None else format(iou, '.2f')}   {row['expression']}"
-        draw.text((gap, top + cell + 3), text, "black", font)
+            page.paste(panel.resize((cell, cell), Image.Resampling.BILINEAR), (gap + column * (cell + gap), top))
+        text = f"IoU {'left out' if iou is None else format(iou, '.2f')}   {row['expression'][:200]}"
+        write(gap, top + cell + 3, text)
     with models.put_in_place(path) as part:
         page.save(part, "PNG")
 
@@ -336,62 +519,128 @@ def sheet(rows, ious, path, cell=160):
 # ------------------------------------------------------------------------------------------------------- own image
 
 
-@torch.no_grad()
-def predict(model, image, expressions, precision="fp32"):
+def predict(model, image, expressions, precision="fp32", *, tile=None, overlap=128, maps=None):
     """Segment one image by one sentence or several.
 
     image: a path, a PIL image or a uint8 array (H,W,3); expressions: a string or a list of M strings. Returns a dict of
-    numpy arrays at the image's own size: "masks" (M,H,W) bool, "probs" (M,H,W) in [0,1] and each of the model's maps.
+    numpy arrays at the image's own size: "masks" (M,H,W) bool, and "probs" (M,H,W) and each of the model's maps in
+    [0,1] unless maps=False. The image is squashed to the model's square. For objects that are small in a large scene,
+    `tile` cuts it into overlapping squares of so many pixels, each of which is, and blends what is found in them; then
+    maps=None means False. A tile does not know where in the scene it lies.
     """
-    expressions = [expressions] if isinstance(expressions, str) else list(expressions)
-    if not expressions or not all(isinstance(text, str) and text.strip() for text in expressions):
+    texts = [expressions] if isinstance(expressions, str) else expressions
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected a sentence or a list of sentences, got {expressions!r:.80}")
+    if not texts or not all(text.strip() for text in texts):
         raise ValueError("the expression is empty: give a sentence that names the object, for example 'the red ship'")
+    if tile is not None and not 0 <= overlap < tile:
+        raise ValueError(f"tile {tile}, overlap {overlap}: tiles overlap by less than their own size")
+    picture = read_picture(image)
+    for text in texts:
+        if unknown(text, model.tokenizer):
+            print(f"the model knows no word of '{text:.200}': its mask means nothing", file=sys.stderr)
+    factor = max(picture.size) / model.config.image_size
+    if tile is None and factor > 8:
+        print(f"{picture.width}x{picture.height} is squashed by a factor of {factor:.0f} to the model's square: small "
+              "objects vanish; --tile 1024 (tile=1024) cuts the scene into overlapping tiles instead", file=sys.stderr)
+    return segment(model, picture, [" ".join(text.split()) for text in texts], precision, tile, overlap,
+                   with_maps=tile is None if maps is None else maps)
+
+
+def read_picture(image):
     if isinstance(image, (str, Path)):
-        image = data.read_image(image)
-    elif isinstance(image, Image.Image):
-        image = data.to_rgb(image)
-    else:
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"expected a uint8 array (H,W,3), got {image.dtype} {image.shape}; "
-                             "a path or a PIL image may also be gray or 16-bit")
-        image = Image.fromarray(image)
-    device, side = next(model.parameters()).device, model.config.image_size
-    pixels = torch.from_numpy(np.array(image.resize((side, side), Image.Resampling.BILINEAR)))
-    tokens, text_mask = model.tokenizer([" ".join(text.split()) for text in expressions])
-    outputs, _ = forward(model, {"images": pixels.permute(2, 0, 1)[None], "tokens": tokens, "text_mask": text_mask,
-                                 "image_index": torch.zeros(len(expressions), dtype=torch.long)}, device, precision)
-    size = (image.height, image.width)
-    logits = upsampled(outputs["logits"], size)[:, 0]
-    maps = {name: upsampled(outputs[name], size)[:, 0].cpu().numpy() for name in models.maps(model) if name in outputs}
-    return {"masks": (logits > 0).cpu().numpy(), "probs": logits.sigmoid().cpu().numpy(), **maps}
+        if Path(image).is_dir():
+            raise ValueError(f"{image} is a folder; predict takes one picture, evaluate.py --image also a folder")
+        return data.read_image(image)
+    if isinstance(image, Image.Image):
+        return data.to_rgb(image)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else f"{image!r:.80}"
+        raise ValueError(f"expected a uint8 array (H,W,3), got {got}; a path or a PIL image may also be gray or 16-bit")
+    return Image.fromarray(image)
 
 
-def segment_files(model, files, texts, output, precision):
-    """`predict` on every file with every sentence; writes mask, overlay and maps.
+@torch.no_grad()
+def segment(model, picture, texts, precision, tile, overlap, with_maps):
+    """`predict` on a PIL image by rows of tiles, of which the whole image may be the only one."""
+    device, side, (width, height) = next(model.parameters()).device, model.config.image_size, picture.size
+    tokens, text_mask = model.tokenizer(texts)
+    batch = {"tokens": tokens, "text_mask": text_mask, "image_index": torch.zeros(len(texts), dtype=torch.long)}
+    rows, columns = (windows(length, tile or length, overlap) for length in (height, width))
+    result, band = {"masks": np.empty((len(texts), height, width), bool)}, {}
+    bar = tqdm(total=len(rows) * len(columns), desc="tiles", disable=tile is None, leave=False)
+    for (top, down), below in zip(rows, [*(start for start, _ in rows[1:]), height], strict=True):
+        for left, across in columns:
+            part = picture.crop((left, top, left + len(across), top + len(down)))
+            pixels = np.array(part.resize((side, side), Image.Resampling.BILINEAR))
+            batch["images"] = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            outputs, _ = forward(model, batch, device, precision)
+            if (bad := unfinished(model, outputs)).any():
+                raise ValueError(f"'{texts[int(bad.int().argmax())]:.200}': {NOT_FINITE}")
+            window = torch.from_numpy(down[:, None] * across)                                           # (h,w)
+            for name in ("logits", *(models.maps(model) if with_maps else ())):
+                if name in outputs:
+                    sums = band.setdefault(name, torch.zeros(len(texts), len(down), width))
+                    sums[..., left:left + len(across)] += upsampled(outputs[name], window.shape)[:, 0].cpu() * window
+            bar.update()
+        for name, sums in band.items():            # what the next row of tiles does not reach is done
+            done = sums[:, :below - top]
+            if name == "logits":
+                result["masks"][:, top:below] = done > 0
+                name, done = "probs", done.sigmoid()
+            if with_maps:
+                result.setdefault(name, np.empty(result["masks"].shape, np.float32))[:, top:below] = done
+        band = {name: F.pad(sums[:, below - top:], (0, 0, 0, below - top)) for name, sums in band.items()}
+    bar.close()
+    return result
+
+
+def windows(length, tile, overlap):
+    """[(start, weights)] of the tiles along one side; at every pixel the weights of all tiles sum to one."""
+    tile = min(tile, length)
+    count = 1 + -(-(length - tile) // (tile - overlap)) if tile < length else 1
+    starts = [round(k * (length - tile) / max(1, count - 1)) for k in range(count)]
+    slope = np.minimum(np.arange(1, tile + 1), np.arange(tile, 0, -1)).clip(max=overlap + 1)
+    total = np.zeros(length)
+    for start in starts:
+        total[start:start + tile] += slope
+    return [(start, (slope / total[start:start + tile]).astype(np.float32)) for start in starts]
+
+
+def pictures_in(names):
+    """The files among `names`, and the pictures in the folders among them."""
+    if absent := [str(name) for name in names if not Path(name).exists()]:
+        raise FileNotFoundError(f"--image: no such file {', '.join(absent)}")
+    files = [sorted(file for file in Path(name).iterdir() if file.suffix.lower() in SUFFIXES) if Path(name).is_dir()
+             else [Path(name)] for name in names]
+    if not all(files):
+        raise FileNotFoundError(f"--image: no picture ({', '.join(SUFFIXES)}) in {names[files.index([])]}")
+    return sum(files, [])
+
+
+def segment_files(model, names, texts, output, precision, tile=None, overlap=128):
+    """`predict` on every file, or every picture of a folder, with every sentence; writes mask, overlay and maps.
 
     The mask of a georeferenced TIFF is a TIFF with the same tags, so that it lands on the map in a GIS.
     """
-    if unreadable := [str(file) for file in files if not Path(file).is_file()]:
-        hint = "; of a folder, name the files: FOLDER/*.png" if Path(unreadable[0]).is_dir() else ""
-        raise FileNotFoundError(f"--image: no such file {', '.join(unreadable)}{hint}")
-    output = Path(output)
+    files, output = pictures_in(names), Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    stems = [Path(file).stem for file in files]
+    stems = [file.stem for file in files]
     for k, file in enumerate(files):
-        name = stems[k] if stems.count(stems[k]) == 1 else f"{stems[k]}-{Path(file).suffix[1:]}{k + 1}"
-        picture = data.read_image(file)
-        result = predict(model, picture, texts, precision)
+        name = file.stem if stems.count(file.stem) == 1 else f"{file.stem}-{file.suffix[1:]}{k + 1}"
+        picture, tags = data.read_image(file), georeference(file)
+        result = predict(model, picture, texts, precision, tile=tile, overlap=overlap)
+        scale = min(1, SCREEN / max(picture.size))
         for i, text in enumerate(texts):
             mask = result["masks"][i]
             base = output / (f"{name}-{i + 1}" if len(texts) > 1 else name)
-            tags = georeference(file)
             written = Path(f"{base}-mask{'.tif' if tags else '.png'}")
             write_mask(mask, written, **({"tiffinfo": tags} if tags else {}))
-            Image.fromarray(overlay(np.array(picture), mask)).save(f"{base}-overlay.png")
+            shown = outlined(picture, mask, [max(1, round(scale * length)) for length in picture.size])
+            shown.save(f"{base}-overlay.png")
             for title in models.maps(model):
                 if title in result:
-                    Image.fromarray(shades(result[title][i])).save(f"{base}-{title}.png")
+                    shades(result[title][i]).save(f"{base}-{title}.png")
             print(f"{written}  {mask.mean():.1%} of {file}: {text}")
 
 
@@ -429,8 +678,9 @@ def at_least(least):
 
 
 def in_file_name(text):
-    """`text` with everything but letters, digits and . + = - as an underscore."""
-    return re.sub(r"[^\w.+=-]+", "_", text)
+    """`text` with everything but letters, digits and . + = - as an underscore; a long one ends in a hash."""
+    name = re.sub(r"[^\w.+=-]+", "_", text)
+    return name if len(name) <= 160 else f"{name[:150]}-{hashlib.sha256(text.encode()).hexdigest()[:9]}"
 
 
 class Options(argparse.ArgumentParser):
@@ -447,15 +697,18 @@ class Options(argparse.ArgumentParser):
 
 def arguments(argv=None):
     parser = Options(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder, or a weights file in one")
+    parser.add_argument("--checkpoint", metavar="RUN",
+                        help="a run, a weights file in one, an export, or org/name on the hub")
+    parser.add_argument("--model", choices=models.PAPERS, help="the paper whose authors released --checkpoint FILE")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
                         help="change fields of the configuration or the recipe that leave all tensor shapes alone")
-    parser.add_argument("--output", metavar="DIR", help="for results (default: the run folder; out for own images)")
+    parser.add_argument("--output", metavar="DIR", help="for results (default: the run's folder; out for own images)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the recipe's on cuda, fp32 on the cpu")
     score = parser.add_argument_group("scoring a dataset")
     score.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
     score.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: as in training)")
+    score.add_argument("--refs", metavar="NAME", help="the pickle of --dataset refer")
     score.add_argument("--split", default="test",
                        help="one or several with commas (default test; on refcoco testA,testB; testA+testB as one)")
     score.add_argument("--protocol", choices=models.CHOICES["protocol"],
@@ -463,47 +716,75 @@ def arguments(argv=None):
     score.add_argument("--empty", choices=models.CHOICES["empty"], help="IoU of empty on empty (default: recipe)")
     score.add_argument("--categories", choices=["all", "seen", "unseen"], default="all", help="COCO categories to keep")
     score.add_argument("--small", action="store_true", help="synthetic scenes: objects from 0.2 %% of the image")
-    score.add_argument("--control", choices=["shuffled"], help="score with another image's sentences instead")
+    score.add_argument("--control", choices=["shuffled"], help="score with another picture's sentences instead")
     score.add_argument("--save-masks", action="store_true", help="one PNG (0/255) per sample, at the scored size")
+    score.add_argument("--rows", default="", help=f"of the sheet: {', '.join(ROWS)} (kinds of failure), or sample ids "
+                       "with commas (default: ten from the whole split)")
     score.add_argument("--micro-batch", type=at_least(1), default=32, metavar="N",
                        help="expressions at once per process (default 32)")
     score.add_argument("-j", "--workers", type=at_least(0), default=min(8, max(1, os.cpu_count() // 2)), metavar="N",
                        help="loader processes per process")
     score.add_argument("--limit", type=at_least(0), default=0, metavar="N", help="first N samples of a split (0: all)")
+    score.add_argument("--predictions", metavar="DIR", help="score DIR/ID.png, 0 and 255, instead of a checkpoint")
+    score.add_argument("--side", type=at_least(1), metavar="N", help="of --predictions that are NxN (protocol resized)")
     own = parser.add_argument_group("segmenting own images")
-    own.add_argument("--image", nargs="+", metavar="FILE", help="images to segment")
+    own.add_argument("--image", nargs="+", metavar="FILE", help="images to segment, or folders of them")
     own.add_argument("--text", nargs="+", metavar="SENTENCE", help="what to find in each of them")
+    own.add_argument("--tile", type=at_least(1), metavar="PIXELS", help="cut large scenes into overlapping tiles of so "
+                     "many pixels and blend their masks; a tile does not know where in the scene it lies")
+    own.add_argument("--overlap", type=at_least(0), default=128, metavar="PIXELS", help="of the tiles (default 128)")
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.text):
         parser.error("--image and --text go together")
+    if bool(args.predictions) == bool(args.checkpoint):
+        parser.error("give --checkpoint RUN, or --predictions DIR")
+    if (args.predictions or args.model) and not (args.dataset or args.image):
+        parser.error("--dataset is needed: no run says which")
     return args
+
+
+def load_model(args, device):
+    """(model, settings that it was trained with, folder for its scores, weights file that is not its usual one)."""
+    if args.model:
+        paper = models.paper(args.model)
+        config, _ = models.override(paper.Config(), paper.RECIPE, args.set)
+        model = models.load_official(args.model, args.checkpoint, config=config, device=device)
+        own = {"dataset": args.dataset, "data_root": args.data_root or "data", "small": False, "limit": 0}
+        return model, {**own, **model.run}, Path(f"runs/{args.model}-official"), None
+    model, (trained, folder) = models.load(args.checkpoint, args.set, device), models.run_settings(args.checkpoint)
+    usual = next((one for name in ("best", "last") if (one := folder / f"{name}.safetensors").is_file()), folder)
+    other = Path(args.checkpoint).is_file() and not usual.samefile(args.checkpoint)
+    return model, trained, folder, Path(args.checkpoint).stem if other else None
 
 
 def main(args):
     processes = start_processes(args.device)
-    model = models.load(args.checkpoint, args.set, processes.device)
-    run, (trained, folder) = model.run, models.run_settings(args.checkpoint)
-    precision = args.precision or (run["recipe"]["precision"] if processes.device.type == "cuda" else "fp32")
-    if args.image:
-        segment_files(model, args.image, args.text, args.output or "out", precision)
+    if args.predictions:
+        if processes.first:
+            score_predictions(args)
         return
-    recipe = {**run["recipe"], **{key: value for key in ("protocol", "empty") if (value := getattr(args, key))}}
-    dataset, data_root = args.dataset or run["dataset"], args.data_root or run["data_root"]
-    prefix = [dataset] if dataset != run["dataset"] else []
+    model, trained, folder, weights = load_model(args, processes.device)
+    recipe = dict(model.run["recipe"])
+    precision = args.precision or (recipe["precision"] if processes.device.type == "cuda" else "fp32")
+    if args.image:
+        segment_files(model, args.image, args.text, args.output or "out", precision, args.tile, args.overlap)
+        return
+    recipe |= {key: value for key in ("protocol", "empty") if (value := getattr(args, key))}
+    dataset, data_root = args.dataset or trained["dataset"], args.data_root or trained["data_root"]
+    small, same = args.small or trained["small"], dataset == trained["dataset"]
+    places = [str(Path(root).resolve()) for root in (data_root, trained["data_root"])]
     changes = [one for one in args.set if not one.startswith(("pretrained=", "weights_dir="))]    # where, not what
-    changes += [f"{key}={recipe[key]}" for key in ("protocol", "empty")
-                if getattr(args, key) and recipe[key] != trained["recipe"][key]]
-    if args.small and not run["small"]:
-        changes.append("small=True")
-    if args.limit != run["limit"]:
-        changes.append(f"limit={args.limit}")
+    changes += [f"{name}={value}" for name, value, own in (
+        ("checkpoint", weights, None), ("data_root", *(places if same and dataset != "synthetic" else (0, 0))),
+        *((key, recipe[key], {**trained["recipe"], **model.run["recipe"]}[key]) for key in ("protocol", "empty")),
+        ("small", small, trained["small"]), ("limit", args.limit, trained["limit"])) if value != own]
     summaries = {split: score_split(
         model, processes, dataset=dataset, data_root=data_root, split=split, recipe=recipe,
         output=args.output or folder, tokenizer=model.tokenizer, precision=precision, micro_batch=args.micro_batch,
-        workers=args.workers, categories=args.categories, limit=args.limit, small=args.small or run["small"],
-        control=args.control == "shuffled", save_masks=args.save_masks, checkpoint=args.checkpoint, prefix=prefix,
-        changes=changes)
-        for split in data.split_names(dataset, args.split, data_root)}
+        workers=args.workers, categories=args.categories, limit=args.limit, small=small, refs=args.refs, rows=args.rows,
+        control=args.control == "shuffled", save_masks=args.save_masks, checkpoint=args.checkpoint,
+        prefix=[] if same else [dataset], changes=changes)
+        for split in data.split_names(dataset, args.split, data_root, args.refs)}
     if processes.first and len(summaries) > 1:
         print(metrics.rows(summaries))
 

@@ -3,7 +3,7 @@
     scores.add(numbers, *intersection_union(prediction, masks))          every batch, on every process
     lines = records(samples, scores.merged(expected=len(samples)))       the lines of per_sample.jsonl
     print(table(summarize(lines), {"split": "val", "protocol": "original", "threshold": "logits > 0"}))
-    python metrics.py A/per_sample.jsonl B/per_sample.jsonl              is run B better than run A, sample by sample?
+    python metrics.py RUN_A RUN_B                                        is run B better than run A, sample by sample?
 
 oIoU (elsewhere cIoU) and mIoU (elsewhere gIoU) are CroBIM-U's Eqs. (19) and (20); Pr@X is the share of samples with
 IoU >= X. Where prediction and truth are both empty, the union is empty and the policy decides: `zero` counts the
@@ -23,6 +23,8 @@ import torch.distributed as dist
 THRESHOLDS, INTERVAL = (0.5, 0.6, 0.7, 0.8, 0.9), (0.025, 0.975)
 EMPTY = {"zero": 0.0, "one": 1.0, "skip": math.nan}
 FIELDS = ("id", "image", "expression", "instance", "category", "category_source", "intersection", "union", "iou")
+OPTIONAL = ("truth", "failure", "kind")        # a record may have these too; all other fields are diagnostics
+FAILURES = ("none", "nothing", "wrong", "spill", "boundary")
 
 # -------------------------------------------------------------------------------------------- counting, on the device
 
@@ -45,7 +47,7 @@ class Scores:
         """One batch: `numbers` (M,) int64, the samples' places in the evaluated list; every other value is (M,) too."""
         part = {"number": numbers, "intersection": intersection, "union": union, **diagnostics}
         shapes = {name: tuple(value.shape) for name, value in part.items()}
-        taken = {"number", *FIELDS} & diagnostics.keys()
+        taken = {"number", *FIELDS, *OPTIONAL[1:]} & diagnostics.keys()
         if set(shapes.values()) != {(len(numbers),)} or taken or part.keys() != (self.parts or [part])[0].keys():
             raise ValueError(f"scores take one value per sample, the same diagnostics in every batch, none named like "
                              f"a field of a record; got {shapes} after {[*(self.parts or [{}])[0]]}")
@@ -76,27 +78,51 @@ class Scores:
 # -------------------------------------------------------------------------------------------------- records, summary
 
 
+def failure(iou, intersection, union, truth):
+    """Why a sample failed, from the areas alone: the first of FAILURES that holds; None for a sample that is left out.
+
+    none: an IoU of at least 0.5. nothing: the mask is empty. wrong: less than a tenth of the mask lies on the truth.
+    spill: the mask is more than twice the truth. boundary: the rest.
+    """
+    mask = union - truth + intersection
+    tests = (iou >= 0.5, mask == 0, 10 * intersection < mask, mask > 2 * truth, True)
+    return None if math.isnan(iou) else next(name for name, holds in zip(FAILURES, tests, strict=True) if holds)
+
+
 def records(samples, merged, empty="zero"):
-    """The lines of per_sample.jsonl. A left-out `iou` and a non-finite diagnostic are None: JSON has no NaN."""
-    diagnostics = [name for name in merged if name not in ("number", "intersection", "union")]
+    """The lines of per_sample.jsonl. A left-out `iou` and a non-finite diagnostic are None: JSON has no NaN.
+
+    `image` is the picture, under whatever names it stands; `truth`, where `merged` has it, the pixels of the true mask.
+    """
+    diagnostics = [name for name in merged if name not in ("number", "intersection", "union", "truth")]
     lines = []
     for row, number in enumerate(merged["number"].tolist()):
         sample, intersection, union = samples[number], int(merged["intersection"][row]), int(merged["union"][row])
         values = {"iou": intersection / union if union else EMPTY[empty],
                   **{name: merged[name][row].item() for name in diagnostics}}
-        lines.append({"id": sample.id, "image": sample.image_id, "expression": sample.expression,
+        lines.append({"id": sample.id, "image": sample.picture, "expression": sample.expression,
                       "instance": sample.instance, "category": sample.category,
                       "category_source": sample.category_source, "intersection": intersection, "union": union,
                       **{name: value if math.isfinite(value) else None for name, value in values.items()}})
+        if "truth" in merged:
+            truth = int(merged["truth"][row])
+            lines[-1] |= {"truth": truth, "failure": failure(values["iou"], intersection, union, truth)}
+        if sample.kind:
+            lines[-1]["kind"] = sample.kind
     return lines
 
 
 def read_records(path):
-    """The records in a per_sample.jsonl, or in that of a folder."""
-    path = Path(path)
-    path = path / "per_sample.jsonl" if path.is_dir() else path
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    """The records in a per_sample.jsonl, in that of a scored split's folder, or in that of a run's test split."""
+    path, lines = Path(path), []
+    if path.is_dir():
+        places = [path / "per_sample.jsonl", path / "test" / "per_sample.jsonl"]
+        scored = sorted(str(file.parent) for file in path.glob("*/per_sample.jsonl"))
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"no {' or '.join(map(str, places))}; "
+                                    + (f"give one of {', '.join(scored)}" if scored else "evaluate.py writes them"))
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n"), 1):
         try:
             lines.append(json.loads(text))
             absent = set(FIELDS) - set(lines[-1])
@@ -115,7 +141,8 @@ def summarize(records, empty="zero", bootstrap=1000, seed=0):
                "empty_unions": sum(line["union"] == 0 for line in records), **_scores(columns, empty),
                "ImgAcc": _mean_of_means(columns[2], images),
                "InstAcc": _mean_of_means(columns[2], _groups(lines, "image", "instance")),
-               "intervals": {}, "categories": {}, "mean_over_categories": {}, "diagnostics": {}}
+               "intervals": {}, "categories": {}, "mean_over_categories": {}, "failures": {}, "kinds": {},
+               "diagnostics": {}}
     if bootstrap:
         intersection, union, iou, n = _resampled(columns, images, bootstrap, seed)
         draws = {"oIoU": _ratio(intersection, union, empty), "mIoU": iou / n}
@@ -130,11 +157,23 @@ def summarize(records, empty="zero", bootstrap=1000, seed=0):
             "categories": len(rows), "n": sum(row["n"] for row in rows),
             "parsed": sum(line["category_source"] == "parsed" for line in lines),
             **{key: float(np.mean([row[key] for row in rows])) for key in ("oIoU", "mIoU", "Pr@0.5")}}
-    for name in dict.fromkeys(name for line in records for name in line if name not in FIELDS):
-        values = np.array([line.get(name) for line in records], dtype=np.float64)           # None becomes NaN
-        values = values[~np.isnan(values)]
-        summary["diagnostics"][name] = {"mean": float(values.mean()) if len(values) else None, "n": len(values)}
+    failures = [line["failure"] for line in lines if line.get("failure")]
+    summary["failures"] = {name: 100 * failures.count(name) / len(failures) for name in FAILURES if failures}
+    for kind in sorted({line["kind"] for line in lines if line.get("kind")}):
+        here = [number for number, line in enumerate(lines) if line.get("kind") == kind]
+        mistaken, _ = _mean(lines[number].get("on_distractor") for number in here)
+        summary["kinds"][kind] = {"n": len(here), "mIoU": 100 * float(columns[2, here].mean()),
+                                  "on_distractor": mistaken}
+    for name in dict.fromkeys(name for line in records for name in line if name not in FIELDS + OPTIONAL):
+        summary["diagnostics"][name] = dict(zip(("mean", "n"), _mean(line.get(name) for line in records), strict=True))
     return summary
+
+
+def _mean(values):
+    """Mean of those that are numbers, None where none is, and how many they are."""
+    values = np.array(list(values), dtype=np.float64)                                       # None becomes NaN
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None, len(values)
 
 
 def compare(records_a, records_b, empty="zero", bootstrap=1000, seed=0):
@@ -144,17 +183,40 @@ def compare(records_a, records_b, empty="zero", bootstrap=1000, seed=0):
         raise ValueError(f"A ({len(records_a)} records, {len(a)} ids) and B ({len(records_b)}, {len(b)}) must hold the "
                          f"same ids, each once; not in both: {sorted(a.keys() ^ b.keys())[:3]}; score the same split")
     lines, columns = _columns(empty, records_a, [b[key] for key in a])
-    draws = _resampled(columns, _groups(lines, "image"), bootstrap, seed)
+    images = _groups(lines, "image")
+    result = {"samples": len(lines), "empty": empty, **_paired(columns, images, empty, bootstrap, seed), "parts": {}}
+    winner = np.sign(columns[5] - columns[2])
+    result["wins"] = {name: 100 * float((winner == sign).mean()) for name, sign in (("A", -1), ("B", 1), ("equal", 0))}
+    parted = {"words": [len(line["expression"].split()) for line in lines]}
+    for truths in ([line.get("truth") for line in lines], [b[line["id"]].get("truth") for line in lines]):
+        if None not in truths:
+            parted["pixels of the object"] = truths
+    for what, values in parted.items():
+        for label, part in _thirds(np.array(values)):
+            result["parts"][f"{label} {what}"] = {
+                "samples": int(part.sum()),
+                **_paired(columns[:, part], np.unique(images[part], return_inverse=True)[1], empty, bootstrap, seed)}
+    return result
+
+
+def _paired(columns, images, empty, bootstrap, seed):
+    """{score: A, B, difference, its interval} of the paired columns (6,N)."""
+    draws, result = _resampled(columns, images, bootstrap, seed), {}
     differences = {"oIoU": _ratio(draws[3], draws[4], empty) - _ratio(draws[0], draws[1], empty),
                    "mIoU": (draws[5] - draws[2]) / draws[6]}
-    result = {"samples": len(lines), "empty": empty}
     for key, values in differences.items():
         score_a, score_b = _scores(columns[:3], empty)[key], _scores(columns[3:], empty)[key]
         result[key] = {"A": score_a, "B": score_b, "difference": score_b - score_a,
                        "interval": np.quantile(100 * values, INTERVAL).tolist()}
-    winner = np.sign(columns[5] - columns[2])
-    result["wins"] = {name: 100 * float((winner == sign).mean()) for name, sign in (("A", -1), ("B", 1), ("equal", 0))}
     return result
+
+
+def _thirds(values):
+    """[(label, (N,) bool)] of the lowest, middle and highest third of whole numbers; equal ones stay together."""
+    low, high = np.sort(values)[[(len(values) - 1) // 3, 2 * (len(values) - 1) // 3]]
+    parts = [(f"up to {low}", values <= low), (f"{low + 1} to {high}", (values > low) & (values <= high)),
+             (f"above {high}", values > high)]
+    return [(label, part) for label, part in parts if part.any()]
 
 
 def _columns(empty, *runs):
@@ -214,7 +276,8 @@ def table(summary, title_fields):
     if absent := {"split", "protocol", "threshold"} - title_fields.keys():
         raise ValueError(f"a table says what it scored; title_fields lacks {sorted(absent)}")
     title = [f"{name} {value}" for name, value in title_fields.items() if name != "empty" and value not in ("", None)]
-    title += [f"samples {summary['samples']}", f"empty union: {summary['empty']} ({summary['empty_unions']} found)"]
+    title += [f"samples {summary['samples']}", f"empty union: {summary['empty']} ({summary['empty_unions']} found)",
+              "Pr@X: IoU >= X"]
     names = {key: key for key in summary if key.startswith("Pr@")}
     names |= {"oIoU": "oIoU (cIoU)", "mIoU": "mIoU (gIoU)", "ImgAcc": "ImgAcc", "InstAcc": "InstAcc"}
     lines = [" · ".join(title), "".join(f"{name:>{len(name) + 2}}" for name in names.values()),
@@ -227,6 +290,14 @@ def table(summary, title_fields):
         lines += [f"{name:<24}{row['n']:7}{row['oIoU']:8.2f}{row['mIoU']:8.2f}{row['Pr@0.5']:8.2f}"
                   for name, row in {**summary["categories"], label: mean}.items()]
         lines += [f"({mean['parsed']} of {mean['n']} categories parsed from the expression)"] if mean["parsed"] else []
+    if summary["failures"]:
+        lines.append("failures, % of the samples: "
+                     + ", ".join(f"{name} {share:.2f}" for name, share in summary["failures"].items()))
+    if summary["kinds"]:
+        lines.append(f"{'kind of sentence':<24}{'n':>7}{'mIoU':>8}  mask on another object of the category")
+        lines += [f"{kind:<24}{row['n']:7}{row['mIoU']:8.2f}"
+                  + ("" if row["on_distractor"] is None else f"  {row['on_distractor']:.1%}")
+                  for kind, row in summary["kinds"].items()]
     lines += [f"{name} {math.nan if row['mean'] is None else row['mean']:.4f} (mean over {row['n']} samples)"
               for name, row in summary["diagnostics"].items()]
     return "\n".join(lines)
@@ -243,7 +314,7 @@ def rows(summaries):
 
 def main():
     parser = argparse.ArgumentParser(description="Compare two runs on the same samples, paired by id.")
-    parser.add_argument("a", metavar="A", help="folder of a scored split, or the per_sample.jsonl in it")
+    parser.add_argument("a", metavar="A", help="a run (its test split), a scored split's folder or a per_sample.jsonl")
     parser.add_argument("b", metavar="B", help="the same of another run")
     parser.add_argument("--empty", choices=EMPTY, default="zero", help="an empty union counts as (default: zero)")
     args = parser.parse_args()
@@ -254,6 +325,8 @@ def main():
     print(f"{result['samples']} samples, empty union: {args.empty}\n{'':4}{'A':>8}{'B':>8}{'B - A':>9}  95 % interval")
     row = "{}{A:8.2f}{B:8.2f}{difference:+9.2f}  {interval[0]:+.2f} .. {interval[1]:+.2f}"
     print(*(row.format(key, **result[key]) for key in ("oIoU", "mIoU")), sep="\n")
+    for name, part in result["parts"].items():
+        print(row.format("mIoU", **part["mIoU"]), f"  {part['samples']} samples, {name}")
     print("IoU higher in B: {B:.2f} % of the samples, in A: {A:.2f} %, equal: {equal:.2f} %".format(**result["wins"]))
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import layouts
 import numpy as np
@@ -56,13 +57,16 @@ def test_logits_are_resized_bilinearly_without_aligned_corners():
 def test_counts_at_the_square_and_at_each_mask_own_size():
     logits = torch.tensor([[[[1.0, -1.0], [-1.0, -1.0]]], [[[-1.0, -1.0], [-1.0, 0.0]]]])       # zero is background
     masks = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 1]]]).bool()
-    intersection, union = evaluate.counts({"logits": logits}, {"masks": masks})
-    assert (intersection.tolist(), union.tolist()) == ([1, 0], [2, 1])
+    samples = [SimpleNamespace(id=f"s{k}", image=Path("a.png")) for k in range(2)]
+    found = evaluate.counts({"logits": logits}, {"masks": masks, "samples": samples})
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "intersection": [1, 0], "union": [2, 1], "truth": [2, 1]}
     own = [torch.ones(4, 4, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)]
-    intersection, union = evaluate.counts({"logits": logits}, {"masks": masks, "original_masks": own})
+    found = evaluate.counts({"logits": logits}, {"masks": masks, "original_masks": own, "samples": samples})
     inside = (evaluate.upsampled(logits[:1], (4, 4)) > 0).sum().item()
     assert 0 < inside < 16
-    assert (intersection.tolist(), union.tolist()) == ([inside, 0], [16, 0])
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "intersection": [inside, 0], "union": [16, 0], "truth": [16, 0]}
 
 
 def test_packing_cuts_at_image_borders_only():
@@ -101,10 +105,20 @@ def test_scores_do_not_depend_on_how_the_samples_are_batched(run):
     assert all(0 <= line["brightness"] <= 1 for line in lines)
 
 
-def test_the_sheet_takes_samples_from_the_whole_split():
-    assert evaluate.spread(24, 5) == [0, 6, 12, 17, 23]         # k * 23 / 4, rounded
-    assert evaluate.spread(5, 10) == [0, 1, 2, 3, 4]
-    assert evaluate.spread(1, 10) == [0]
+def test_rows_of_the_sheet():
+    kinds = ["none", "wrong", "spill", "wrong", "none", "nothing"]
+    lines = [{"id": f"s{k}", "iou": iou, "failure": kind}
+             for k, (iou, kind) in enumerate(zip((0.7, 0.1, 0.3, None, 0.5, 0.0), kinds, strict=True))]
+    assert evaluate.chosen(24 * lines[:1], "", 5) == [0, 6, 12, 17, 23]         # k * 23 / 4, rounded
+    assert evaluate.chosen(lines[:5], "") == [0, 1, 2, 3, 4]
+    assert evaluate.chosen(lines[:1], "") == [0]
+    assert evaluate.chosen(lines, "first", 3) == [0, 1, 2]
+    assert evaluate.chosen(lines, "worst", 3) == [5, 1, 2]
+    assert evaluate.chosen(lines, "best") == [0, 4, 2, 1, 5]
+    assert evaluate.chosen(lines, "wrong") == [1, 3]
+    assert evaluate.chosen(lines, "boundary") == []
+    assert evaluate.chosen(lines, "s5,s0") == [5, 0]
+    assert len(evaluate.chosen(24 * lines, "first")) == len(evaluate.chosen(24 * lines, "")) == 10
 
 
 @pytest.mark.parametrize("protocol, side", [("resized", 32), ("original", 96)])
@@ -179,8 +193,8 @@ def test_categories_and_other_data_sets_have_folders_of_their_own(run, tmp_path,
 
 
 def test_the_empty_policy_reaches_the_records(run, tmp_path, monkeypatch):
-    nothing = torch.zeros(24, dtype=torch.long)
-    monkeypatch.setattr(evaluate, "counts", lambda _, batch, masks: (nothing[:len(batch["samples"])],) * 2)
+    nothing = torch.zeros((), dtype=torch.long)
+    monkeypatch.setattr(evaluate, "count", lambda *_: {"intersection": nothing, "union": nothing, "truth": nothing})
     for policy, value in (("zero", 0.0), ("one", 1.0)):
         score(run, tmp_path / policy, "--empty", policy)
         folder = tmp_path / policy / f"test{'-empty=one' * (policy == 'one')}-limit=24"
@@ -243,8 +257,6 @@ def test_predict_gives_masks_and_maps_at_the_image_own_size(run, photo, tmp_path
     for wrong in (gray, np.array(deep), np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.float32)):
         with pytest.raises(ValueError, match=r"expected a uint8 array \(H,W,3\), got"):
             evaluate.predict(model, wrong, "a ship")
-    with pytest.raises(FileNotFoundError, match=r"of a folder, name the files"):
-        evaluate.segment_files(model, [tmp_path], ["a ship"], tmp_path / "out", "fp32")
     for empty in ([], "", ["a ship", " "]):
         with pytest.raises(ValueError, match="expression is empty"):
             evaluate.predict(model, photo, empty)

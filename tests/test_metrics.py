@@ -50,8 +50,9 @@ def random_lines(n, images, seed=0, shift=0.0):
 
 
 def samples_of(n):
-    return [SimpleNamespace(id=f"s{k}", image_id=f"i{k // 3}", expression=f"expression {k}", instance=f"o{k // 2}",
-                            category=("ship", "road", None)[k % 3], category_source=("file", "parsed", None)[k % 3])
+    return [SimpleNamespace(id=f"s{k}", picture=f"i{k // 3}", expression=f"expression {k}", instance=f"o{k // 2}",
+                            category=("ship", "road", None)[k % 3], category_source=("file", "parsed", None)[k % 3],
+                            kind=None)
             for k in range(n)]
 
 
@@ -287,7 +288,7 @@ def test_table_says_what_it_scored():
     fields = {"dataset": "rrsisd", "split": "val", "protocol": "resized", "threshold": "logits > 0", "empty": "zero"}
     printed = table(summarize(lines), fields).splitlines()
     assert printed[0] == ("dataset rrsisd · split val · protocol resized · threshold logits > 0 · samples 2 · "
-                          "empty union: zero (0 found)")
+                          "empty union: zero (0 found) · Pr@X: IoU >= X")
     assert printed[1].split() == ["Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "oIoU", "(cIoU)", "mIoU", "(gIoU)",
                                   "ImgAcc", "InstAcc"]
     assert printed[2].split() == ["50.00"] * 3 + ["0.00"] * 2 + ["50.00"] * 4

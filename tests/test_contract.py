@@ -24,8 +24,9 @@ SENTENCES = ("the red ship", "a blue car", "the upper ship left of the green pie
 # What ties an expression to its company by the paper's own will, and is off where company must not matter.
 ALONE = {"rsrefseg2": {"alpha_samp": 0.0}}
 # Smaller pictures than tiny's: seconds for minutes.
-SIDES = {"crobim_u": {"image_size": 64}, "icipnet": {"image_size": 64}, "prompt_ris": {"image_size": 48, "clip_size": 48},
-         "rs2sam2": {"image_size": 64, "beit_size": 48}, "rsrefseg2": {"image_size": 64, "vision_size": 64}}
+SIDES = {"crobim_u": {"image_size": 64}, "icipnet": {"image_size": 64},
+         "prompt_ris": {"image_size": 48, "clip_size": 48}, "rs2sam2": {"image_size": 64, "beit_size": 48},
+         "rsrefseg2": {"image_size": 64, "vision_size": 64}}
 # SigLIP's text tower was trained to read its padding, and every sentence has the same.
 READS_PADDING = ("rsrefseg2",)
 # RSRefSeg 2's rows name published towers and their sizes: the tiny ones have neither.
@@ -338,9 +339,10 @@ def test_paper_size_steps_on_the_meta_device(name, monkeypatch):
     with torch.device("meta"):
         model = models.build(name, config).train()
         given = {"images": torch.empty(2, 3, side, side, dtype=torch.uint8),
-                 "tokens": torch.empty(3, length, dtype=torch.long), "text_mask": torch.empty(3, length, dtype=torch.bool),
-                 "image_index": torch.empty(3, dtype=torch.long), "masks": torch.empty(3, side, side, dtype=torch.bool),
-                 "instance": torch.empty(3, dtype=torch.long)}
+                 "tokens": torch.empty(3, length, dtype=torch.long),
+                 "text_mask": torch.empty(3, length, dtype=torch.bool),
+                 "image_index": torch.empty(3, dtype=torch.long), "instance": torch.empty(3, dtype=torch.long),
+                 "masks": torch.empty(3, side, side, dtype=torch.bool)}
     for _ in phases(model, recipe):
         learn = learning(model, recipe)
         model.zero_grad()

@@ -325,7 +325,7 @@ class IntraScaleInteraction(nn.Module):
 class StageFusion(nn.Module):
     """Fig. 2, one stage: ICIP (or None) and BIF, LAVT's shell round them; gated on to the next stage, if any."""
 
-    def __init__(self, channels, icip, attention, *, last=False, intra_scale=True, init_std=0.02):
+    def __init__(self, channels, icip, attention, *, last, intra_scale, init_std):
         super().__init__()
         self.icip, self.attention = icip, attention
         W = nn.Linear(attention.value_width, channels)
@@ -466,7 +466,7 @@ class RotatedConv(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.alpha = nn.Linear(channels, 1)
         self.theta = nn.Linear(channels, 1, bias=False)
-        nn.init.kaiming_normal_(self.kernel, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(self.kernel)
         for layer in (self.local, self.alpha, self.theta):
             nn.init.trunc_normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.alpha.bias)

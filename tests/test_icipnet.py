@@ -135,6 +135,13 @@ def test_every_number_is_the_papers_the_codes_or_ours_with_a_reason():
     resolved = {**dataclasses.asdict(Config()), **RECIPE}
     assert {field: value for field, value in resolved.items() if stated[field] != value} == {}
     assert set(stated) == set(resolved) and icipnet.RECIPE_FOR == {}           # IV-A1: one recipe for both data sets
+    assert BilateralInformationFusion.__init__.__kwdefaults__ == {          # for whoever copies a module out
+        field: resolved[field] for field in ("value_mult", "query_norm", "softmax", "sublayer_norm", "token_hidden")
+    } | {"lambda_bias": 0.8}
+    for kind, values in ((ImageConditionedInstancePrompt, (False,)), (MultiModalFeatureReconstruction, (256,)),
+                         (CrossScaleAttention, (False,)), (CrossScaleInteraction, (8, 32, False)),
+                         (Decoder, (True, nn.BatchNorm2d, 0.2)), (RotatedConv, (0.2,)), (icipnet.Gate, (0.02,))):
+        assert kind.__init__.__defaults__ == values
     assert icipnet.MAPS == ()                                                  # Fig. 3 shows masks only
     assert icipnet.RETIRED == {"channel_mult": 2}
     assert icipnet.SPECIAL_TOKENS == {"pad": 0, "unknown": 1, "begin": 2, "end": 3}
@@ -1001,7 +1008,7 @@ def test_starts_of_the_bases_parts():
     for layer in (own.qkv, own.to_map, own.to_out):                                               # PyTorch's
         assert 0.97 / math.sqrt(layer.in_features) < layer.weight.abs().max() <= 1 / math.sqrt(layer.in_features)
     conv = RotatedConv(48)
-    assert abs(std(conv.kernel) / math.sqrt(2 / (48 * 9)) - 1) < 0.05                             # kaiming, fan-out
+    assert abs(std(conv.kernel) / math.sqrt(2 / (48 * 9)) - 1) < 0.05                             # kaiming
     assert 0.018 < std(conv.local.weight) < 0.022 and conv.alpha.bias.item() == 0
     for name in ("alpha", "theta"):
         assert 0.018 < std(torch.cat([getattr(RotatedConv(48), name).weight for _ in range(20)])) < 0.022
@@ -1158,6 +1165,7 @@ def test_other_choices_run(changes):
     ({"bif_width": "C"}, "bif_width=C: expected D or stage"), ({"decoder_norm": "layer"}, "expected batch or tanh"),
     ({"depths": (1, 1)}, "expected four numbers"), ({"prompts": 0}, "expected at least 1, or icip=False")])
 def test_impossible_settings_are_refused(changes, message):
+    assert dataclasses.replace(TINY, prompts=1).prompts == 1 and dataclasses.replace(TINY, icip=False, prompts=0)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **changes)
 
@@ -1306,9 +1314,9 @@ def test_wrong_weights_are_named(folder, tmp_path):
     def load(**changes):
         return build(**{"pretrained": str(folder), "vocab_size": len(VOCABULARY), **changes}).load_pretrained()
 
-    with pytest.raises(ValueError, match="swin-base.*does not fit embed, depths, swin_heads, window"):
+    with pytest.raises(ValueError, match="swin-base.*does not fit embed, depths, swin_heads, window: "):
         load(window=6)
-    with pytest.raises(ValueError, match="bert-base-uncased.*does not fit width"):
+    with pytest.raises(ValueError, match="bert-base-uncased.*does not fit width, bert_layers, bert_ffn, vocab_size: "):
         load(bert_layers=1, bert_trained_layers=1)
     with pytest.raises(FileNotFoundError, match="no such folder; put huggingface.co/microsoft/swin"):
         load(pretrained=str(tmp_path))

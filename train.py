@@ -90,6 +90,10 @@ def settle(args):
     rows = {f"{table}/{row}": changes for table, named in paper.ABLATIONS.items() for row, changes in named.items()}
     if args.ablation and args.ablation not in rows:
         raise ValueError(f"--ablation {args.ablation}: no such row; there are {', '.join(rows)}")
+    if args.ablation and args.ablation.partition("/")[0] in getattr(paper, "EVALUATION_ONLY", ()):
+        changes = " ".join(f"{field}={value}" for field, value in rows[args.ablation].items())
+        raise ValueError(f"--ablation {args.ablation}: no training of its own; train the whole model, then say "
+                         f"python evaluate.py --checkpoint RUN --set {changes}")
     config, recipe = paper.Config.tiny() if tiny else paper.Config(), dict(paper.RECIPE)
     row, fields = rows.get(args.ablation, {}), {field.name for field in dataclasses.fields(config)}
     for changes in (paper.RECIPE_TINY if tiny else paper.RECIPE_FOR.get(args.dataset, {}), row):

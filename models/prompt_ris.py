@@ -96,12 +96,13 @@ class Config:
     tau: float = 1.0                                # our choice: temperature of Eq. (3)
     prompt_dropout: float = 0.2                     # our choice: 4.2 gives no rate
     icl_epsilon: float = 1e-4                       # our choice, Eq. (8)
+    icl_weight: float = 1.0                         # Eq. (9), a plain sum
 
     v2l: bool = True                                # Tables 3 and 4: prompting vision-to-language, language-to-vision
     l2v: bool = True
     icl: bool = True                                # Table 3
     sam: bool = True                                # Table 3
-    mask_prompt: bool = True                        # Table 5, for evaluate.py; set in training, they hold there too
+    mask_prompt: bool = True                        # Table 5, for evaluate.py --set; in training they would hold too
     point_prompt: bool = True
     text_prompt: bool = True
 
@@ -508,7 +509,7 @@ class PromptRIS(nn.Module):
             return seg
         icl = sum(instance_contrastive_loss(S, truths[name], batch["image_index"], batch["instance"],
                                             eps=self.config.icl_epsilon).mean() for name, S in maps.items())
-        return seg | {"icl": icl}  # Eq. (9)
+        return seg | {"icl": self.config.icl_weight * icl}  # Eq. (9)
 
     def diagnose(self, outputs, masks):
         """Per expression: the coarse mask's IoU, if the final one fits another object better, if the point is on it."""
@@ -549,11 +550,11 @@ ABLATIONS = {
           for row in ("CLIP", "CLIP+CMP", "CLIP+CMP+ICL", "CLIP+CMP+SAM", "CLIP+CMP+ICL+SAM")},
     "4": {row: {"v2l": v2l, "l2v": l2v, "icl": False, "sam": False, "phases": None} for row, v2l, l2v in (
         ("Baseline", False, False), ("V2LP", True, False), ("L2VP", False, True), ("CMP", True, True))},
-    # of one trained model: evaluate.py --set mask_prompt=... point_prompt=... text_prompt=...
     "5": {row: {f"{kind}_prompt": kind in row.split("+") for kind in ("mask", "point", "text")} for row in (
         "none", "mask", "point", "text", "mask+point", "mask+text", "point+text", "mask+point+text")},
     "ICL": {"without": {"icl": False}, "with": {"icl": True}},
 }
+EVALUATION_ONLY = ("5",)                            # 4.4: prompts of one trained model, dropped at inference
 
 
 # ----------------------------------------------------------------------------------- CLIP and SAM with random weights

@@ -304,7 +304,8 @@ def seg_by_hand(logits, truth):
     return total / len(logits)
 
 
-@pytest.mark.parametrize("changes", [{}, {"icl_epsilon": 0.01}, {"icl": False}, {"sam": False}])
+@pytest.mark.parametrize("changes", [{}, {"icl_epsilon": 0.01}, {"icl_weight": 0.3}, {"icl": False},
+                                     {"sam": False}])
 def test_eq09_sum_of_three_losses_on_the_maps_that_the_paper_names(changes):
     model = build(**changes)
     batch = batch_of(model.config)
@@ -328,7 +329,7 @@ def test_eq09_sum_of_three_losses_on_the_maps_that_the_paper_names(changes):
         expected["sam_seg"] = seg_by_hand(outputs["logits"], batch["masks"])
         icl += contrast(outputs["logits"], batch["masks"])
     if model.config.icl:
-        expected["icl"] = icl
+        expected["icl"] = model.config.icl_weight * icl
         assert icl > 0.001
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-4)
 
@@ -777,6 +778,7 @@ NUMBERS = {     # of Config: where the paper, or what it builds on, has them
     "ours: G-Ref's longest sentences as ETRIS cuts them": {"text_length": 22},
     "ours: 4.2 gives no rate": {"prompt_dropout": 0.2},
     "ours: plain softmax in (3)": {"tau": 1.0},
+    "Eq. (9), a plain sum": {"icl_weight": 1.0},
     "ours: Eq. (8) finite at equal masks": {"icl_epsilon": 1e-4},
     "ours: as the paper's prompt learning": {"freeze_clip": True},
     "ours: published weights": {"pretrained": "hub"},
@@ -855,27 +857,36 @@ def test_a_row_of_table_5_is_blind_to_the_prompts_it_lacks(row):
 
 
 def test_recipe_is_the_papers():
-    assert train.phase_starts(RECIPE) == [(0, "clip"), (20, "joint")]           # 4.2: 20 epochs, then 30
+    assert train.phase_starts(RECIPE) == {0: "clip", 20: "joint"}               # 4.2: 20 epochs, then 30
     steps = [train.factor(RECIPE, epoch, 50) for epoch in (0, 20, 49)]
     assert steps == pytest.approx([1, 0.6 ** 0.9, 0.02 ** 0.9])
     for dataset in ("refsegrs", "rrsisd", "risbench", "refcoco-union"):
-        config, recipe = train.settle(train.arguments(["--model", "prompt_ris", "--dataset", dataset]))
+        config, recipe, _ = train.settle(train.arguments(["--model", "prompt_ris", "--dataset", dataset]))
         groups = dataset == "refcoco-union"                                     # the others have one sentence a picture
         assert (config.icl, recipe["per_image"]) == ((True, 4) if groups else (False, 0))
         assert asdict(config) == asdict(Config()) | {"icl": groups}
         assert recipe == RECIPE | {"per_image": recipe["per_image"]}
+    assert prompt_ris.RETIRED == {"cmp_width": 0, "icl_size": 0}                # as wide as what it reads; S as it is
+
+
+def test_table_5_is_not_trained():
+    """4.4, "in inference": a row of it drops prompts of the one trained model."""
+    args = train.arguments(["--model", "prompt_ris", "--dataset", "refcoco", "--ablation", "5/mask+text"])
+    with pytest.raises(ValueError, match=r"^--ablation 5/mask\+text: .* python evaluate.py --checkpoint RUN --set "
+                                         r"mask_prompt=True point_prompt=False text_prompt=True$"):
+        train.settle(args)
 
 
 def test_phase_change_keeps_the_optimiser_state_of_what_goes_on_learning():
     model = build()
     model.start_phase("clip")
     device = torch.device("cpu")
-    first = train.make_optimizer(model, RECIPE, device)
+    first = train.make_optimizer(model, RECIPE, device, known={})
     batch = batch_of(model.config)
     sum(model.train().criterion(run(model, batch), batch, 0.0).values()).backward()
     first.step()
     model.start_phase("joint")
-    second = train.make_optimizer(model, RECIPE, device, old=first)
+    second = train.make_optimizer(model, RECIPE, device, known=first.state)
     went_on = dict(first.state)
     assert len(went_on) > 50 and not any(name.startswith("sam") for name, p in model.named_parameters() if p in went_on)
     for parameter, state in went_on.items():
@@ -952,15 +963,14 @@ def test_interrupted_and_resumed_in_each_phase_equals_uninterrupted(tmp_path, mo
 def test_groups_by_the_recipe_and_the_log_says_where_there_are_none(dataset, line, tmp_path, capsys):
     """3.3, 4.2: 16 images x 4 expressions in a step; one expression per image on the remote-sensing sets."""
     layouts.write(dataset, tmp_path / "data", splits={"train": 5, "val": 1})
-    run = train.begin(train.arguments([
+    job = train.begin(train.arguments([
         "--model", "prompt_ris", "--dataset", dataset, "--data-root", str(tmp_path / "data"), "--preset", "tiny",
         "--output", str(tmp_path / "run"), "--batch-size", "20", "--micro-batch", "6"]), ONE)
-    train.build(run)
-    train.print_settings(run)
+    train.print_settings(job, train.build(job).model)
     assert line in capsys.readouterr().out
-    groups = [numbers for micro in run.sampler.plan(0, 0)[0] for numbers in micro]
+    groups = [numbers for micro in job.sampler.plan(0, 0)[0] for numbers in micro]
     assert {len(numbers) for numbers in groups} == ({4} if dataset == "refcoco" else {1})
-    images = [{run.samples[number].image_id for number in numbers} for numbers in groups]
+    images = [{job.samples[number].image_id for number in numbers} for numbers in groups]
     assert all(len(image) == 1 for image in images) and len(set.union(*images)) == len(groups)
 
 

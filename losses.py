@@ -156,17 +156,16 @@ def absolute_differences(maps):
     return F.pad(maps.diff(dim=2).abs(), (0, 0, 1, 0)) + F.pad(maps.diff(dim=3).abs(), (1, 0, 0, 0))
 
 
-def boundary_loss(logits, masks, weight, hard=False):
+def boundary_loss(logits, masks, weight, hard=False, cut=0.0):
     """Text-guided boundary loss: mean over the pixels of (weight * (gradient of p - gradient of the mask))^2 -> (M,).
 
-    p = sigmoid(logits); weight (M,), a scalar per expression. hard: p is cut at 0.5 first, as in the official code, and
-    then no gradient reaches the logits.
+    p = sigmoid(logits); weight (M,), a scalar per expression. hard: p is 1 where logits > cut and 0 elsewhere, as in
+    the official code, and then no gradient reaches the logits.
     """
     check_masks(logits, masks)
     if weight.shape != logits.shape[:1]:
         raise ValueError(f"weight: expected ({len(logits)},), one number per expression, got {tuple(weight.shape)}")
-    p = logits.float().sigmoid()
-    p = (p > 0.5).float() if hard else p
+    p = (logits > cut).float() if hard else logits.float().sigmoid()
     difference = absolute_differences(p) - absolute_differences(masks.float())
     return (weight.float()[:, None, None, None] * difference).square().mean((1, 2, 3))  # RS2-SAM 2 Eq. (7)
 

@@ -37,6 +37,7 @@ Where the paper is departed from or silent: Notes, at the end of this file.
 
 import argparse
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,9 +99,12 @@ class Config:
     alpha_text: float = 0.2                         # 4.2
     alpha_image: float = 0.5                        # 4.2
 
-    official_fusion: bool = False                   # forms of the code, see Notes; its weights need the first three
+    official_fusion: bool = False                   # forms of the code, see Notes; its weights need the first four
     official_logits: bool = False
     official_pixels: bool = False
+    official_unknown: bool = False
+    official_precision: bool = False
+    official_dice: bool = False
     hard_boundary: bool = False
 
     lambda_ce: float = 1.0                          # 4.2
@@ -108,7 +112,6 @@ class Config:
     lambda_tbl: float = 0.2
     background_weight: float = 0.9                  # [19]
     foreground_weight: float = 1.1
-    dice_squared: bool = True                       # [22]
 
     def __post_init__(self):
         if self.fusion not in ("bi", "uni", "linear", "none"):
@@ -127,15 +130,6 @@ class Config:
         if self.text_length + 2 > self.beit_positions:
             raise ValueError(f"text_length={self.text_length}: expected at most beit_positions - 2, "
                              f"{self.beit_positions - 2}")
-
-    @property
-    def hiera_widths(self):
-        return tuple(self.hiera_width * 2 ** stage for stage in range(4))
-
-    @property
-    def grid(self):
-        """Sides of the union encoder's grid of patches."""
-        return self.beit_size // self.beit_patch, self.beit_size // self.beit_patch
 
     @property
     def reads_text(self):
@@ -461,14 +455,14 @@ def start_from_scratch(model):
 
 def sam2_config(c):
     """transformers' configuration of SAM 2 for a Config."""
+    widths = [c.hiera_width * 2 ** stage for stage in range(4)]
     backbone = Sam2HieraDetConfig(
         hidden_size=c.hiera_width, num_attention_heads=c.hiera_heads, blocks_per_stage=list(c.hiera_blocks),
-        embed_dim_per_stage=list(c.hiera_widths),
+        embed_dim_per_stage=widths,
         num_attention_heads_per_stage=[c.hiera_heads * 2 ** stage for stage in range(4)],
         window_size_per_stage=list(c.hiera_windows), global_attention_blocks=list(c.hiera_global),
         window_positional_embedding_background_size=[c.hiera_background] * 2)
-    vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=list(c.hiera_widths[::-1]),
-                              fpn_hidden_size=c.sam_width)
+    vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=widths[::-1], fpn_hidden_size=c.sam_width)
     prompts = Sam2PromptEncoderConfig(hidden_size=c.sam_width, image_size=c.image_size,
                                       mask_input_channels=c.sam_mask_channels)
     # By default transformers picks another mask in eval mode than in training where it finds mask 0 unstable.
@@ -547,39 +541,51 @@ class RS2SAM2(nn.Module):
             conv(stage) for conv, stage in zip(neck.convs, reversed(stages), strict=True))
         return feature4, feature8, feature16 + functional.interpolate(feature32, scale_factor=2.0, mode="nearest")
 
+    def segment(self, pixels, text_mask, words, sparse_prompts, M_p):
+        """SAM 2 on pixels (M,3,S,S), with fusion layers, gate and both prompts, (M,1,C) and M_p -> m (M,1,S/4,S/4)."""
+        sam, decoder = self.sam, self.sam.mask_decoder
+        feature4, feature8, feature16 = self.encode_image(pixels, words, text_mask)
+        F = feature16 + sam.no_memory_embedding.view(1, -1, 1, 1)             # (M,C,S/16,S/16)
+        positions = sam.get_image_wide_positional_embeddings()                # (1,C,S/16,S/16)
+        F_en = self.gate(F, positions, words, text_mask) if self.config.gate else F
+        if M_p is not None:
+            M_p = resize(M_p, sam.prompt_encoder.mask_input_size)             # (M,1,S/4,S/4); Departs: M_p
+        _, dense_prompt = sam.prompt_encoder(None, None, None, M_p)           # (M,C,S/16,S/16), without M_p (1,...)
+        return decoder(image_embeddings=F_en, image_positional_embeddings=positions,
+                       sparse_prompt_embeddings=sparse_prompts[:, None], dense_prompt_embeddings=dense_prompt,
+                       multimask_output=False,
+                       high_resolution_features=[decoder.conv_s0(feature4), decoder.conv_s1(feature8)])[0][:, 0]
+
     def forward(self, images, tokens, text_mask, image_index=None):
         """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> dict.
 
         logits (M,1,S/4,S/4), above 0 is the mask. pseudo_mask (M,1,H_u/p,H_u/p) in [0,1]. text_weight (M,), for (7).
         What is switched off is absent.
         """
-        c, decoder = self.config, self.sam.mask_decoder
+        c = self.config
         sam_pixels = to_pixels(images, c.image_size, *self.sam_statistics, "bilinear")
         beit_pixels = to_pixels(images, c.beit_size, *self.beit_statistics,             # Departs: BEiT-3, pixels
                                 "bilinear" if c.official_pixels else "bicubic")
         if image_index is not None:
             sam_pixels, beit_pixels = sam_pixels[image_index], beit_pixels[image_index]
 
-        image_tokens, T = self.beit3(beit_pixels, tokens, text_mask)          # (M,1+N_p,D), (M,L,D)
+        seen = text_mask
+        if c.official_unknown:                                                # Departs: <unk>
+            seen = text_mask & (tokens != SPECIAL_TOKENS["unknown"])
+        image_tokens, T = self.beit3(beit_pixels, tokens, seen)               # (M,1+N_p,D), (M,L,D)
         V_cls, V = image_tokens[:, :1], image_tokens[:, 1:]                   # (M,1,D), (M,N_p,D)
         words = self.text_projection(T) if c.reads_text else None             # (M,L,C); Silent: T_i
+        grid = (c.beit_size // c.beit_patch, c.beit_size // c.beit_patch)
+        M_p = self.prompt_generator(V_cls, V, grid) if c.mpg else None        # (M,1,H_u/p,H_u/p)
+        prompts = [words, self.token_mlp(V_cls), M_p]                         # the second (M,1,C)
+        if c.official_precision:                                              # Departs: precision
+            with torch.autocast(images.device.type, enabled=False):
+                kind = self.sam.no_memory_embedding.dtype
+                m = self.segment(sam_pixels, text_mask, *(x if x is None else x.to(kind) for x in prompts))
+        else:
+            m = self.segment(sam_pixels, text_mask, *prompts)
 
-        feature4, feature8, feature16 = self.encode_image(sam_pixels, words, text_mask)
-        F = feature16 + self.sam.no_memory_embedding.view(1, -1, 1, 1)        # (M,C,S/16,S/16)
-        positions = self.sam.get_image_wide_positional_embeddings()           # (1,C,S/16,S/16)
-        F_en = self.gate(F, positions, words, text_mask) if c.gate else F     # (M,C,S/16,S/16)
-
-        outputs, mask_prompt = {}, None
-        if c.mpg:
-            M_p = self.prompt_generator(V_cls, V, c.grid)                     # (M,1,H_u/p,H_u/p)
-            outputs["pseudo_mask"] = M_p
-            mask_prompt = resize(M_p, self.sam.prompt_encoder.mask_input_size)          # (M,1,S/4,S/4); Departs: M_p
-        _, dense_prompt = self.sam.prompt_encoder(None, None, None, mask_prompt)        # (M,C,S/16,S/16), or (1,...)
-        sparse_prompts = self.token_mlp(V_cls)                                # (M,1,C)
-        m = decoder(image_embeddings=F_en, image_positional_embeddings=positions,
-                    sparse_prompt_embeddings=sparse_prompts[:, None], dense_prompt_embeddings=dense_prompt,
-                    multimask_output=False,
-                    high_resolution_features=[decoder.conv_s0(feature4), decoder.conv_s1(feature8)])[0][:, 0]
+        outputs = {"pseudo_mask": M_p} if c.mpg else {}
         outputs["logits"] = 2 * m - 1 if c.official_logits else m             # (M,1,S/4,S/4); Departs: logits
         if c.boundary_loss:
             T_s = words[:, 0]                                                 # (M,C); Silent: (7)
@@ -591,9 +597,12 @@ class RS2SAM2(nn.Module):
         c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
         logits = resize(outputs["logits"], masks.shape[-2:])
         losses = {"ce": binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight),
-                  "dice": dice_loss(logits, masks, squared=c.dice_squared)}
+                  "dice": dice_loss(logits, masks, squared=True)}
+        if c.official_dice:                                                   # Departs: Dice
+            losses["dice"] = dice_loss(logits, masks, eps=1e-6) + dice_loss(-logits, ~masks, eps=1e-6)
         if c.boundary_loss:
-            losses["tbl"] = boundary_loss(logits, masks, outputs["text_weight"], hard=c.hard_boundary)
+            cut = -1.0 if c.official_logits else 0.0                          # m > 0; Departs: (7)
+            losses["tbl"] = boundary_loss(logits, masks, outputs["text_weight"], hard=c.hard_boundary, cut=cut)
         lam = {"ce": c.lambda_ce, "dice": c.lambda_dice, "tbl": c.lambda_tbl}
         return {name: lam[name] * loss.mean() for name, loss in losses.items()}  # Eq. (6)
 
@@ -647,7 +656,7 @@ class RS2SAM2(nn.Module):
 RECIPE = {                                          # 4.2 where not marked; RRSIS-D's
     "epochs": 40, "batch_size": 8, "micro_batch": 1, "lr": 1e-5, "lr_modules": 5e-5,
     "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,
-    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16",                      # official code
+    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16", "black_boxes": 0.0,  # official code
     "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,      # likewise
 }
 RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
@@ -661,8 +670,12 @@ ABLATIONS = {
     "4": {"MPG w/o MHCA": {"mpg_attention": False}, "MPG w MHCA": {"mpg_attention": True},
           "Linear": {"fusion": "linear"}, "Uni": {"fusion": "uni"}, "Bi": {"fusion": "bi"},
           "w/o BC": {"gate": False}, "w/o BL": {"fusion": "none"}, "w BC&BL": {"gate": True, "fusion": "bi"}},
+    "official": {"all": {                           # not of the paper: the forms of the code, its script for RRSIS-D
+        "official_fusion": True, "official_logits": True, "official_pixels": True, "official_unknown": True,
+        "official_precision": True, "official_dice": True, "hard_boundary": True, "lambda_ce": 0.9,
+        "black_boxes": 0.2, "lr": 5e-5, "lr_modules": 1e-4, "schedule": "constant"}},
 }
-RETIRED = {"mpg_layers": 1, "zero_init": False}     # fields of older runs, at the value that is built in now
+RETIRED = {"mpg_layers": 1, "zero_init": False, "dice_squared": True}      # of older runs, at what is built in now
 
 
 # --------------------------------------------------------------------------------------- tokenizer, published weights
@@ -727,22 +740,28 @@ def from_hub(load, source, **options):
             f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
-def read_beit3(path):
-    """A BEiT-3 file of Microsoft's: its tensors under BEiT3's names; the pretraining heads are left."""
+def read_file(path):
+    """What torch.save wrote to a file, if it is of plain types and tensors."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
-    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
-        raise ValueError(f'{path}: expected a dict with the tensors under "model"; download it from {BEIT3_PLACE}')
-    return {name.removeprefix("beit3."): value for name, value in file["model"].items() if name.startswith("beit3.")}
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, AttributeError,
+            TypeError) as error:
+        raise ValueError(f"{path}: damaged or no PyTorch weights file of plain tensors; one that asks to run code is "
+                         "not opened") from error
 
 
 def load_tower(tower, source, fields):
     """All of a published tower's tensors into `tower`, float32; `fields` are named if one is missing or left over."""
     if source.endswith(".pth"):
-        tensors = read_beit3(source)
+        file = read_file(source)
+        if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
+            raise ValueError(f'{source}: expected a dict with the tensors under "model"; '
+                             f"download it from {BEIT3_PLACE}")
+        tensors = {name.removeprefix("beit3."): value for name, value in file["model"].items()
+                   if name.startswith("beit3.")}    # the rest are heads of the pretraining
     else:
         model, info = from_hub(type(tower).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
         tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
@@ -756,25 +775,98 @@ def load_tower(tower, source, fields):
     print(f"{source}: {len(tensors)} tensors loaded")
 
 
+# --------------------------------------------------------------------------------------------- the authors' own weights
+
+
+POSITIONS = "sam.prompt_encoder.shared_embedding.positional_embedding"
+OFFICIAL_PARTS = (                                  # the beginnings of ours; their file must have something for each
+    "beit3.", "fusion.", "gate.", "prompt_generator.", "token_mlp.", "text_projection.", "text_weight.",
+    "sam.vision_encoder.", "sam.mask_decoder.", "sam.no_memory_embedding", "sam.prompt_encoder.mask_embed.",
+    "sam.prompt_encoder.point_embeddings.", POSITIONS)
+OFFICIAL_UNUSED = ("meo_linear.", *(f"visual_model.{name}" for name in (        # their forward does not read these
+    "memory_", "mask_downsample.", "maskmem", "no_mem_pos_enc", "no_obj_", "obj_ptr")))
+OFFICIAL = {                                        # patterns of their names, SAM 2's in Meta's words -> ours, in turn
+    r"multihead_attn\.out_proj\.": "multihead_attn.to_out.", r"(transformer\..*)\.out_proj\.": r"\1.o_proj.",
+    r"\.norm(\d|_final_attn)\.": r".layer_norm\1.", r"\.patch_embed\.proj\.": ".patch_embed.projection.",
+    r"\.mlp\.layers\.0\.": ".mlp.proj_in.", r"\.mlp\.layers\.1\.": ".mlp.proj_out.",
+    r"(mlps\.\d+|_head)\.layers\.0\.": r"\1.proj_in.", r"(mlps\.\d+|_head)\.layers\.2\.": r"\1.proj_out.",
+    r"(mlps\.\d+|_head)\.layers\.1\.": r"\1.layers.0.",
+    r"output_upscaling\.0\.": "upscale_conv1.", r"output_upscaling\.1\.": "upscale_layer_norm.",
+    r"output_upscaling\.3\.": "upscale_conv2.", r"mask_downscaling\.0\.": "mask_embed.conv1.",
+    r"mask_downscaling\.1\.": "mask_embed.layer_norm1.", r"mask_downscaling\.3\.": "mask_embed.conv2.",
+    r"mask_downscaling\.4\.": "mask_embed.layer_norm2.", r"mask_downscaling\.6\.": "mask_embed.conv3.",
+    r"pe_layer\.positional_encoding_gaussian_matrix$": "shared_embedding.positional_embedding",
+    r"^visual_model\.image_encoder\.trunk\.blocks\.(\d+)\.(MLP|Space)_Adapter\.": r"fusion.\1.\2.",
+    r"\.MLP\.D_fc1\.": ".side.0.", r"\.MLP\.D_fc2\.": ".side.2.", r"\.Space\.D_fc1\.": ".down.",
+    r"\.Space\.D_fc2\.": ".up.", r"\.Space\.text_(in|out)_linear\.": r".text_\1.",
+    r"\.Space\.vlfusion_module\.multihead_attn\.": ".image_reads_text.",
+    r"\.Space\.lvfusion_module\.multihead_attn\.": ".text_reads_image.",
+    r"^visual_model\.sam_mask_decoder\.vlfusion_module\.multihead_attn\.": "gate.attention.",
+    r"^visual_model\.image_encoder\.trunk\.": "sam.vision_encoder.backbone.",
+    r"^visual_model\.image_encoder\.(neck\.convs\.\d+)\.conv\.": r"sam.vision_encoder.\1.",
+    r"^visual_model\.sam_(prompt_encoder|mask_decoder)\.": r"sam.\1.",
+    r"^visual_model\.no_mem_embed$": "sam.no_memory_embedding", r"^mm_extractor\.beit3\.": "beit3.",
+    r"^vmtoken\.multihead_attn\.": "prompt_generator.attention.", r"^mask_linear\.": "prompt_generator.linear.",
+    r"^mask_product\.": "prompt_generator.mlp.0.", r"^text_hidden_fcs\.0\.": "token_mlp.",
+    r"^text_feat_linear\.": "text_projection.", r"^text2one_linear\.": "text_weight."}
+
+
+def read_official(path):
+    """The authors' weights, DeepSpeed's file or a plain state dict -> {our name: tensor}, float32; none left over."""
+    file = read_file(path)
+    for wrapper in ("module", "state_dict"):
+        if isinstance(file, dict) and isinstance(file.get(wrapper), dict):
+            file = file[wrapper]
+    if not isinstance(file, dict) or not all(isinstance(value, torch.Tensor) for value in file.values()):
+        raise ValueError(f"{path}: expected tensors by name, plain or under module or state_dict; found "
+                         f"{sorted(map(str, file))[:9] if isinstance(file, dict) else type(file).__name__}")
+    tensors, unknown = {}, []
+    for name, value in file.items():
+        ours = name = name.removeprefix("module.")
+        for pattern, replacement in OFFICIAL.items():
+            ours = re.sub(pattern, replacement, ours)
+        if ours != name and ours.startswith(("sam.prompt_encoder.", *OFFICIAL_PARTS)):
+            tensors[ours] = value.float()
+        elif not name.startswith(OFFICIAL_UNUSED):
+            unknown.append(name)
+    missing = [part for part in OFFICIAL_PARTS if not any(name.startswith(part) for name in tensors)]
+    if unknown or missing:
+        found = sorted({".".join(name.split(".")[:-1][:2]) for name in file})
+        raise ValueError(f"{path}: not the authors' RS2-SAM 2: {len(unknown)} unknown as {unknown[:3]}, none of "
+                         f"{missing}; found {', '.join(found[:20])}")
+    for name in [name for name in tensors if ".in_proj_" in name]:
+        begin, kind = name.split("in_proj_")
+        q, k, v = tensors.pop(name).chunk(3)
+        tensors |= {f"{begin}to_q.{kind}": q, f"{begin}to_k.{kind}": k, f"{begin}to_v.{kind}": v}
+    points = sorted(name for name in tensors if ".point_embeddings." in name)
+    tensors["sam.prompt_encoder.point_embed.weight"] = torch.cat([tensors.pop(name) for name in points])
+    return tensors | {"sam.shared_image_embedding.positional_embedding": tensors[POSITIONS]}
+
+
 # Notes
 #
-# Departs (from the code: the switch in brackets gives its form)
+# Departs (from the code: the field in brackets gives its form; the row official/all sets them all)
 #   padding      is masked wherever words are read: a batch changes nothing (the code: batch 1, no padding)
+#   <unk>        is read; the code takes it for padding in the union encoder, not in (2) and (4) (official_unknown)
 #   (2)          the code's T2 attends to F2 (official_fusion)
 #   (3)          the code's linear branch reads LN(F3) (official_fusion)
 #   (4)          the query is F + SAM 2's dense positions, as in the code; T is `words`, the one projection from D to C
 #   (5)          ends in a sigmoid, and "MLP layers" is one Linear, as in the code; V'_cls is multiplied by V_cls, as
 #                3.4's text and the code have it and the formula has not
-#   (6)          lambda_ce is 0.9 in the code; Dice of [22], V-Net's, with squares (dice_squared), in the code over both
-#                classes
-#   (7)          M_pre is the soft probability; the code cuts it at 0.5: no gradient reaches the logits, only the text
-#                weight learns (hard_boundary)
+#   (6)          lambda_ce is 0.9 in the code (lambda_ce)
+#   Dice         of [22], V-Net's, with squares; the code's sums both classes, without squares, eps 1e-6 (official_dice)
+#   (7)          M_pre is the soft probability; the code cuts m at 0, though its mask is m > 0.5: no gradient reaches
+#                the logits, only the text weight learns (hard_boundary; without official_logits both cut m at 0)
 #   M_p          is resized at once to 4 * S/16, the prompt encoder's input; by way of S x S it differs by <= 0.02
 #   BEiT-3       is shown the S x S image, shrunk without aliasing, not the original: the loader hands over one size
 #   pixels       BEiT-3 gets its own statistics, 0.5/0.5, bicubic; in the code ImageNet's, bilinear (official_pixels)
 #   logits       one logit m, cut at 0; in the code the pair (1-m, m), which is the logit 2m-1 (official_logits)
+#   precision    bf16 throughout; the code keeps SAM 2 with its fusion layers and gate in float32 (official_precision)
+#   boxes        none; the code blackens 20 to 60 squares of 32 x 32 on a fixed fifth of RRSIS-D's training pictures,
+#                none of RefSegRS's (black_boxes)
 #   batch        4.2's "unified batch size of 1" is read as 1 on each of its 8 cards
-#   rates        as 4.2; the code's script for RRSIS-D has those of RefSegRS and never lets them fall
+#   rates        as 4.2; the code's script for RRSIS-D has those of RefSegRS and never lets them fall (lr, lr_modules,
+#                schedule; its script for RefSegRS: official/all with --set black_boxes=0 --set schedule=step)
 # Silent (choices are the code's unless marked "ours")
 #   BHFM         in all 48 blocks; r = d/4, 4 heads, each attention of (2) with its own weights, biases, exact GELU; no
 #                norm, positions or dropout; LN and MLP of (3) are the block's own, frozen
@@ -789,7 +881,7 @@ def load_tower(tower, source, fields):
 #   learning     all but SAM 2's image encoder (backbone and neck) and what gets no gradient: heads for IoU, object and
 #                masks 1-3, BEiT-3's mask token, embeddings of absent prompts, the last layer's text update
 #   rates        the high one: fusion layers, gate, MPG; the two Linears on the text have the base rate
-#   training     weight decay 0.01 on everything, bf16, no warm-up, no clipping, no augmentation
+#   training     weight decay 0.01 on everything, bf16, no warm-up, no clipping
 #   selection    best mIoU + oIoU on val; scored at S x S; an empty union counts 0
 #   text         BEiT-3's own pieces in XLM-R's numbering, case kept, at most 64 (ours; the code has no limit)
 #   init         PyTorch's defaults; without published weights start_from_scratch (ours)

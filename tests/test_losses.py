@@ -426,15 +426,15 @@ def gradient_map(values):
              for x in range(len(values[0]))] for y in range(len(values))]
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_rs2sam2_boundary_loss_by_loops(hard):
+@pytest.mark.parametrize(("hard", "cut"), [(False, 0.0), (True, 0.0), (True, -1.0)])
+def test_rs2sam2_boundary_loss_by_loops(hard, cut):
     """RS2-SAM 2 Eq. (7)."""
     logits, _, masks = example()
     weight = torch.tensor([0.5, -2.0, 1.5])
-    loss = boundary_loss(logits, masks, weight, hard=hard)
+    loss = boundary_loss(logits, masks, weight, hard=hard, cut=cut)
     assert loss.shape == (3,)
     for m, (values, truth) in enumerate(zip(pixels(logits), pixels(masks), strict=True)):
-        p = [[float(value > 0) if hard else sigmoid(value) for value in row] for row in values]
+        p = [[float(value > cut) if hard else sigmoid(value) for value in row] for row in values]
         y = [[float(inside) for inside in row] for row in truth]
         terms = [(weight[m].item() * (a - b)) ** 2
                  for row_p, row_y in zip(gradient_map(p), gradient_map(y), strict=True)

@@ -5,6 +5,7 @@ import inspect
 import math
 import pickle
 import re
+import zlib
 
 import pytest
 import sentencepiece
@@ -579,7 +580,8 @@ def test_switches_for_released_weights():
     imagenet = build(official_pixels=True)
     torch.testing.assert_close(imagenet.beit_statistics, plain.sam_statistics)
     assert not any(getattr(Config(), name) for name in (
-        "official_fusion", "official_logits", "official_pixels", "hard_boundary"))
+        "official_fusion", "official_logits", "official_pixels", "official_unknown", "official_precision",
+        "official_dice", "hard_boundary"))
 
 
 @torch.no_grad()
@@ -692,11 +694,11 @@ def test_recipes_are_the_papers():
 
 
 def test_ablations_are_the_thirteen_rows_of_tables_3_and_4():
-    assert [len(rows) for rows in rs2sam2.ABLATIONS.values()] == [5, 8]
+    assert [len(rows) for rows in rs2sam2.ABLATIONS.values()] == [5, 8, 1]
     images, tokens, text_mask, masks = example()
     sizes = {}
-    for table, rows in rs2sam2.ABLATIONS.items():
-        for row, changes in rows.items():
+    for table in ("3", "4"):
+        for row, changes in rs2sam2.ABLATIONS[table].items():
             model = build(**changes)
             losses = model.criterion(model(images, tokens, text_mask), {"masks": masks}, 0.0)
             assert all(loss.isfinite() for loss in losses.values())
@@ -902,12 +904,327 @@ def test_small_towers_start_able_to_tell_words_and_mask_prompts_apart():
     assert published.token_mlp[0].bias.any() and not model.token_mlp[0].bias.any()
 
 
-def test_settings_of_older_runs_load():
-    values = dataclasses.asdict(Config())
-    assert models.config_from("rs2sam2", {**values, "mpg_layers": 1, "zero_init": False}) == Config()
-    for field, value in (("mpg_layers", 2), ("zero_init", True)):
+def test_settings_of_older_runs_load(capsys):
+    values = {**dataclasses.asdict(Config()), "mpg_layers": 1, "zero_init": False, "dice_squared": True}
+    for field in ("official_unknown", "official_precision", "official_dice"):
+        del values[field]
+    assert models.config_from("rs2sam2", values) == Config()
+    assert "official_dice=False" in capsys.readouterr().out
+    for field, value in (("mpg_layers", 2), ("zero_init", True), ("dice_squared", False)):
         with pytest.raises(ValueError, match=field):
-            models.config_from("rs2sam2", {**values, "mpg_layers": 1, "zero_init": False, field: value})
+            models.config_from("rs2sam2", {**values, field: value})
+
+
+# ------------------------------------------------------------------------- the authors' weights and the code's forms
+
+
+STAND_IN = Config(
+    pretrained="none", beit_width=64, beit_layers=2, beit_heads=4, beit_ffn=128, vocab_size=200, hiera_width=16,
+    hiera_heads=1, hiera_blocks=(1, 2, 3, 2), hiera_global=(4,),
+    official_fusion=True, official_logits=True, official_pixels=True, official_unknown=True, official_precision=True)
+
+
+def fill(name, shape, seed):
+    """Numbers for a tensor that follow from its name: N(0, 1/fan-in), 1 + 0.1 N for a vector "weight", else 0.1 N."""
+    normal = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
+    if len(shape) > 1:
+        return normal / math.sqrt(math.prod(shape[1:]))
+    return 1 + 0.1 * normal if name.endswith("weight") else 0.1 * normal
+
+
+def layers(at, *sizes):
+    """Linear layers at[0], at[1], ... from sizes[0] to sizes[1], ..."""
+    return {f"{name}.{kind}": (rows, columns) if kind == "weight" else (rows,)
+            for name, columns, rows in zip(at, sizes, sizes[1:], strict=False) for kind in ("weight", "bias")}
+
+
+def their_shapes(c):
+    """Names and shapes of the tensors that the authors' code saves for a Config of ours."""
+    C, D, shapes = c.sam_width, c.beit_width, {}
+
+    def vectors(*names, size=C):
+        shapes.update({f"{name}.{kind}": (size,) for name in names for kind in ("weight", "bias")})
+
+    def convolution(name, *weight, out=0):
+        shapes.update({f"{name}.weight": weight, f"{name}.bias": (out or weight[0],)})
+
+    def attention(at, width):
+        shapes.update({f"{at}.in_proj_weight": (3 * width, width), f"{at}.in_proj_bias": (3 * width,)})
+        shapes.update(layers([f"{at}.out_proj"], width, width))
+
+    trunk, d, place = "visual_model.image_encoder.trunk.", c.hiera_width, 0
+    shapes |= {f"{trunk}pos_embed": (1, d, c.hiera_background, c.hiera_background),
+               f"{trunk}pos_embed_window": (1, d, c.hiera_windows[0], c.hiera_windows[0])}
+    convolution(f"{trunk}patch_embed.proj", d, 3, 7, 7)
+    for stage, count in enumerate(c.hiera_blocks):
+        out = c.hiera_width * 2 ** stage
+        for n in range(place, place + count):
+            at, r = f"{trunk}blocks.{n}.", out // c.fusion_reduction
+            vectors(f"{at}norm1", size=d)
+            vectors(f"{at}norm2", size=out)
+            shapes |= layers([f"{at}attn.qkv"], d, 3 * out) | layers([f"{at}attn.proj"], out, out)
+            shapes |= layers([f"{at}mlp.layers.0", f"{at}mlp.layers.1"], out, 4 * out, out)
+            shapes |= layers([f"{at}proj"], d, out) if d != out else {}
+            for adapter in ("MLP_Adapter", "Space_Adapter"):
+                shapes |= layers([f"{at}{adapter}.D_fc1", f"{at}{adapter}.D_fc2"], out, r, out)
+            shapes |= layers([f"{at}Space_Adapter.text_in_linear"], C, r)
+            shapes |= layers([f"{at}Space_Adapter.text_out_linear"], r, C)
+            for module in ("vlfusion_module", "lvfusion_module"):
+                attention(f"{at}Space_Adapter.{module}.multihead_attn", r)
+            d = out
+        place += count
+        convolution(f"visual_model.image_encoder.neck.convs.{3 - stage}.conv", C, out, 1, 1)
+    shapes |= {f"visual_model.{name}": (1, 1, C) for name in ("no_mem_embed", "no_mem_pos_enc")}
+    shapes |= {"visual_model.maskmem_tpos_enc": (7, 1, 1, C // 4), "visual_model.no_obj_ptr": (1, C)}
+    convolution("visual_model.mask_downsample", 1, 1, 4, 4)
+    convolution("visual_model.memory_encoder.out_proj", C // 4, C, 1, 1)
+    shapes |= layers([f"visual_model.obj_ptr_proj.layers.{n}" for n in range(3)], C, C, C, C)
+    for kind in ("self_attn", "cross_attn_image"):
+        shapes |= layers([f"visual_model.memory_attention.layers.0.{kind}.out_proj"], C, C)
+    vectors("visual_model.memory_attention.layers.0.norm1", "visual_model.memory_attention.norm")
+
+    at, k = "visual_model.sam_prompt_encoder.", c.sam_mask_channels
+    shapes |= {f"{at}pe_layer.positional_encoding_gaussian_matrix": (2, C // 2)}
+    shapes |= {f"{at}{name}.weight": (1, C) for name in (
+        "not_a_point_embed", "no_mask_embed", *(f"point_embeddings.{n}" for n in range(4)))}
+    convolution(f"{at}mask_downscaling.0", k // 4, 1, 2, 2)
+    vectors(f"{at}mask_downscaling.1", size=k // 4)
+    convolution(f"{at}mask_downscaling.3", k, k // 4, 2, 2)
+    vectors(f"{at}mask_downscaling.4", size=k)
+    convolution(f"{at}mask_downscaling.6", C, k, 1, 1)
+
+    at = "visual_model.sam_mask_decoder."
+    for n, part, width in [(n, part, C if part == "self_attn" else C // 2) for n in range(2) for part in (
+            "self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")] + [(-1, "", C // 2)]:
+        place = f"{at}transformer." + (f"layers.{n}.{part}" if n >= 0 else "final_attn_token_to_image")
+        shapes |= {name: shape for p in "qkv" for name, shape in layers([f"{place}.{p}_proj"], C, width).items()}
+        shapes |= layers([f"{place}.out_proj"], width, C)
+    for n in range(2):
+        shapes |= layers([f"{at}transformer.layers.{n}.mlp.layers.{i}" for i in range(2)], C, c.sam_mlp, C)
+        vectors(*(f"{at}transformer.layers.{n}.norm{i}" for i in range(1, 5)))
+    vectors(f"{at}transformer.norm_final_attn")
+    shapes |= {f"{at}{name}.weight": (rows, C) for name, rows in (
+        ("iou_token", 1), ("mask_tokens", 4), ("obj_score_token", 1))}
+    convolution(f"{at}output_upscaling.0", C, C // 4, 2, 2, out=C // 4)
+    vectors(f"{at}output_upscaling.1", size=C // 4)
+    convolution(f"{at}output_upscaling.3", C // 4, C // 8, 2, 2, out=C // 8)
+    convolution(f"{at}conv_s0", C // 8, C, 1, 1)
+    convolution(f"{at}conv_s1", C // 4, C, 1, 1)
+    for head, out in [(f"output_hypernetworks_mlps.{n}", C // 8) for n in range(4)] + [
+            ("iou_prediction_head", 4), ("pred_obj_score_head", 1)]:
+        shapes |= layers([f"{at}{head}.layers.{n}" for n in range(3)], C, C, C, out)
+    attention(f"{at}vlfusion_module.multihead_attn", C)
+
+    beit3 = official_shapes(c.beit_layers, D, c.beit_ffn, c.vocab_size, c.beit_patch,
+                            (c.beit_size // c.beit_patch) ** 2 + 3, c.beit_positions)
+    shapes |= {f"mm_extractor.{name}": shape for name, shape in beit3.items()}
+    attention("vmtoken.multihead_attn", D)
+    shapes |= layers(["text_hidden_fcs.0.0", "text_hidden_fcs.0.2"], D, D, C) | layers(["text_feat_linear"], D, C)
+    return shapes | layers(["mask_linear"], D, D) | layers(["mask_product"], D, 1) | layers(["meo_linear"], D, C) \
+        | layers(["text2one_linear"], C, 1)
+
+
+def their_file(path, c, seed=0, wrapper="module", change=dict):
+    tensors = change({name: fill(name, shape, seed) for name, shape in their_shapes(c).items()})
+    torch.save({wrapper: tensors, "ds_version": "0.14", "buffer_names": set()} if wrapper else tensors, path)
+    return path
+
+
+# The authors' own modules gave this with these weights: m1 - m0 at every 128th row and column of 1024 x 1024.
+THEIR_LOGITS = """
+    -4.66675 -4.57255 2.47016 -2.52964 0.47477 11.26539 -8.89774 -5.49748
+    8.77593 -9.22237 -9.44030 -3.30203 -5.93438 2.83824 -10.47562 -6.67887
+    -3.60566 4.88068 -1.25824 8.41553 -4.61969 -1.94577 -7.17884 -11.64469
+    -3.21731 0.52944 -9.06425 -8.31817 1.06894 -0.78913 -10.04625 -6.47441
+    -5.39776 -5.17966 -14.59619 -6.94102 -8.60212 -9.97885 1.29123 -11.07096
+    0.65777 -14.19462 -6.29011 -10.24710 -6.44554 -7.82186 -8.73916 -1.80512
+    -4.27990 11.31429 -10.30183 -6.87790 1.85269 -7.72500 -6.70355 -3.04443
+    -2.48278 -8.25875 3.74765 5.84445 -8.10450 -7.60492 -9.93081 -2.21668"""
+THEIR_PSEUDO_MASK = (               # its diagonal
+    0.618175, 0.617975, 0.539814, 0.562446, 0.552973, 0.602019, 0.563205, 0.519921, 0.568714,
+    0.556264, 0.558737, 0.502781, 0.550999, 0.600133)
+
+
+@torch.no_grad()
+def test_their_weights_give_their_numbers(tmp_path):
+    model = RS2SAM2(STAND_IN).eval()
+    model.load_state_dict(rs2sam2.read_official(their_file(tmp_path / "mp_rank_00_model_states.pt", STAND_IN)))
+    cells = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(10)).float()
+    image = F.interpolate(cells, 1024, mode="bicubic").round().clamp(0, 255).byte()
+    tokens = torch.tensor([[0, 52, 88, 131, 99, 17, 2]])
+    outputs = model(image, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    expected = torch.tensor([float(number) for number in THEIR_LOGITS.split()]).view(8, 8)
+    logits = F.interpolate(outputs["logits"], (1024, 1024), mode="bilinear")[0, 0, ::128, ::128]
+    error, scale = (logits - expected).abs(), expected.abs().max()
+    assert error.square().mean().sqrt() < 1e-5 * scale and error.max() < 1e-4 * scale
+    torch.testing.assert_close(outputs["pseudo_mask"][0, 0].diagonal(), torch.tensor(THEIR_PSEUDO_MASK))
+    torch.testing.assert_close(outputs["text_weight"], torch.tensor([-0.136008]))
+
+
+SMALL_OFFICIAL = dataclasses.replace(SMALL, beit_size=40, hiera_blocks=(2, 1, 3, 1), hiera_global=(4,), sam_width=32)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module", "state_dict"])
+def test_their_names_become_ours_by_rule(tmp_path, wrapper):
+    def change(tensors):                            # as bf16, under data parallel's prefix
+        return {f"module.{name}": value.bfloat16() for name, value in tensors.items()} if wrapper else tensors
+
+    path, small = their_file(tmp_path / "file.pth", SMALL_OFFICIAL, 5, wrapper, change), SMALL_OFFICIAL
+    ours, theirs = rs2sam2.read_official(path), their_shapes(small)
+    model = RS2SAM2(small)
+    model.load_state_dict(ours)
+    assert all(value.dtype == torch.float32 for value in ours.values())
+    read, total = sum(value.numel() for value in ours.values()), sum(math.prod(shape) for shape in theirs.values())
+    unread = sum(math.prod(theirs[name]) for name in theirs if name.startswith("meo_linear") or re.match(
+        r"visual_model\.(memory_|mask_downsample\.|maskmem|no_mem_pos|no_obj|obj_ptr)", name))
+    assert read == total - unread + small.sam_width     # the positional matrix (2, C/2) stands in our model twice
+    block, decoder = "visual_model.image_encoder.trunk.blocks.3.", "visual_model.sam_mask_decoder."
+    width = 4 * small.hiera_width // small.fusion_reduction
+    for name, other, rows in (
+            ("fusion.3.down.weight", f"{block}Space_Adapter.D_fc1.weight", None),
+            ("fusion.3.up.bias", f"{block}Space_Adapter.D_fc2.bias", None),
+            ("fusion.3.side.0.weight", f"{block}MLP_Adapter.D_fc1.weight", None),
+            ("fusion.3.side.2.weight", f"{block}MLP_Adapter.D_fc2.weight", None),
+            ("fusion.3.text_in.weight", f"{block}Space_Adapter.text_in_linear.weight", None),
+            ("fusion.3.text_out.weight", f"{block}Space_Adapter.text_out_linear.weight", None),
+            *((f"fusion.3.image_reads_text.to_{p}.weight",
+               f"{block}Space_Adapter.vlfusion_module.multihead_attn.in_proj_weight", (i, width))
+              for i, p in enumerate("qkv")),
+            ("fusion.3.text_reads_image.to_k.bias",
+             f"{block}Space_Adapter.lvfusion_module.multihead_attn.in_proj_bias", (1, width)),
+            ("fusion.3.text_reads_image.to_out.weight",
+             f"{block}Space_Adapter.lvfusion_module.multihead_attn.out_proj.weight", None),
+            ("gate.attention.to_v.weight", f"{decoder}vlfusion_module.multihead_attn.in_proj_weight",
+             (2, small.sam_width)),
+            ("prompt_generator.attention.to_q.weight", "vmtoken.multihead_attn.in_proj_weight", (0, small.beit_width)),
+            ("prompt_generator.linear.weight", "mask_linear.weight", None),
+            ("prompt_generator.mlp.0.bias", "mask_product.bias", None),
+            ("token_mlp.0.bias", "text_hidden_fcs.0.0.bias", None),
+            ("token_mlp.2.weight", "text_hidden_fcs.0.2.weight", None),
+            ("text_projection.weight", "text_feat_linear.weight", None),
+            ("text_weight.bias", "text2one_linear.bias", None),
+            ("sam.vision_encoder.neck.convs.2.weight", "visual_model.image_encoder.neck.convs.2.conv.weight", None),
+            ("sam.mask_decoder.transformer.layers.1.layer_norm3.bias",
+             f"{decoder}transformer.layers.1.norm3.bias", None),
+            ("sam.mask_decoder.output_hypernetworks_mlps.2.layers.0.weight",
+             f"{decoder}output_hypernetworks_mlps.2.layers.1.weight", None),
+            ("sam.mask_decoder.upscale_conv2.weight", f"{decoder}output_upscaling.3.weight", None),
+            ("sam.no_memory_embedding", "visual_model.no_mem_embed", None)):
+        expected = fill(other, theirs[other], 5)
+        expected = expected.bfloat16().float() if wrapper else expected
+        if rows:
+            expected = expected[rows[0] * rows[1]:(rows[0] + 1) * rows[1]]
+        assert torch.equal(ours[name], expected), name
+    points = [fill(f"visual_model.sam_prompt_encoder.point_embeddings.{n}.weight", (1, 32), 5) for n in range(4)]
+    torch.testing.assert_close(ours["sam.prompt_encoder.point_embed.weight"], torch.cat(points), rtol=0, atol=0.02)
+    assert torch.equal(model.sam.shared_image_embedding.positional_embedding,
+                       model.sam.prompt_encoder.shared_embedding.positional_embedding)
+
+
+def test_files_that_are_not_theirs_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "authors.pth"
+    message = re.escape(str(path))
+    with pytest.raises(FileNotFoundError, match=f"{message}: no such file"):
+        rs2sam2.read_official(path)
+    whole = their_file(path, SMALL_OFFICIAL).read_bytes()
+    for damaged in (whole[:len(whole) // 2], b"<html>", b"", pickle.dumps(print, 2)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^{message}: damaged or no PyTorch weights file") as error:
+            rs2sam2.read_official(path)
+        assert "\n" not in str(error.value)
+    torch.save({"module": print}, path)             # asks to run code
+    with pytest.raises(ValueError, match=f"^{message}: .*asks to run code is not opened"):
+        rs2sam2.read_official(path)
+    for content, found in (([1, 2], "found list"), ({"epoch": 3, "model": {}}, r"found \['epoch', 'model'\]")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=f"^{message}: expected tensors by name.*{found}"):
+            rs2sam2.read_official(path)
+
+    def without(begin):
+        return lambda tensors: {name: value for name, value in tensors.items() if not name.startswith(begin)}
+
+    for change, wrong in (
+            (lambda tensors: tensors | {"visual_model.mask_decoder.x": torch.ones(1)},
+             r"1 unknown as \['visual_model\.mask_decoder\.x'\]"),
+            (without("vmtoken"), None), (without("mm_extractor"), r"none of \['beit3\.'\]; found .*, vmtoken"),
+            (without("visual_model"), r"none of \['fusion\.', 'gate\.', 'sam\.vision_encoder\."),
+            (without("visual_model.sam_prompt_encoder.pe_layer"), r"none of \['sam\.prompt_encoder\.shared_embedding"),
+            (lambda tensors: {"backbone.model.x": torch.ones(1), "prompter.y": torch.ones(1)},
+             r"2 unknown as .*found backbone\.model, prompter$")):
+        their_file(path, SMALL_OFFICIAL, change=change)
+        if wrong is None:                           # what is half there is found by the model that it does not fill
+            with pytest.raises(RuntimeError, match="prompt_generator.attention"):
+                RS2SAM2(SMALL_OFFICIAL).load_state_dict(rs2sam2.read_official(path))
+            continue
+        with pytest.raises(ValueError, match=f"^{message}: not the authors' RS2-SAM 2: .*{wrong}") as error:
+            rs2sam2.read_official(path)
+        assert "\n" not in str(error.value)
+
+
+def test_the_row_official_all_is_the_code():
+    row = rs2sam2.ABLATIONS["official"]["all"]
+    assert row == {
+        **dict.fromkeys(("official_fusion", "official_logits", "official_pixels", "official_unknown",
+                         "official_precision", "official_dice", "hard_boundary"), True),
+        "lambda_ce": 0.9, "black_boxes": 0.2, "lr": 5e-5, "lr_modules": 1e-4, "schedule": "constant"}
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert {name for name in fields if name.startswith("official")} <= set(row) <= fields | set(rs2sam2.RECIPE)
+
+
+@torch.no_grad()
+def test_official_unknown_words_are_padding_to_the_union_encoder_alone():
+    images, tokens, text_mask, _ = example()
+    tokens[0, 2] = 3                                # <unk>
+    logits = {}
+    for switch in (False, True):
+        model = build(lively=True, official_unknown=switch)
+        before = model(images, tokens, text_mask)["logits"]
+        model.beit3.text_embed.weight[3] = torch.randn(16)
+        moved = (model(images, tokens, text_mask)["logits"] - before).abs().amax((1, 2, 3))
+        assert (moved[0] > 1e-3) == (not switch) and (moved[1:] == 0).all()
+        unread = text_mask & (tokens != 3)
+        logits[switch] = model(images, tokens, text_mask)["logits"], model(images, tokens, unread)["logits"]
+    assert (logits[True][0] - logits[True][1]).abs().max() > 1e-3              # (2) and (4) read it all the same
+    torch.testing.assert_close(logits[True][1], logits[False][1], rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("switch", [False, True])
+def test_official_precision_keeps_sam_in_float32_under_autocast(switch):
+    model, kinds = build(lively=True, official_precision=switch), {}
+    for name in ("beit3.encoder.layers.0.ffn.A.fc1", "sam.vision_encoder.backbone.blocks.0.attn.qkv", "fusion.0.down",
+                 "gate.attention.to_q", "sam.mask_decoder.conv_s0", "prompt_generator.linear", "token_mlp.0"):
+        model.get_submodule(name).register_forward_hook(lambda _, args, out, n=name: kinds.update({n: out.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(*example()[:3])["logits"]
+    half = {name for name, kind in kinds.items() if kind == torch.bfloat16}
+    assert half == (set(kinds) if not switch else {name for name in kinds if name.startswith((
+        "beit3", "prompt_generator", "token_mlp"))})
+    assert logits.dtype == (torch.float32 if switch else torch.bfloat16)
+
+
+def test_official_losses_are_the_codes():
+    model = build(official_dice=True, official_logits=True, hard_boundary=True)
+    masks, generator = example()[3], torch.Generator().manual_seed(0)
+    m = torch.randn(M, 1, 64, 64, generator=generator)                        # their one channel, at full size
+    weight = torch.randn(M, generator=generator)
+    losses = model.criterion({"logits": 2 * m - 1, "text_weight": weight}, {"masks": masks}, 0.0)
+    pair = torch.cat((1 - m, m), 1).softmax(1)
+    dice = 0.0
+    for n in range(M):
+        for p, y in zip(pair[n], (~masks[n], masks[n]), strict=True):         # background and foreground, summed
+            dice += (1 - (2 * (p * y).sum() + 1e-6) / (p.sum() + y.sum() + 1e-6)) / M
+    torch.testing.assert_close(losses["dice"], 0.1 * dice)
+    for n in range(M):                                                        # (7) cuts m at 0, not the pair at 0.5
+        ones, y = (m[n, 0] > 0).float(), masks[n].float()
+        error = torch.zeros(64, 64)
+        error[1:] += ones.diff(dim=0).abs() - y.diff(dim=0).abs()
+        error[:, 1:] += ones.diff(dim=1).abs() - y.diff(dim=1).abs()
+        term = boundary_loss(2 * m[n:n + 1] - 1, masks[n:n + 1, None], weight[n:n + 1], hard=True, cut=-1.0)
+        torch.testing.assert_close(term[0], weight[n] ** 2 * error.square().mean())
+    each = boundary_loss(2 * m - 1, masks[:, None], weight, hard=True, cut=-1.0)
+    torch.testing.assert_close(losses["tbl"], 0.2 * each.mean())
+    assert (boundary_loss(2 * m - 1, masks[:, None], weight, hard=True) - each).abs().min() > 1e-3
 
 
 def test_tiny_builds_small():

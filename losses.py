@@ -85,9 +85,18 @@ def orthogonal_loss(t1, t2):
     return (pooled1 * pooled2).sum(-1) ** 2  # RSRefSeg 2 Eq. (11)
 
 
-def mask_pooled(features, masks):
-    """Mean of the features (M,C,h,w) over each mask (M,1,H,W), a cell counting by the share that it covers -> (M,C)."""
-    share = F.interpolate(masks.float(), features.shape[-2:], mode="area")                # (M,1,h,w)
+def on_grid(masks, size):
+    """Masks (M,1,H,W) on a coarse grid as the official code cuts them, small objects may be lost -> (M,1,h,w) bool."""
+    return F.interpolate(masks.float(), size, mode="bilinear", align_corners=True) > 0.5
+
+
+def mask_pooled(features, masks, cut=False):
+    """Mean of the features (M,C,h,w) over each mask (M,1,H,W), a cell counting by the share that it covers -> (M,C).
+
+    cut: wholly or not at all, by on_grid; zero where nothing is left.
+    """
+    size = features.shape[-2:]
+    share = on_grid(masks, size).float() if cut else F.interpolate(masks.float(), size, mode="area")    # (M,1,h,w)
     return (features.float() * share).sum((2, 3)) / share.sum((2, 3)).clamp(min=1e-6)
 
 
@@ -132,11 +141,20 @@ def processes():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def contrast(images, texts, scale):
-    """contrastive_loss of (M,C) and (M,C) within the vectors of all processes -> (M,)."""
-    every, first = torch.cat((images, texts), -1), 0                          # (M,2C)
+def contrast(images, texts, scale, remote_gradient=True):
+    """contrastive_loss of (M,C) and (M,C) within the vectors of all processes -> (M,).
+
+    remote_gradient=False: the official code; each process takes the loss of all K rows, and its gradient to its own.
+    Averaged over W processes that is 1/W of the gradient.
+    """
+    own, first = torch.cat((images, texts), -1), 0                            # (M,2C)
+    every = own
     if processes() > 1:
-        every, first = GatherRows.apply(every)                                # (K,2C)
+        every, first = GatherRows.apply(own if remote_gradient else own.detach())       # (K,2C)
+    if not remote_gradient:
+        every = torch.cat((every[:first], own, every[first + len(own):]))
+        images, texts = every.chunk(2, -1)
+        return contrastive_loss(images, texts, images, texts, 0, scale).mean().expand(len(own))
     return contrastive_loss(images, texts, *every.chunk(2, -1), first, scale)
 
 

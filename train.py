@@ -194,8 +194,10 @@ def factor(recipe, step, total):
         return (step + 1) / warmup
     if kind == "poly":
         return (1 - step / total) ** recipe.get("power", 0.9)
-    if kind == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    if kind == "cosine":                            # to the floor at the end, or t_max runs long and after a plateau
+        begin, low = max(warmup, recipe.get("plateau", 0) * per_epoch), recipe.get("floor", 0)
+        length = recipe.get("t_max", 0) * total or max(1, total - begin)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * max(0, step - begin) / length))
     if kind == "step" and step >= total - recipe["drop_epochs"] * per_epoch:
         return recipe["drop_factor"]
     return 1.0                                      # constant; models.check_recipe knows no other

@@ -30,10 +30,10 @@ Equations
     Eq. (11)            losses.py, orthogonal_loss
     Eq. (12)            RSRefSeg2.criterion
     Eq. (13)            metrics.py
-What departs from the paper or from the official code, and what the paper leaves open: Notes, at the end of the file.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from transformers import SiglipConfig, SiglipModel, SiglipTextModel, SiglipVisio
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from losses import binary_cross_entropy, contrast, dice_loss, mask_pooled, multi_instance_loss
-from losses import orthogonal_loss, processes
+from losses import on_grid, orthogonal_loss, processes
 
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # SAM 2's; SigLIP's are 0.5 and 0.5
 MAPS = ("dense_prompt",)
@@ -94,7 +94,7 @@ class Config:
 
     n_t: int = 3                                    # IV-C1
     n_p: int = 9
-    decomposition_blocks: int = 2
+    decomposition_blocks: int = 2                   # 0: Table X's single stage in the official code, reads raw words
     interaction_blocks: int = 2
     prompt_blocks: int = 2
     attention_width: int = 512                      # official code
@@ -103,7 +103,7 @@ class Config:
 
     subspace_init: str = "textpool"                 # Table IX: or zero, learnable
     subspace_positions: bool = True
-    image_positions: str = "learnable"              # or sine, none
+    image_positions: str = "learnable"              # or sine, none; fourier: the official code's sine
     prompt_init: str = "learnable"                  # or zero
     prompt_positions: bool = True
     cascade: bool = True                            # Table X
@@ -113,6 +113,7 @@ class Config:
     self_attention: bool = True                     # Table XII
     cross_attention: bool = True
     dense_text: str = "sent"                        # Table XIII: or t2, t2_prime, sparse
+    dense_pool: str = "mean"                        # of t2, t2_prime; learned: the official code
     dense_soft_text: bool = False
     dense_image: str = "v2"                         # or v
     dense_conv: str = "relu"                        # III-C; or none, or official: two layers with GELU
@@ -121,8 +122,12 @@ class Config:
     interleave: bool = False                        # True: the official code, prompt block k reads interaction block k
     dense_scale: bool = False                       # True: the official code, SigLIP's scale and bias on p_dense
     align_corners: bool = False                     # True: the official code, in Eq. (7)
+    antialias: bool = True                          # False: the official code, I_1 is only interpolated
+    lower_case: bool = True                         # False: the official code
     pad_to_longest: bool = False                    # True: the official code, t_sent depends on the batch mates
     dynamic_multimask: bool = False                 # True: the official code, at test another mask may win
+    enlarge_twice: bool = False                     # True: the official code, logits are scored by way of image_size
+    official_losses: bool = False                   # True: the official code's L_samp, L_spat and L_dense
 
     alpha_ce: float = 1.0                           # Eq. (10)
     alpha_dice: float = 1.0                         # IV-C2
@@ -142,6 +147,9 @@ class Config:
         if self.interleave and self.interaction_blocks != self.prompt_blocks:
             raise ValueError(f"interleave=True pairs the blocks: interaction_blocks={self.interaction_blocks} and "
                              f"prompt_blocks={self.prompt_blocks} must be equal")
+        if not self.decomposition_blocks and (self.cascade or self.subspace_positions or not self.pad_to_longest):
+            raise ValueError("decomposition_blocks=0 hands on the words, all of them, in place of subspaces: set "
+                             "cascade=False, subspace_positions=False and pad_to_longest=True")
         if not self.cascade and self.alpha_ortho:
             raise ValueError(f"cascade=False leaves one subspace: set alpha_ortho=0, got {self.alpha_ortho}")
         if not self.dense and self.alpha_dense:
@@ -168,11 +176,11 @@ class Config:
         return {*samp, *((self.spat_text, self.spat_image) if self.alpha_spat else ())}
 
 
-WORDS = {"subspace_init": ("textpool", "zero", "learnable"), "image_positions": ("learnable", "sine", "none"),
-         "prompt_init": ("learnable", "zero"), "dense_text": ("sent", "t2", "t2_prime", "sparse"),
-         "dense_image": ("v2", "v"), "dense_conv": ("relu", "none", "official"), "dense_upsample": ("pre", "post"),
-         "spat": ("CE", "MIL"), "spat_text": ("sent", "t2"), "spat_image": ("v", "v2"),
-         "nce_text": ("sent", "t2"), "nce_image": ("v", "v2")}
+WORDS = {"subspace_init": ("textpool", "zero", "learnable"), "prompt_init": ("learnable", "zero"),
+         "image_positions": ("learnable", "sine", "none", "fourier"), "dense_pool": ("mean", "learned"),
+         "dense_text": ("sent", "t2", "t2_prime", "sparse"), "dense_conv": ("relu", "none", "official"),
+         "dense_image": ("v2", "v"), "dense_upsample": ("pre", "post"), "spat": ("CE", "MIL"),
+         "spat_text": ("sent", "t2"), "spat_image": ("v", "v2"), "nce_text": ("sent", "t2"), "nce_image": ("v", "v2")}
 
 
 # --------------------------------------------------------------- III-B: dual-modality aligned semantic feature encoder
@@ -198,20 +206,13 @@ class LoRALinear(nn.Module):
         W, A, B = self.weight, self.lora_A, self.lora_B
         return functional.linear(x, W, self.bias) + (x @ B) @ A.T  # Eq. (2)
 
-    def merged(self):
-        """The plain linear layer that computes the same."""
-        linear = nn.Linear(len(self.lora_B), len(self.lora_A), bias=False, device="meta")
-        merged = (self.weight + self.lora_A @ self.lora_B.T).detach()
-        linear.weight, linear.bias = nn.Parameter(merged, self.weight.requires_grad), self.bias
-        return linear
 
-
-def replace_linear(tower, kind, ends, make):
-    """Replace each module of class `kind` whose path ends with one of `ends` by make(module)."""
+def adapt(tower, rank, *ends):
+    """Put a LoRALinear in the place of each linear layer whose path ends with one of `ends`."""
     for path, module in list(tower.named_modules()):
-        if isinstance(module, kind) and path.endswith(ends):
+        if isinstance(module, nn.Linear) and path.endswith(ends):
             parent, _, name = path.rpartition(".")
-            setattr(tower.get_submodule(parent), name, make(module))
+            setattr(tower.get_submodule(parent), name, LoRALinear(module, rank))
 
 
 # ---------------------------------------------------------------------- III-C: cascaded second-order referring prompter
@@ -233,6 +234,8 @@ class CascadedPrompter(nn.Module):
             torch.randn(c.n_t, text_width) for _ in range(subspaces if c.subspace_positions else 0))
         if c.image_positions == "sine":
             self.register_buffer("image_position", sine_positions(side, vision_width), persistent=False)
+        elif c.image_positions == "fourier":
+            self.register_buffer("image_position", fourier_positions(side, vision_width))
         else:
             self.image_position = drawn_or_zero(c.image_positions == "learnable", side * side, vision_width)
         self.decompose = ReferringSemanticDecomposition(
@@ -246,6 +249,9 @@ class CascadedPrompter(nn.Module):
         count = c.n_p + 1 if c.dense and c.dense_text == "sparse" else c.n_p   # Silent: Table XIII
         self.sparse = SparsePromptGeneration(prompt_width, text_width, vision_width, count, c.prompt_blocks,
                                              c.prompt_init, c.prompt_positions, **layer)
+        if c.dense_pool == "learned":               # Silent: Table XIII
+            self.pool = nn.Sequential(nn.Linear(text_width, text_width), nn.GELU(), nn.Conv1d(c.n_t, c.n_t, 1),
+                                      nn.BatchNorm1d(c.n_t), nn.Conv1d(c.n_t, 1, 1), nn.Flatten())      # -> (M,D_t)
         if c.dense:
             source = {"sent": vision_width, "t2": text_width, "t2_prime": text_width, "sparse": prompt_width}
             self.dense = DensePromptGeneration(
@@ -256,7 +262,7 @@ class CascadedPrompter(nn.Module):
         c = self.config
         expect("v", v, len(words), self.side ** 2, None)
         pe_t, pe_v = list(self.text_positions) or [0.0] * self.decompose.count, self.image_position
-        prompts, subspaces = {}, self.decompose(words, text_mask, pe_t)
+        prompts, subspaces = {}, self.decompose(words, text_mask, pe_t) if c.decomposition_blocks else [words]
         if c.cascade:
             (t1, t2), (pe_1, pe_2) = subspaces, pe_t                          # (M,n_t,D_t) each
             _, v1 = self.first(t1, v, pe_1, pe_v)[-1]                         # (M,g*g,D_v)
@@ -269,9 +275,11 @@ class CascadedPrompter(nn.Module):
         p_sparse = self.sparse(read, pe_2, pe_v)                              # (M,Q,C)
         prompts |= {"p_sparse": p_sparse[:, :c.n_p], "t2": t2, "v2": v2}
         if c.dense:
-            text = {"sent": sentence, "t2": t2.mean(1), "t2_prime": t2_prime.mean(1), "sparse": p_sparse[:, -1]}
+            text = {"sent": sentence, "t2": t2, "t2_prime": t2_prime, "sparse": p_sparse[:, -1]}[c.dense_text]
+            if c.dense_text in ("t2", "t2_prime"):
+                text = self.pool(text) if c.dense_pool == "learned" else text.mean(1)         # (M,D_t)
             image = rearrange(v2 if c.dense_image == "v2" else v, "m (y x) d -> m d y x", y=self.side)
-            prompts["p_dense"] = self.dense(image, text[c.dense_text])        # (M,1,size,size)
+            prompts["p_dense"] = self.dense(image, text)                      # (M,1,size,size)
         return prompts  # Eq. (3)
 
 
@@ -550,6 +558,14 @@ def sine_positions(side, width):
     return torch.cat((waves.repeat(side, 1), waves.repeat_interleave(side, 0)), -1)
 
 
+def fourier_positions(side, width):
+    """SAM's: sines and cosines of width/2 random projections of the centres, from -1 to 1 -> (side^2,width)."""
+    axis = (2 * torch.arange(side) + 1) / side - 1
+    centres = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)             # (side^2,2), x and y
+    angles = 2 * math.pi * centres @ torch.randn(2, width // 2)
+    return torch.cat((angles.sin(), angles.cos()), -1)
+
+
 # ------------------------------------------------------------------------------------------------------------- model
 
 
@@ -600,11 +616,11 @@ class RSRefSeg2(nn.Module):
         self.vision = SiglipVisionModel._from_config(clip.vision_config)
         self.text = SiglipTextModel._from_config(clip.text_config)
         self.sam = Sam2Model._from_config(sam)
-        for tower, rank, ends in ((self.vision, c.lora_vision, ("q_proj", "k_proj", "v_proj", "out_proj")),
-                                  (self.text, c.lora_text, ("q_proj", "k_proj", "v_proj", "out_proj")),
-                                  (self.sam.vision_encoder, c.lora_sam, ("attn.qkv", "attn.proj"))):
+        for tower, rank, *ends in ((self.vision, c.lora_vision, "q_proj", "k_proj", "v_proj", "out_proj"),
+                                   (self.text, c.lora_text, "q_proj", "k_proj", "v_proj", "out_proj"),
+                                   (self.sam.vision_encoder, c.lora_sam, "attn.qkv", "attn.proj")):
             if rank:
-                replace_linear(tower, nn.Linear, ends, partial(LoRALinear, rank=rank))        # Silent: LoRA
+                adapt(tower, rank, *ends)           # Silent: LoRA
         self.small = c.clip_size or clip.vision_config.image_size             # H_1
         D_v, D_t = clip.vision_config.hidden_size, clip.text_config.hidden_size
         self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
@@ -617,11 +633,10 @@ class RSRefSeg2(nn.Module):
         if c.pretrained == "none":
             self.start_from_scratch()
         self.choose_what_learns()
-        for tower in (self.vision, self.text, self.sam.vision_encoder):
-            for layer in tower.modules():
-                if isinstance(layer, GradientCheckpointingLayer) and c.checkpointing:
-                    layer.gradient_checkpointing = True
-                    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        for layer in self.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and c.checkpointing:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def start_from_scratch(self):
         """From SAM's own 0.02 narrow layers hardly learn: its encoder by fan-in, what reads the text by Xavier."""
@@ -638,14 +653,12 @@ class RSRefSeg2(nn.Module):
         """With freeze LoRA, prompter and SAM's mask decoder, else all; never what no gradient reaches."""
         c, decoder, prompts = self.config, self.sam.mask_decoder, self.sam.prompt_encoder
         if c.freeze:
-            for tower in (self.vision, self.text, self.sam):
-                tower.requires_grad_(False)
-            decoder.requires_grad_(True)
+            for part in (self.vision, self.text, self.sam.vision_encoder):
+                for name, parameter in part.named_parameters():
+                    parameter.requires_grad_(name.endswith((".lora_A", ".lora_B")))
             prompts.requires_grad_(c.train_prompt_encoder)
             self.sam.no_memory_embedding.requires_grad_(c.train_prompt_encoder)
-            for name, parameter in self.named_parameters():
-                if name.endswith((".lora_A", ".lora_B")):
-                    parameter.requires_grad_(True)
+            self.sam.shared_image_embedding.requires_grad_(False)
         unreached = [decoder.iou_prediction_head, decoder.pred_obj_score_head, *decoder.output_hypernetworks_mlps[1:],
                      prompts.point_embed, prompts.not_a_point_embed,
                      prompts.no_mask_embed if c.dense else prompts.mask_embed]       # Departs: decoder
@@ -665,9 +678,8 @@ class RSRefSeg2(nn.Module):
         clip, sam = (find_weights(self.config, name) for name in (self.config.clip, self.config.sam))
         tensors = read_huggingface(SiglipModel, clip, extra=("vision_model.head.",))
         if self.config.dense and self.config.dense_scale:
-            with torch.no_grad():
-                self.prompter.dense.logit_scale.copy_(tensors["logit_scale"])
-                self.prompter.dense.logit_bias.copy_(tensors["logit_bias"])
+            self.prompter.dense.logit_scale.data.copy_(tensors["logit_scale"])
+            self.prompter.dense.logit_bias.data.copy_(tensors["logit_bias"])
         files = ((self.vision, "vision_model.", tensors), (self.text, "text_model.", tensors),
                  (self.sam, "", read_huggingface(Sam2Model, sam, extra=())))
         for tower, prefix, file in files:
@@ -679,9 +691,8 @@ class RSRefSeg2(nn.Module):
     def forward(self, images, tokens, text_mask, image_index=None):
         """images (N,3,S,S) uint8, tokens and text_mask (M,L), image_index (M,) -> dict.
 
-        logits (M,1,S/4,S/4); with dense, p_dense (M,1,S/4,S/4) raw and dense_prompt, each map stretched to [0,1];
-        for the losses sentence (M,D_v), t1 (with cascade), t2 (M,n_t,D_t), v (N,D_v,g,g) and, where one reads it,
-        v2 (M,D_v,g,g).
+        logits (M,1,S/4,S/4); with dense, p_dense (M,1,S/4,S/4) raw and dense_prompt, each map stretched to [0,1]; for
+        losses sentence (M,D_v), t1 (with cascade), t2 (M,n_t,D_t), v (N,D_v,g,g) and, if it is read, v2 (M,D_v,g,g).
         """
         c, side = self.config, self.prompter.side
         index = torch.arange(len(images), device=images.device) if image_index is None else image_index
@@ -702,7 +713,8 @@ class RSRefSeg2(nn.Module):
     def two_sizes(self, images):
         """uint8 (N,3,S,S) -> SigLIP's small and SAM's large input, each normalised as its tower was trained."""
         large = images.float() / 255
-        small = functional.interpolate(large, (self.small, self.small), mode="bilinear", antialias=True)
+        size, antialias = (self.small, self.small), self.config.antialias                     # Silent: I_1
+        small = functional.interpolate(large, size, mode="bilinear", antialias=antialias)
         mean, std = (large.new_tensor(value)[:, None, None] for value in (SAM_MEAN, SAM_STD))
         return (small - 0.5) / 0.5, (large - mean) / std
 
@@ -710,7 +722,8 @@ class RSRefSeg2(nn.Module):
         """-> v (N,g*g,D_v), words (M,L,D_t), which of them are read (M,L), sentence (M,D_v)."""
         c = self.config
         if c.pad_to_longest:
-            tokens = tokens[:, :int(text_mask.sum(1).max())]
+            longest = tokens.shape[1] if tokens.is_meta else int(text_mask.sum(1).max())
+            tokens = tokens[:, :longest]
             read = torch.ones_like(tokens, dtype=torch.bool)
         else:
             read = text_mask & functional.pad(text_mask[:, 1:], (0, 1))       # Departs: t_word; EOS is each row's last
@@ -746,29 +759,39 @@ class RSRefSeg2(nn.Module):
         texts = {"sent": lambda: outputs["sentence"], "t2": lambda: self.match_t2(outputs["t2"].mean(1))}
 
         def scale(name):
-            return self.scales[name].exp().clamp(max=100)
+            s = self.scales[name].exp()
+            return s if c.official_losses else s.clamp(max=100)
+
+        def dice(logits, masks):
+            return dice_loss(logits, masks, squared=True, eps=1e-3)
+
+        def cross_entropy(logits, masks):           # of L_spat and L_dense
+            logits = resize(logits, masks.shape[-1])
+            ce = binary_cross_entropy(logits, masks)
+            return ce + dice(logits, masks) if c.official_losses else ce
 
         def samp():
-            return contrast(mask_pooled(images[c.nce_image](), masks), texts[c.nce_text](), scale("samp"))
+            pooled = mask_pooled(images[c.nce_image](), masks, cut=c.official_losses)
+            return contrast(pooled, texts[c.nce_text](), scale("samp"), remote_gradient=not c.official_losses)
 
         def spat():
             v, t = (functional.normalize(x, dim=1) for x in (images[c.spat_image](), texts[c.spat_text]()))
             coarse = torch.einsum("mdyx,md->myx", v, t)[:, None] * scale("spat")                   # (M,1,g,g)
+            target = on_grid(masks, coarse.shape[-2:]) if c.official_losses else masks
             if c.spat == "MIL":
-                return multi_instance_loss(coarse, masks)
-            return binary_cross_entropy(resize(coarse + self.biases["spat"], side), masks)
+                return multi_instance_loss(coarse, target)
+            return cross_entropy(coarse + self.biases["spat"], target)
 
         def dense():
             p_dense = outputs["p_dense"]
             logits = p_dense if c.dense_scale else p_dense * scale("dense") + self.biases["dense"]
-            return binary_cross_entropy(resize(logits, side), masks)
+            return cross_entropy(logits, masks)
 
         def weighted(**terms):
             alphas = {name: getattr(c, f"alpha_{name}") for name in terms}
             return {name: alphas[name] * loss().mean() for name, loss in terms.items() if alphas[name]}
 
-        L_seg = weighted(ce=lambda: binary_cross_entropy(logits, masks),
-                         dice=lambda: dice_loss(logits, masks, squared=True, eps=1e-3))  # Eq. (10)
+        L_seg = weighted(ce=lambda: binary_cross_entropy(logits, masks), dice=lambda: dice(logits, masks))  # Eq. (10)
         L_ortho = weighted(ortho=lambda: orthogonal_loss(outputs["t1"], outputs["t2"]))
         L_align = weighted(dense=dense, spat=spat, samp=samp)  # Eq. (12)  # Departs: (12)
         return L_seg | L_ortho | L_align  # Eq. (9)
@@ -777,8 +800,8 @@ class RSRefSeg2(nn.Module):
     def diagnose(self, outputs, masks):
         """Where is a bad mask's fault? masks (M,S,S) -> {name: (M,)}, NaN without an object; {} without a dense prompt.
 
-        dense_peak 1 if the dense prompt is highest within the object; dense_mass the share of dense_prompt within it;
-        of masks with an IoU below 0.5, localisation_error those whose peak is outside, boundary_error the others.
+        dense_peak: it is highest within the object; dense_mass: the share of dense_prompt within; localisation_error,
+        boundary_error: the IoU is below 0.5, and the peak is outside, within the object.
         """
         if not self.config.dense:
             return {}
@@ -800,11 +823,6 @@ class RSRefSeg2(nn.Module):
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [{"params": learning, "lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}]
 
-    def merge_lora(self):
-        """Fold every LoRA into its linear layer: the same outputs from plain SigLIP and SAM 2 towers."""
-        replace_linear(self, LoRALinear, "", LoRALinear.merged)
-        return self
-
 
 def learns(module):
     return any(parameter.requires_grad for parameter in module.parameters())
@@ -813,7 +831,8 @@ def learns(module):
 RECIPE = {
     "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",     # IV-C2
     "weight_decay": 0.05, "warmup": 5.0, "clip": 3.0, "micro_batch": 8,         # official code
-    "per_image": 0, "protocol": "original", "empty": "zero", "select": "mIoU", "phases": None,  # our choice
+    "protocol": "original", "plateau": 0.0, "t_max": 0.0, "floor": 0.0,         # masks' own sizes: official code, too
+    "per_image": 0, "empty": "zero", "select": "mIoU", "phases": None,          # our choice
 }
 RECIPE_FOR = {}                                     # IV-C2: one recipe for all data sets
 RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "weight_decay": 0.01, "warmup": 1.0,
@@ -872,9 +891,18 @@ ABLATIONS = {
         "siglip2-p16-512+s+again", "siglip2-p16-512+b", "siglip2-p16-512+l")},
 }
 ABLATIONS = {table: {row: BASE | changes for row, changes in rows.items()} for table, rows in ABLATIONS.items()}
-ABLATIONS["official"] = {"all": {                   # not of the paper: the forms of the authors' code
-    "interleave": True, "dense_conv": "official", "dense_scale": True, "align_corners": True, "pad_to_longest": True,
-    "dynamic_multimask": True, "train_prompt_encoder": True, "alpha_ce": 5.0, "alpha_dice": 5.0}}
+OFFICIAL = {                                        # not of the paper: the forms of the authors' code
+    "interleave": True, "dense_conv": "official", "dense_scale": True, "align_corners": True, "antialias": False,
+    "lower_case": False, "pad_to_longest": True, "dynamic_multimask": True, "enlarge_twice": True,
+    "official_losses": True, "train_prompt_encoder": True, "alpha_ce": 5.0, "alpha_dice": 5.0,
+    "plateau": 30.0, "t_max": 1.3, "floor": 0.01}
+ABLATIONS["official"] = {
+    "all": OFFICIAL, "refsegrs": OFFICIAL | {"epochs": 600, "lr": 2e-4, "plateau": 60.0, "t_max": 2.0}} | {
+    f"{table}-{row}": OFFICIAL | ABLATIONS[table][row] | changes for table, row, changes in (
+        ("IX", "interac-sine", {"image_positions": "fourier"}),
+        ("X", "single-stage", {"decomposition_blocks": 0, "subspace_positions": False}),
+        ("XIII", "T-t2", {"dense_pool": "learned"}), ("XIII", "T-t2'", {"dense_pool": "learned"}),
+        *(("XV", row, {}) for row in ABLATIONS["XV"] if re.match("dense|CE|MIL|NCE-t2-v2?$", row)))}
 RETIRED = {"dense_kernel": 3}
 RENAMED = {"prompter.decompose.words.": "prompter.decompose.cross.",            # in the state dict, from old to new
            "prompter.sparse.text.": "prompter.sparse.cross_text.",
@@ -885,24 +913,23 @@ SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "end": 2}     # as SigLIP's: words [EO
 
 
 class SiglipWords:
-    """SigLIP's own tokenizer, lower case, padded right, cut to `length` with EOS kept: strings -> tokens, text_mask."""
+    """SigLIP's own tokenizer, padded right, cut to `length` with EOS kept: strings -> tokens, text_mask."""
 
-    def __init__(self, tokenizer, length):
-        self.tokenizer, self.length = tokenizer, length
+    def __init__(self, tokenizer, length, lower_case=True):
+        self.tokenizer, self.length, self.lower_case = tokenizer, length, lower_case
         self.tokenizer.padding_side = "right"
 
-    def __len__(self):
-        return len(self.tokenizer)
-
     def __call__(self, expressions):
-        batch = self.tokenizer([text.lower() for text in expressions], padding="max_length", truncation=True,
-                               max_length=self.length, return_attention_mask=True, return_tensors="pt")
+        texts = [text.lower() if self.lower_case else text for text in expressions]
+        batch = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.length,
+                               return_attention_mask=True, return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"].bool()
 
 
 def tokenizer(config):
     """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
-    return SiglipWords(from_hub(AutoTokenizer.from_pretrained, find_weights(config, config.clip)), config.text_length)
+    words = from_hub(AutoTokenizer.from_pretrained, find_weights(config, config.clip))
+    return SiglipWords(words, config.text_length, config.lower_case)
 
 
 def find_weights(config, name):
@@ -941,51 +968,154 @@ def read_huggingface(kind, source, extra):
     return {name: value for name, value in tensors.items() if not name.startswith(extra)}
 
 
+# ----------------------------------------------------------------------------------------- the authors' trained weights
+
+
+UNUSED = r"vision\.head\.|decode_head\.(logit_scale1|logit_bias[12])$"          # pooling; of other losses, a constant
+WITH_LORA = r"(text|vision)\.encoder\..*_proj$|sam\.vision_encoder\.backbone\..*\.attn\.\w+$"
+LAYERS = [("two_queries_text", *layer) for k in (1, 2) for layer in (      # stack, attention, norm; ours
+    (f"self_attn_query_query{k}", f"query{k}", 1, f"decompose.intra.#.{k - 1}"),
+    (f"cross_attn_query_text_query{k}_text", f"query{k}", 2, f"decompose.cross.#.{k - 1}"),
+    (f"cross_attn_query_query_query{k}_query{3 - k}", f"query{k}", 4, f"decompose.inter.#.{k - 1}"))] + [
+    ("queries1_to_img", "self_attn_text_text_1", "text", 1, "first.intra.#"),
+    ("queries1_to_img", "cross_attn_img_text_1", "img", 1, "first.cross.#"),
+    ("prompt_queries2_img", "self_attn_text_1", "text", 1, "second.intra.#"),
+    ("prompt_queries2_img", "cross_attn_img_text_1", "img", 1, "second.cross.#"),
+    ("prompt_queries2_img", "self_attn_prompt_1", "prompt", 1, "sparse.intra.#"),
+    ("prompt_queries2_img", "cross_attn_prompt_text_1", "prompt", 2, "sparse.cross_text.#"),
+    ("prompt_queries2_img", "cross_attn_prompt_img_1", "prompt", 4, "sparse.cross_image.#")]
+
+
+def their_names():
+    """[(pattern, replacement)], to be applied in turn, from the names of mmseg, peft and Meta to ours."""
+    rules, encoder = {}, r"^backbone\.model\.image_encoder\.base_model\.model\."
+    for stack, attention, who, n, ours in LAYERS:
+        stack, ours = rf"^prompter\.{stack}_attn_layers\.(\d+)\.", "prompter." + ours.replace("#", r"\1")
+        inner = ours if attention.startswith("self") else f"{ours}.attention"
+        rules |= {f"{stack}{attention}": inner, f"{stack}norm_{who}_{n}": f"{inner}.norm"}
+        if inner != ours:
+            mlp_, norm_ = f"{stack}mlp_{who}_{n // 2 + 1}", f"{stack}norm_{who}_{n + 1}"
+            rules |= {mlp_: f"{ours}.mlp.mlp", norm_: f"{ours}.mlp.norm"}
+    rules |= {r"\.base_layer\.bias": ".bias", r"^decode_head\.logit_scale2": "scales.samp",
+              r"^clip_text_encoder\.base_model\.model\.(logit_\w+)": r"prompter.dense.\1",
+              r"^clip_(text|vision)_encoder\.base_model\.model\.model": r"\1",
+              rf"{encoder}trunk": "sam.vision_encoder.backbone",
+              rf"{encoder}(neck\..*)\.conv": r"sam.vision_encoder.\1",
+              r"^backbone\.model\.sam_(prompt_encoder|mask_decoder)": r"sam.\1",
+              r"^backbone\.model\.no_mem_embed": "sam.no_memory_embedding", r"^(sam\..*)\.out_proj": r"\1.o_proj",
+              r"^(sam\..*)\.norm(\d|_final_attn)": r"\1.layer_norm\2", r"^(sam\..*embed)\.proj": r"\1.projection",
+              r"^(sam\..*)\.pe_layer\.\w+": r"\1.shared_embedding.positional_embedding",
+              r"^prompter\.img_pe": "prompter.image_position", r"^prompter\.sparse_prompt_mlp": "prompter.sparse.out",
+              r"^prompter\.prompt_embedding": "prompter.sparse.queries", r"^(prompter\..*)\.out_proj": r"\1.to_out",
+              r"^prompter\.prompt_pe_embedding": "prompter.sparse.position",
+              r"^(prompter\..*)\.([qkv])_proj": r"\1.to_\2", r"^prompter\.dense_prompt_conv": "prompter.dense.conv"}
+    numbered = {r"(sam\..*\.mlp)\.layers\.": ("proj_in", "proj_out"), r"(prompter\..*)\.layers\.": ("0", "2"),
+                r"(sam\..*(?:_head|_mlps\.\d+))\.layers\.": ("proj_in", "layers.0", "proj_out"),
+                r"(sam\..*)\.output_upscaling\.": ("upscale_conv1", "upscale_layer_norm", "", "upscale_conv2"),
+                r"(sam\..*)\.mask_downscaling\.": ("mask_embed.conv1", "mask_embed.layer_norm1", "", "mask_embed.conv2",
+                                                   "mask_embed.layer_norm2", "", "mask_embed.conv3"),
+                r"(prompter)\.text_query_pe_embedding": ("", "text_positions.0", "text_positions.1")}
+    for theirs, parts in numbered.items():
+        rules |= {f"^{theirs}{k}": rf"\1.{ours}" for k, ours in enumerate(parts) if ours}
+    return [(re.compile(theirs + r"(?=\.|$)"), ours) for theirs, ours in rules.items()]
+
+
+def read_official(path):
+    """The authors' file, a state dict or one under "state_dict" or "module" -> {our name: float32 tensor}.
+
+    LoRA that our model has not, on SAM's neck and SigLIP's text head, is folded into the weight.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:                      # whatever a damaged file, or one that wants code run, provokes
+        raise ValueError(f"{path}: not a whole file of plain tensors ({type(error).__name__})") from error
+    for key in ("state_dict", "module"):
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+    tensors, rules = {}, their_names()
+    for name, tensor in found.items() if isinstance(found, dict) else ():
+        for theirs, ours in rules:
+            name = theirs.sub(ours, str(name))
+        if isinstance(tensor, torch.Tensor) and not re.match(UNUSED, name):
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for layer in [name.removesuffix(".base_layer.weight") for name in tensors if name.endswith(".base_layer.weight")]:
+        parts = [f"{layer}.{part}.weight" for part in ("base_layer", "lora_B.default", "lora_A.default")]
+        if tensors.keys() >= set(parts):
+            weight, A, B = (tensors.pop(part) for part in parts)
+            if re.match(WITH_LORA, layer):
+                tensors |= {f"{layer}.weight": weight, f"{layer}.lora_A": A, f"{layer}.lora_B": B.T.contiguous()}
+            else:
+                tensors[f"{layer}.weight"] = weight + (A.flatten(1) @ B.flatten(1)).view_as(weight)
+    points = sorted(name for name in tensors if ".point_embeddings." in name)
+    if len(points) == 4:
+        tensors["sam.prompt_encoder.point_embed.weight"] = torch.cat([tensors.pop(name) for name in points])
+    if (name := "sam.prompt_encoder.shared_embedding.positional_embedding") in tensors:
+        tensors["sam.shared_image_embedding.positional_embedding"] = tensors[name]
+    if (name := "prompter.image_position") in tensors:
+        tensors[name] = tensors[name].flatten(2)[0].T.contiguous()            # (1,D_v,g,g) -> (g*g,D_v)
+    unknown = [name for name in tensors if not re.match(r"(text|vision|sam|prompter|scales)\.", name)
+               or re.search(r"attn_layers\.|\.default\.|base_layer|point_embeddings", name)]
+    absent = [part for part in ("text", "vision", "sam.vision_encoder", "sam.prompt_encoder", "sam.mask_decoder",
+                                "prompter", "scales") if not any(name.startswith(f"{part}.") for name in tensors)]
+    if unknown or absent:
+        raise ValueError(f"{path}: not the authors' file of RSRefSeg 2 as it is known: of {len(tensors)} tensors "
+                         f"{len(unknown)} have other names, as {unknown[:3]}, and none is of {absent}")
+    return tensors
+
+
 # Notes
 #
-# Departs
+# Departs from the paper
 #   (4) line 3   printed with t_1 as the query of t_2; "alternately serve as queries": t_1 reads t_2, t_2 the new t_1
-#   (4)-(6)      each attention and MLP has a residual before its norm, as in the official code; none is printed
+#   (4)-(6)      each attention and MLP has a residual before its norm (code); none is printed
 #   (6) line 3   queries are what line 2 made of them ("sequentially"); printed with the query of line 2 again
 #   (7)          the 3x3 form of III-C, which IV-E8 calls 1x1; cosines, though the text speaks of a probability map
 #   (8)          SAM 2.1's own decoder: its order of tokens, an object-score token, a no-memory embedding on F_img,
 #                features at strides 4 and 8; logits come at H_2/4 and are enlarged bilinearly
-#   (12)         L_samp contrasts t_2 with v: Table XV's best row and the official code; printed with t_sent
+#   (12)         L_samp contrasts t_2 with v: Table XV's best row (code); printed with t_sent
 #   (13)         its N images are the expressions: each is a sample
 #   batch        L_samp and (7)'s batch norm see what is taken at once, --micro-batch times the processes for L_samp,
 #                not the 64 of IV-C2
 #   t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; an expression without words reads EOS
 #   t_sent       SigLIP has no feature at EOS: its text head reads the last of 64 positions, which it was trained on
 #   decoder      heads for IoU, object score and masks 2 to 4 stay frozen: no loss reaches them
-#   official     its forms that differ are ABLATIONS["official"]. Not among them: it adapts SAM's neck and SigLIP's text
-#                head too, trains 600 epochs at 2e-4 on RefSegRS, and keeps the best epoch on test
-# Silent
-#   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout: official code
-#   start        PyTorch's own for the prompter: official code; with pretrained=none Xavier for it and SAM's decoder
-#   textpool     adaptive average pooling of the words to n_t, for both subspaces: official code, without its pads
+# Departs from the official code, even with all of ABLATIONS["official"]
+#   LoRA         not on SAM's neck and SigLIP's text head; read_official folds what theirs learned there
+#   training     BF16 holds the products, there also weights, statistics and losses; warm-up from 0.2 of a step's share,
+#                there from 0.01; the best epoch is chosen on validation, there on test
+#   L_samp       without the constant on all its cosines, which no softmax sees
+#   text         cut to the tower's positions, there to 128, which it has not
+#   I_2          PIL's enlargement to 1024, there OpenCV's; a picture that is not square is squashed, there padded
+#   refsegrs     T_max of 1.8 times the epochs is read in another copy of their settings
+#   Pr@X         IoU >= X counts, there >
+# Silent (code: as the official code has it; unmarked: our choice)
+#   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout (code)
+#   start        PyTorch's own for the prompter (code); with pretrained=none Xavier for it and SAM's decoder
+#   textpool     adaptive average pooling of the words to n_t, for both subspaces (code, there with pads)
 #   positions    N(0,1), on queries and keys, not values: t_1's in (4), (5), t_2's in (4)-(6), the image's in (5), (6),
-#                p_sparse's in (6): official code; a row of Table IX without one has none wherever it would serve
-#   p_sparse     after the last block an MLP C-512-C: official code
+#                p_sparse's in (6) (code); a row of Table IX without one has none wherever it would serve
+#   p_sparse     after the last block an MLP C-512-C (code)
 #   (7)          bilinear, align_corners=False; the norm after upsampling is computed on the g x g grid, which is exact
-#   LoRA         on q, k, v, out of every attention of the three towers, alpha = r; A starts at zero
+#   LoRA         on q, k, v, out of every attention of the three towers, alpha = r (code); A starts at zero
 #   I_1          the H_2 image reduced bilinearly with antialiasing
-#   L_dice       squared denominator: official code; epsilon 1e-3 above and below
+#   L_dice       squared denominator, epsilon 1e-3 above and below (code)
 #   L_samp       v averaged over the mask's area, so that no small object is lost to rounding; t_2 over its n_t vectors;
-#                a learnable factor on the cosines, from 1/0.07, at most 100; gathered over processes with gradient
+#                a learnable factor on the cosines, from 1/0.07 (code), at most 100; gathered with gradient
 #   L_spat       cosines times such a factor (and plus a bias for CE); CE at the mask's size; MIL: -log of the softmax
 #                mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
 #   L_dense      like CE in L_spat, since a cosine as a logit cannot leave 0.27..0.73; p_dense itself with dense_scale.
 #                At the mask's size (IV-E10 may mean H_2/4)
 #   alphas       0.5 for every auxiliary term that a row of Table XV switches on
 #   text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
-#   training     warm-up 5 epochs, decay 0.05, clipping 3.0: official code
+#   training     warm-up 5 epochs, decay 0.05, clipping 3.0 (code)
 #   Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
 #   Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
 #   Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
-#   Table XIII   T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
+#   Table XIII   T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent; official
+#                T-t2, T-t2': linear, GELU, convolution over n_t, batch norm, convolution to one (code; widths ours)
 #   Table XIV    other sizes through interpolated positions
 #   Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
 #   diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one
 # Omits
 #   ZeRO-2       one process holds all weights; they are few enough
-#   weights      a reader for the authors': their file layout could not be verified

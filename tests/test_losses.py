@@ -5,15 +5,18 @@ import math
 import pytest
 import torch
 
+import losses
 from losses import (
     absolute_differences,
     binary_cross_entropy,
     boundary_loss,
+    contrast,
     contrastive_loss,
     dice_loss,
     instance_contrastive_loss,
     mask_pooled,
     multi_instance_loss,
+    on_grid,
     orthogonal_loss,
     uncertainty_loss,
 )
@@ -388,6 +391,39 @@ def test_rsrefseg2_mask_pooling_counts_a_cell_by_its_share():
     assert pooled[0].tolist() == pytest.approx(features[0, :, 0, 1].tolist(), rel=1e-4)
     assert pooled[1].tolist() == pytest.approx(features[1, :, :, 0].mean(1).tolist(), rel=1e-4)
     assert pooled[2].tolist() == [0, 0]
+
+
+def test_rsrefseg2_official_masks_are_cut_on_the_grid():
+    """The corners of mask and grid coincide; a cell counts above one half, what lies between the points is lost."""
+    masks = torch.zeros(2, 1, 7, 7, dtype=torch.bool)
+    masks[0, :, :3, 4:], masks[1, :, 1:3, 1:3] = True, True
+    assert on_grid(masks, (3, 3))[:, 0].long().tolist() == [[[0, 0, 1], [0, 0, 0], [0, 0, 0]], [[0] * 3] * 3]
+    half = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    half[:, :, :2] = True                                       # the middle point lies half way: not above one half
+    assert on_grid(half, (3, 3))[0, 0].long().tolist() == [[1] * 3, [0] * 3, [0] * 3]
+    features = torch.randn(2, 4, 3, 3)
+    pooled = mask_pooled(features, masks, cut=True)
+    torch.testing.assert_close(pooled[0], features[0, :, 0, 2])
+    assert not pooled[1].any()
+
+
+def test_rsrefseg2_official_gather_has_no_gradient_from_elsewhere(monkeypatch):
+    """Each of two processes takes the loss of all rows and differentiates it by its own: half of the gradient."""
+    images, texts = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    whole = contrast(images, texts, 7.0).mean()
+    expected = torch.autograd.grad(whole, (images, texts))
+    monkeypatch.setattr(losses, "processes", lambda: 2)
+    for rows in (slice(0, 3), slice(3, 5)):
+        def gather(own, first=rows.start):
+            assert not own.requires_grad
+            return torch.cat((images, texts), -1).detach(), first
+
+        monkeypatch.setattr(losses.GatherRows, "apply", gather)
+        values = contrast(images[rows], texts[rows], 7.0, remote_gradient=False)
+        assert values.tolist() == pytest.approx([whole.item()] * (rows.stop - rows.start), rel=1e-5)
+        for got, full in zip(torch.autograd.grad(values.mean(), (images, texts)), expected, strict=True):
+            torch.testing.assert_close(got[rows], full[rows])
+            assert got.abs().sum() == got[rows].abs().sum()
 
 
 def test_rsrefseg2_contrast_by_loops():

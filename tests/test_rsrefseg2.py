@@ -3,10 +3,13 @@
 import dataclasses
 import inspect
 import math
+import re
 import runpy
 import shutil
 import time
+import zlib
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GemmaTokenizer, Sam2Model, SiglipModel
+from transformers import GemmaTokenizer, Sam2Model, SiglipModel, SiglipTextModel, SiglipVisionModel
 
 import data
+import losses
 import metrics
 import models
+import train
 from models import rsrefseg2
 from models.rsrefseg2 import ABLATIONS, RECIPE, RECIPE_TINY, Config, LoRALinear, RSRefSeg2
 
@@ -502,16 +507,6 @@ def test_lora_on_every_attention_and_nothing_else(model):
     assert paths == expected
 
 
-def test_merged_equals_unmerged():
-    model = build()
-    before = model(*inputs())
-    assert not any(isinstance(module, LoRALinear) for module in model.merge_lora().modules())
-    assert not any(p.requires_grad for p in model.vision.parameters())
-    after = model(*inputs())
-    for name in ("logits", "p_dense", "t2"):
-        close(after[name], before[name], 1e-4)
-
-
 def count(module, learning=False):
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning)
 
@@ -613,50 +608,202 @@ def test_prompt_encoder_may_learn():
     assert reached and all("mask_embed" in name for name in reached) and got["sam.no_memory_embedding"] > 0
 
 
-def changes_by_row():
-    return {f"{table}/{row}": changes for table, rows in ABLATIONS.items() for row, changes in rows.items()}
+PAPER = {       # field: value, with the section that has it; IV-C1, IV-C2 and the footnotes of IV-C where not said
+    "clip": "google/siglip2-so400m-patch16-512", "sam": "facebook/sam2.1-hiera-large", "image_size": 1024,
+    "vision_size": 512, "lora_text": 16, "lora_vision": 16, "lora_sam": 16, "n_t": 3, "n_p": 9,
+    "decomposition_blocks": 2, "interaction_blocks": 2, "prompt_blocks": 2, "freeze": True,
+    "train_prompt_encoder": False,
+    "subspace_init": "textpool", "subspace_positions": True, "prompt_init": "learnable", "prompt_positions": True,
+    "image_positions": "learnable", "cascade": True, "dense": True, "intra_attention": True, "inter_attention": True,
+    "self_attention": True, "cross_attention": True,                                            # IV-E4 to IV-E7
+    "dense_text": "sent", "dense_soft_text": False, "dense_image": "v2", "dense_upsample": "pre",     # IV-E8
+    "dense_conv": "relu",                                                                       # III-C
+    "alpha_ce": 1.0,                                                                            # III-E, Eq. (10)
+    "alpha_dice": 1.0, "alpha_ortho": 0.5, "alpha_samp": 0.5, "alpha_dense": 0.0, "alpha_spat": 0.0,
+    "nce_text": "t2", "nce_image": "v",                                                         # Table XV's best row
+    "spat": "CE", "spat_text": "sent", "spat_image": "v"}                                       # III-E, Eq. (12)
+OURS = {        # the paper is silent; the reasons stand in the Notes of the file
+    "attention_width": 512, "heads": 8, "mlp_width": 512, "text_length": 64, "lower_case": True, "antialias": True,
+    "pad_to_longest": False, "dynamic_multimask": False, "interleave": False, "dense_scale": False,
+    "dense_pool": "mean", "align_corners": False, "enlarge_twice": False, "official_losses": False,
+    "clip_size": None, "pretrained": "hub",
+    "checkpointing": False}
+TOWERS = {      # as published: SigLIP 2 so400m patch 16 at 512, SAM 2.1 large
+    "vocab_size": 256000, "patch": 16, "vision_width": 1152, "vision_layers": 27, "vision_heads": 16,
+    "vision_mlp": 4304, "text_width": 1152, "text_layers": 27, "text_heads": 16, "text_mlp": 4304,
+    "sam_width": 144, "sam_heads": 2,
+    "sam_blocks": (2, 6, 36, 4), "sam_windows": (8, 4, 16, 8), "sam_global": (23, 33, 43), "sam_background": 7,
+    "prompt_width": 256, "decoder_heads": 8, "decoder_mlp": 2048}
 
 
-def test_ablation_rows_are_those_printed():
-    rows = {table: list(names) for table, names in ABLATIONS.items()}
-    printed = {"VI": 18, "VII": 12, "VIII": 9, "IX": 11, "X": 3, "XI": 3, "XII": 3, "XIII": 12, "XIV": 4, "XV": 16,
-               "XVI": 12, "official": 1}
-    assert {table: len(names) for table, names in rows.items()} == printed
-    configs = {name: dataclasses.replace(Config(), **changes) for name, changes in changes_by_row().items()}
-    distinct = {config for name, config in configs.items() if not name.startswith("official")}
-    assert len(distinct) == 80
-    base = configs["X/cascaded+dense"]
-    assert sum(config == base for config in configs.values()) == 3 + 3 + 2 + 3 + 1 + 1 + 1 + 5 + 1 + 1
-    assert (base.lora_text, base.lora_vision, base.lora_sam, base.alpha_dice) == (16, 16, 32, 0.0)
-    assert configs["XVI/siglip2-p16-512+l"] == Config()
-    assert configs["XV/NCE-t2-v+dice"] == configs["XVI/siglip2-p14-384+s"]
+def test_every_setting_is_the_papers_or_ours():
+    assert dataclasses.asdict(Config()) == PAPER | OURS | TOWERS
+    assert RECIPE == {
+        "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",         # IV-C2
+        "weight_decay": 0.05, "warmup": 5.0, "clip": 3.0, "micro_batch": 8, "protocol": "original",     # official code
+        "plateau": 0.0, "t_max": 0.0, "floor": 0.0, "per_image": 0, "empty": "zero", "select": "mIoU", "phases": None}
+    assert rsrefseg2.RECIPE_FOR == {} and rsrefseg2.MAPS == RSRefSeg2.MAPS == ("dense_prompt",)
+    assert rsrefseg2.RETIRED == {"dense_kernel": 3}             # III-C's; IV-E8 calls it 1x1
 
 
-def distinct_rows():
-    """Rows as changes of the tiny preset, in which the backbones' names make no difference."""
-    rows = {}
-    for name, changes in changes_by_row().items():
-        changes = {field: value for field, value in changes.items() if field not in ("clip", "sam")}
-        if changes not in rows.values():
-            rows[name] = changes
-    return rows
+def test_the_schedule_of_the_paper_and_of_the_official_code():
+    """IV-C2: linear warm-up, cosine. There: constant to epoch 30, T_max 1.3 times 300 epochs, never below 0.01."""
+    per_epoch = 10
+    paper = [train.factor(RECIPE, step, 300 * per_epoch) for step in range(300 * per_epoch)]
+    assert paper[24] == pytest.approx(0.5) and paper[49] == pytest.approx(1) == pytest.approx(paper[50])
+    assert paper[50 + 2950 // 2] == pytest.approx(0.5) and paper[-1] < 1e-5 and paper[50:] == sorted(paper[50:])[::-1]
+    official = RECIPE | {field: value for field, value in ABLATIONS["official"]["all"].items() if field in RECIPE}
+    theirs = [train.factor(official, step, 300 * per_epoch) for step in range(300 * per_epoch)]
+    assert theirs[49:301] == pytest.approx([1.0] * 252)
+    assert theirs[1300] == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi * 100 / 390)) / 2)
+    assert theirs[2990] == pytest.approx(0.23, abs=0.005)       # of the rate is left in the last epoch
+    twice = [train.factor(official | {"t_max": 2.0}, step, 300 * per_epoch) for step in (299, 2990)]
+    assert twice == pytest.approx([1.0, 0.58], abs=0.006)
+    refsegrs = ABLATIONS["official"]["refsegrs"]
+    assert (refsegrs["epochs"], refsegrs["lr"], refsegrs["plateau"], refsegrs["t_max"]) == (600, 2e-4, 60.0, 2.0)
 
 
-@pytest.mark.parametrize("name", distinct_rows())
-def test_every_ablation_row_steps_in_the_tiny_preset(name):
-    """All that learns gets a gradient, so that DDP need not look for what does not. Images are smaller than tiny's."""
-    config = dataclasses.replace(Config.tiny(), **distinct_rows()[name], image_size=64, vision_size=48)
-    config = dataclasses.replace(config, clip_size=config.clip_size and config.clip_size // 8)
-    torch.manual_seed(0)
-    model = RSRefSeg2(config).train()
-    model.param_groups(RECIPE | RECIPE_TINY)
-    images, tokens, text_mask, index = inputs(config, lengths=(4, 7), index=(0, 0))
-    outputs = model(images, tokens, text_mask, index)
-    loss = sum(model.criterion(outputs, batch_for(config, index=(0, 0)), 0).values())
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert not [key for key, p in model.named_parameters() if p.requires_grad != (p.grad is not None)]
-    model.diagnose(outputs, batch_for(config, index=(0, 0))["masks"])
+BASE = {"clip": "google/siglip2-so400m-patch14-384", "sam": "facebook/sam2.1-hiera-small", "lora_sam": 32,
+        "alpha_dice": 0.0}                                      # IV-E, IV-E1, IV-E9; Table XV's last row adds Dice
+ORTHO = {"alpha_ortho": 0.5, "alpha_dense": 0.0, "alpha_samp": 0.0}
+NO_DENSE = {"dense": False, "alpha_dense": 0.0}
+
+
+def clip(name):
+    family, *giant, patch, size = name.split("-")
+    return f"google/{family}-{'giant-opt' if giant else 'so400m'}-patch{patch[1:]}-{size}"
+
+
+ROWS = {
+    "VI": {f"{part}-{rank}": {field: rank} for part, field in (
+        ("clip-t", "lora_text"), ("clip-v", "lora_vision"), ("sam-v", "lora_sam")) for rank in (0, 4, 8, 16, 32, 64)},
+    "VII": {f"{part}-{count}": {field: count} for part, field in (
+        ("decomp", "decomposition_blocks"), ("interac", "interaction_blocks"), ("prompt", "prompt_blocks"))
+        for count in (1, 2, 4, 6)},
+    "VIII": {f"decomp-{n}": {"n_t": n} for n in (1, 3, 6, 9)} | {f"prompt-{n}": {"n_p": n} for n in (1, 3, 6, 9, 12)},
+    "IX": {
+        "decomp-learnable": {"subspace_positions": False, "subspace_init": "learnable"},
+        "decomp-textpool": {"subspace_positions": False, "subspace_init": "textpool"},
+        "decomp-PE-zero": {"subspace_positions": True, "subspace_init": "zero"},
+        "decomp-PE-learnable": {"subspace_positions": True, "subspace_init": "learnable"},
+        "decomp-PE-textpool": {"subspace_positions": True, "subspace_init": "textpool"},
+        "interac-none": {"image_positions": "none"}, "interac-sine": {"image_positions": "sine"},
+        "interac-learnable": {"image_positions": "learnable"},
+        "prompt-learnable": {"prompt_positions": False, "prompt_init": "learnable"},
+        "prompt-PE-zero": {"prompt_positions": True, "prompt_init": "zero"},
+        "prompt-PE-learnable": {"prompt_positions": True, "prompt_init": "learnable"}},
+    "X": {"single-stage": NO_DENSE | {"cascade": False, "alpha_ortho": 0.0}, "cascaded": NO_DENSE,
+          "cascaded+dense": {}},
+    "XI": {"none": {"intra_attention": False, "inter_attention": False}, "intra": {"inter_attention": False},
+           "intra+inter": {}},
+    "XII": {"none": {"self_attention": False, "cross_attention": False}, "self": {"cross_attention": False},
+            "self+cross": {}},
+    "XIII": {"T-t2": {"dense_text": "t2"}, "T-t2'": {"dense_text": "t2_prime"}, "T-sparse": {"dense_text": "sparse"},
+             "T-sent": {}, "T-soft": {"dense_soft_text": True}, "no-T-soft": {}, "V-v": {"dense_image": "v"},
+             "V-v2'": {}, "no-V-soft": {"dense_conv": "none"}, "V-soft": {}, "post-up": {"dense_upsample": "post"},
+             "pre-up": {}},
+    "XIV": {"224": {"clip_size": 224}, "384": {}, "448": {"clip_size": 448}, "768": {"clip_size": 768}},
+    "XV": {"ce": ORTHO | {"alpha_ortho": 0.0}, "ortho": ORTHO, "dense": ORTHO | {"alpha_dense": 0.5},
+           **{f"{kind}-{text}-{image}": ORTHO | {
+              "alpha_spat": 0.5, "spat": kind, "spat_text": text, "spat_image": image}
+              for kind in ("CE", "MIL") for text in ("sent", "t2") for image in ("v", "v2")},
+           **{f"NCE-{text}-{image}": ORTHO | {"alpha_samp": 0.5, "nce_text": text, "nce_image": image}
+              for text in ("sent", "t2") for image in ("v", "v2")},
+           "NCE-t2-v+dice": ORTHO | {"alpha_samp": 0.5, "alpha_dice": 1.0}},
+    "XVI": {f"{name}+{size[0]}{again}": {
+        "clip": clip(name), "sam": f"facebook/sam2.1-hiera-{size}", "lora_sam": rank, "alpha_dice": 1.0}
+        for name, size, rank, again in (
+            ("siglip-p14-384", "small", 32, ""), ("siglip2-p14-224", "small", 32, ""),
+            ("siglip2-p14-224", "small", 32, "+again"), ("siglip2-p14-384", "small", 32, ""),
+            ("siglip2-p16-384", "small", 32, ""), ("siglip2-p16-512", "small", 32, ""),
+            ("siglip2-giant-p16-256", "small", 32, ""), ("siglip2-giant-p16-384", "small", 32, ""),
+            ("siglip2-p16-512", "tiny", 32, ""), ("siglip2-p16-512", "small", 32, "+again"),
+            ("siglip2-p16-512", "base-plus", 32, ""), ("siglip2-p16-512", "large", 16, ""))},
+}
+THEIRS = {      # the authors' code, as the Notes tell it
+    "interleave": True, "dense_conv": "official", "dense_scale": True, "align_corners": True, "antialias": False,
+    "lower_case": False, "pad_to_longest": True, "dynamic_multimask": True, "enlarge_twice": True,
+    "official_losses": True, "train_prompt_encoder": True, "alpha_ce": 5.0, "alpha_dice": 5.0,
+    "plateau": 30.0, "t_max": 1.3, "floor": 0.01}
+
+
+def test_rows_are_those_printed():
+    """Tables VI to XVI; the rows marked with a dagger are one and the same setting, two of XVI are printed twice."""
+    settings = RECIPE | Config().__dict__
+    for table, rows in ROWS.items():
+        assert set(ABLATIONS[table]) == set(rows)
+        for row, changes in rows.items():
+            assert settings | ABLATIONS[table][row] == settings | BASE | changes, (table, row)
+    official = ABLATIONS["official"]
+    assert settings | official["all"] == settings | THEIRS
+    theirs = {"IX-interac-sine": {"image_positions": "fourier"}, "XIII-T-t2": {"dense_pool": "learned"},
+              "XIII-T-t2'": {"dense_pool": "learned"},
+              "X-single-stage": {"decomposition_blocks": 0, "subspace_positions": False}}
+    same = ("ce", "ortho", "NCE-sent-v", "NCE-sent-v2", "NCE-t2-v+dice")    # or not in their code, t_sent of L_samp
+    theirs |= {f"XV-{row}": {} for row in ROWS["XV"] if row not in same}
+    assert set(official) == {"all", "refsegrs", *theirs}
+    for name, changes in theirs.items():
+        table, _, row = name.partition("-")
+        assert settings | official[name] == settings | THEIRS | BASE | ROWS[table][row] | changes, name
+    configs = [dataclasses.replace(Config(), **changes) for table in ROWS for changes in ABLATIONS[table].values()]
+    assert (len(configs), len(set(configs))) == (103, 80)
+    assert dataclasses.replace(Config(), **ABLATIONS["XVI"]["siglip2-p16-512+l"]) == Config()
+
+
+def prompts_of(**changes):
+    """A prompter, its inputs as leaves of the graph, and what it makes of them."""
+    model = build(small(**changes))
+    random = torch.Generator().manual_seed(4)
+    leaves = {name: torch.randn(M, *size, generator=random).requires_grad_() for name, size in {
+        "v": (G * G, D_V), "words": (L, D_T), "sentence": (D_V,)}.items()}
+    prompts = model.prompter(leaves["v"], leaves["words"], torch.ones(M, L, dtype=torch.bool), leaves["sentence"])
+    return model.prompter, leaves, prompts
+
+
+def reaches(output, leaf):
+    gradient, = torch.autograd.grad(output.pow(2).sum(), leaf, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(gradient.abs().max() > 1e-6)
+
+
+@pytest.mark.parametrize("changes, output, seen, unseen", [
+    ({}, "t1", ("words", "text_positions.0", "text_positions.1"), ("v", "sentence", "image_position")),
+    ({}, "v2", ("v", "words", "image_position", "text_positions.0", "text_positions.1"), ("sentence",)),
+    ({}, "p_sparse", ("v", "words", "sparse.queries", "sparse.position"), ("sentence",)),
+    ({}, "p_dense", ("v", "words", "sentence"), ("sparse.queries",)),                           # Table XIII: T-sent
+    ({"subspace_positions": False, "subspace_init": "learnable"}, "t1", ("words", "decompose.queries"), ()),    # IX
+    ({"prompt_init": "zero"}, "p_sparse", ("sparse.position",), ()),
+    ({"prompt_positions": False}, "p_sparse", ("sparse.queries",), ()),
+    ({"inter_attention": False}, "t1", ("words", "text_positions.0"), ("text_positions.1",)),   # XI
+    ({"inter_attention": False}, "t2", ("words", "text_positions.1"), ("text_positions.0",)),
+    ({"cross_attention": False}, "v2", ("v",), ("words", "text_positions.0")),                  # XII
+    ({"cross_attention": False}, "p_sparse", ("v", "words"), ()),
+    ({"dense_text": "t2"}, "p_dense", ("words", "v"), ("sentence", "sparse.queries")),          # XIII
+    ({"dense_text": "t2_prime"}, "p_dense", ("words", "v"), ("sentence", "sparse.queries")),
+    ({"dense_text": "sparse"}, "p_dense", ("words", "v", "sparse.queries"), ("sentence",)),
+    ({"dense_image": "v"}, "p_dense", ("v", "sentence"), ("words",)),
+    ({"cascade": False, "alpha_ortho": 0.0}, "v2", ("v", "words", "text_positions.0"), ("sentence",))])         # X
+def test_each_prompt_sees_what_the_papers_variant_gives_it(changes, output, seen, unseen):
+    prompter, leaves, prompts = prompts_of(**changes)
+    leaves |= dict(prompter.named_parameters())
+    assert [name for name in seen if not reaches(prompts[output], leaves[name])] == []
+    assert [name for name in unseen if reaches(prompts[output], leaves[name])] == []
+
+
+@pytest.mark.parametrize("changes, parts", [
+    ({}, {"first.intra": 2, "first.cross": 2, "second.intra": 2, "second.cross": 2, "sparse.intra": 2}),
+    ({"decomposition_blocks": 4, "interaction_blocks": 1, "prompt_blocks": 3},
+     {"decompose.intra": 4, "decompose.cross": 4, "decompose.inter": 4, "first.cross": 1, "second.cross": 1,
+      "sparse.cross_text": 3, "sparse.cross_image": 3, "sparse.intra": 3}),
+    ({"intra_attention": False, "inter_attention": False}, {"decompose.intra.0": 0, "decompose.inter.0": 0}),
+    ({"inter_attention": False}, {"decompose.intra.0": 2, "decompose.cross.0": 2, "decompose.inter.0": 0}),
+    ({"self_attention": False, "cross_attention": False}, {"first.intra": 0, "second.intra": 0, "second.cross": 2}),
+    ({"cross_attention": False}, {"first.intra": 0, "second.intra": 2}),       # t'_1 leads nowhere without it
+    ({"cascade": False, "alpha_ortho": 0.0}, {"decompose.intra.0": 1, "decompose.inter.0": 0, "second.cross": 2})])
+def test_each_variant_has_the_layers_that_the_paper_gives_it(changes, parts):
+    prompter = build(small(**changes)).prompter
+    assert {path: len(prompter.get_submodule(path)) for path in parts} == parts
+    assert hasattr(prompter, "first") == changes.get("cascade", True)
+    assert len(prompter.text_positions) == (2 if changes.get("cascade", True) else 1)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -701,6 +848,249 @@ def test_weights_under_the_names_of_before_load():
 def test_dynamic_multimask_is_off_unless_asked_for():
     assert not build().sam.mask_decoder.dynamic_multimask_via_stability
     assert build(small(dynamic_multimask=True)).sam.mask_decoder.dynamic_multimask_via_stability
+
+
+# ---------------------------------------------------------------------------------- gradients by finite differences
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Everything that asks for float32 gets float64, in which differences are exact to ten digits."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(6)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def leaf(*size):
+    return torch.randn(size).requires_grad_()
+
+
+POSITIVE = torch.tensor([[True, True, False, False], [True] * 4])
+MASKS = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+MASKS[0, :, 1:4, 2:7], MASKS[1, :, 5:, :3] = True, True
+
+
+@pytest.mark.parametrize("make", [
+    lambda: (rsrefseg2.AttentionLayer(6, 5, 4, 2), leaf(2, 3, 6), leaf(2, 4, 5), leaf(3, 6), leaf(4, 5), POSITIVE),
+    lambda: (rsrefseg2.CrossLayer(6, 5, 4, 2, 7), leaf(2, 3, 6), leaf(2, 4, 5), leaf(3, 6), leaf(4, 5), POSITIVE),
+    lambda: (rsrefseg2.MlpLayer(6, 7), leaf(2, 3, 6)),
+    lambda: (LoRALinear(torch.nn.Linear(5, 4), 2), leaf(3, 5)),
+    lambda: (lambda words, a, b: rsrefseg2.ReferringSemanticDecomposition(
+        6, 2, 2, inner=4, heads=2, hidden=5)(words, POSITIVE, (a, b)), leaf(2, 4, 6), leaf(2, 6), leaf(2, 6)),
+    lambda: (lambda t, v, a, b: rsrefseg2.TextVisualInteraction(6, 5, 2, inner=4, heads=2, hidden=5)(t, v, a, b)[-1],
+             leaf(2, 3, 6), leaf(2, 4, 5), leaf(3, 6), leaf(4, 5)),
+    lambda: (lambda t, v, a, b: rsrefseg2.SparsePromptGeneration(4, 6, 5, 3, 2, inner=4, heads=2, hidden=5)(
+        [(t, v), (2 * t, v * v)], a, b), leaf(2, 3, 6), leaf(2, 4, 5), leaf(3, 6), leaf(4, 5)),
+    *[lambda options=options: (rsrefseg2.DensePromptGeneration(4, 5, (6, 7), **options).eval(),
+                               leaf(2, 4, 3, 3), leaf(2, 5))
+      for options in ({"conv": "official", "soft": 3, "scale": True}, {"conv": "none", "upsample": "post"}, {})],
+    lambda: (losses.orthogonal_loss, leaf(2, 3, 4), leaf(2, 3, 4)),
+    lambda: (lambda x: losses.mask_pooled(x, MASKS), leaf(2, 3, 4, 4)),
+    lambda: (losses.contrast, leaf(3, 4), leaf(3, 4), leaf()),
+    lambda: (lambda *x: losses.contrast(*x, remote_gradient=False), leaf(3, 4), leaf(3, 4), leaf()),
+    lambda: (lambda x: losses.multi_instance_loss(x, MASKS), leaf(2, 1, 4, 4))])
+def test_the_gradient_of_each_block_is_its_own(make, double):
+    block, *given = make()
+    if isinstance(block, torch.nn.Module):
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    else:
+        state = torch.get_rng_state()
+        inner = block
+
+        def block(*arguments):              # blocks that are built within draw the same weights each time
+            torch.set_rng_state(state)
+            return inner(*arguments)
+    assert torch.autograd.gradcheck(block, given, eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+PARTS = (
+    "vision.embeddings", "vision.encoder", "text.embeddings", "text.encoder", "text.head",
+    "sam.vision_encoder.backbone",
+    "sam.vision_encoder.neck", "sam.no_memory", "sam.prompt_encoder.mask_embed", "sam.mask_decoder.transformer",
+    "sam.mask_decoder.conv_s0", "sam.mask_decoder.conv_s1", "sam.mask_decoder.iou_token", "prompter.text_positions.0",
+    "prompter.text_positions.1", "prompter.image_position", "prompter.decompose.intra", "prompter.decompose.cross",
+    "prompter.decompose.inter", "prompter.first.intra", "prompter.first.cross", "prompter.second.intra",
+    "prompter.second.cross", "prompter.sparse.queries", "prompter.sparse.position", "prompter.sparse.intra",
+    "prompter.sparse.cross_text", "prompter.sparse.cross_image", "prompter.sparse.out", "prompter.dense", "match_t2",
+    "scales.samp", "scales.spat", "scales.dense", "biases.spat", "biases.dense")
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"nce_text": "sent", "nce_image": "v2", "spat_text": "t2", "spat_image": "v2"}])
+def test_the_gradient_of_the_whole_is_its_own(changes, double):
+    """Each part moved a little both ways, somewhere along its gradient: the loss changes as the gradient says."""
+    model = build(small(freeze=False, alpha_dense=0.7, alpha_spat=0.3, lora_sam=0, **changes))
+    given, batch = inputs(), batch_for()
+
+    def objective():
+        return sum(model.criterion(model(*given), batch, 0).values())
+
+    objective().backward()
+    for part in PARTS:
+        moved = [p for name, p in model.named_parameters() if name.startswith(part) and p.requires_grad]
+        length = sum(p.grad.pow(2).sum() for p in moved).sqrt()
+        directions = [p.grad / length + torch.randn_like(p) / p.numel() ** 0.5 / len(moved) for p in moved]
+        size = sum(d.pow(2).sum() for d in directions).sqrt()
+        expected, values = sum((p.grad * d).sum() for p, d in zip(moved, directions, strict=True)) / size, []
+        step = 1e-3 if part.startswith("sam.vision") else 1e-5          # its neck adds in float32 in any case
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, d in zip(moved, directions, strict=True):
+                    p.add_(sign * step * d / size)
+                values.append(objective().item())
+                for p, d in zip(moved, directions, strict=True):
+                    p.sub_(sign * step * d / size)
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(expected.item(), rel=0.01, abs=1e-6), part
+        assert abs(expected) > 1e-4, part
+
+
+# --------------------------------------------------------------------------------------- starts, official forms
+
+
+def test_starts():
+    """IV-C1, Table IX: drawn queries and positions; PyTorch's own layers (official code); scratch: ours."""
+    torch.manual_seed(0)
+    model = RSRefSeg2(small(n_t=40, n_p=60, prompt_width=32, alpha_spat=0.5, alpha_dense=0.5, lora_vision=8))
+    prompter = model.prompter
+    for drawn in (*prompter.text_positions, prompter.image_position, prompter.sparse.queries, prompter.sparse.position):
+        assert drawn.mean().abs() < 0.15 and 0.9 < drawn.std() < 1.1                    # of 500 draws or more
+    lora = model.vision.encoder.layers[0].self_attn.k_proj
+    assert not lora.lora_A.any() and lora.lora_B.min() < 0 < lora.lora_B.max()
+    assert 0.9 * D_V ** -0.5 < lora.lora_B.abs().max() <= D_V ** -0.5
+    assert {name: scale.item() for name, scale in model.scales.items()} == pytest.approx(
+        dict.fromkeys(("samp", "spat", "dense"), math.log(1 / 0.07)))
+    assert {name: bias.item() for name, bias in model.biases.items()} == {"spat": 0, "dense": 0}
+    dense = rsrefseg2.DensePromptGeneration(4, 4, 8, scale=True)
+    assert dense.logit_scale.item() == pytest.approx(math.log(10)) and dense.logit_bias.item() == -10       # SigLIP's
+    for part in (prompter, model.sam.mask_decoder, model.sam.prompt_encoder):
+        for module in part.modules():
+            if isinstance(module, torch.nn.Linear):
+                bound = (6 / (module.in_features + module.out_features)) ** 0.5         # Xavier
+                assert module.weight.abs().max() <= bound and not module.bias.any()
+                assert module.weight.numel() < 200 or module.weight.abs().max() > 0.9 * bound
+    for module in model.sam.vision_encoder.modules():
+        if type(module) is torch.nn.Linear:
+            assert 0.8 < module.weight.abs().max() * module.in_features ** 0.5 <= 1     # by fan-in, PyTorch's own
+            assert module.bias.any()
+
+
+def test_images_are_normalised_as_each_tower_was_trained():
+    """SigLIP 2: mean and deviation 0.5; SAM 2: ImageNet's. I_1 is reduced with antialiasing, there without."""
+    images = torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8)
+    for antialias in (True, False):
+        I_1, I_2 = build(small(antialias=antialias)).two_sizes(images)
+        large = F.interpolate(images / 255, (G * 8, G * 8), mode="bilinear", antialias=antialias)
+        close(I_1, large * 2 - 1)
+    for k, (mean, deviation) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        close(I_2[:, k], (images[:, k] / 255 - mean) / deviation)
+    halves = F.avg_pool2d(images / 255, 2)                      # between four pixels, unfiltered: their mean
+    close(build(small(antialias=False)).two_sizes(images)[0], halves * 2 - 1)
+
+
+def test_sine_and_fourier_positions():
+    """Table IX: of x and y at frequencies 1 to 1/10000; in the official code SAM's, random projections of -1 .. 1."""
+    prompter = build(small(image_positions="sine")).prompter
+    for cell in (0, 6, 13):
+        y, x = (cell // G + 0.5) / G, (cell % G + 0.5) / G
+        waves = [f(2 * math.pi * place * 10000 ** (-k / (D_V // 4))) for place in (x, y) for f in (math.sin, math.cos)
+                 for k in range(D_V // 4)]
+        close(prompter.image_position[cell], waves)
+    assert "prompter.image_position" not in build(small(image_positions="sine")).state_dict()
+    torch.manual_seed(8)
+    drawn = rsrefseg2.fourier_positions(3, 8)
+    torch.manual_seed(8)
+    projection = torch.randn(2, 4)
+    for cell in range(9):
+        centre = [2 * (cell % 3 + 0.5) / 3 - 1, 2 * (cell // 3 + 0.5) / 3 - 1]
+        angles = [2 * math.pi * (centre[0] * a + centre[1] * b) for a, b in projection.T.tolist()]
+        close(drawn[cell], [math.sin(a) for a in angles] + [math.cos(a) for a in angles])
+    assert "prompter.image_position" in build(small(image_positions="fourier")).state_dict()
+
+
+@pytest.mark.parametrize("source", ["t2", "t2_prime"])
+def test_official_pooling_of_the_text_of_the_dense_prompt(source):
+    """Table XIII there: linear, GELU, two convolutions over the n_t vectors with a batch norm between."""
+    model = build(small(dense_text=source, dense_pool="learned"))
+    linear_, _, first, norm_, second, _ = model.prompter.pool
+    seen = {}
+    model.prompter.pool.register_forward_hook(lambda module, given, out: seen.update(given=given[0], out=out))
+    model.prompter.second.register_forward_hook(
+        lambda module, given, out: seen.update(t2=given[0], t2_prime=out[-1][0]))
+    model(*inputs())
+    assert torch.equal(seen["given"], seen[source])
+    for t, out in zip(seen[source], seen["out"], strict=True):
+        hidden = gelu(linear(linear_, array(t)))
+        hidden = array(first.weight)[:, :, 0] @ hidden + array(first.bias)[:, None]
+        hidden = (hidden - array(norm_.running_mean)[:, None]) / np.sqrt(array(norm_.running_var) + norm_.eps)[:, None]
+        hidden = hidden * array(norm_.weight)[:, None] + array(norm_.bias)[:, None]
+        close(out, (array(second.weight)[:, :, 0] @ hidden + array(second.bias))[0])
+
+
+def test_official_single_stage_hands_on_the_words():
+    """Table X there: no decomposition, the second stage reads all words."""
+    model = build(small(cascade=False, alpha_ortho=0.0, decomposition_blocks=0, subspace_positions=False,
+                        pad_to_longest=True))
+    outputs = model(*inputs())
+    assert outputs["t2"].shape == (M, 8, D_T)                   # seven words and EOS, the longest sentence
+    close(outputs["t2"], model.text(inputs()[1][:, :8]).last_hidden_state)
+    assert not model.prompter.text_positions
+
+
+def test_official_contrast_cuts_the_mask_on_the_grid_and_has_no_bound():
+    model = build(small(official_losses=True))
+    outputs, batch = model(*inputs()), batch_for()
+    batch["masks"][2] = False
+    batch["masks"][2, 10:13, 50:53] = True                      # lost on the grid: a vector of zeros
+    with torch.no_grad():
+        model.scales["samp"].fill_(math.log(150.0))
+    pooled = []
+    for v, mask in zip(array(outputs["v"])[[0, 1, 1]], batch["masks"].numpy().astype(float), strict=True):
+        cells = np.zeros((G, G), bool)                          # corners of mask and grid coincide
+        for y in range(G):
+            for x in range(G):
+                py, px = y * (S - 1) / (G - 1), x * (S - 1) / (G - 1)
+                y0, x0 = min(int(py), S - 2), min(int(px), S - 2)
+                b, d = py - y0, px - x0
+                cells[y, x] = ((1 - b) * ((1 - d) * mask[y0, x0] + d * mask[y0, x0 + 1])
+                               + b * ((1 - d) * mask[y0 + 1, x0] + d * mask[y0 + 1, x0 + 1])) > 0.5
+        pooled.append(v[:, cells].sum(-1))
+    assert np.any(pooled[0]) and not np.any(pooled[2])
+    pooled = [p / max(np.linalg.norm(p), 1e-12) for p in pooled]
+    texts = [unit(t) for t in text_vectors(model, outputs, "t2")]
+    s = 150 * np.array([[a @ b for b in texts] for a in pooled])
+    losses_ = [(np.log(np.exp(s[i]).sum()) + np.log(np.exp(s[:, i]).sum())) / 2 - s[i, i] for i in range(M)]
+    close(model.criterion(outputs, batch, 0.5)["samp"], 0.5 * np.mean(losses_), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["CE", "MIL"])
+def test_official_alignment_adds_dice_and_stays_on_the_grid(kind):
+    """L_spat is taken at 32 x 32 (here G x G), L_dense at the mask's size; both with Dice beside the cross-entropy."""
+    model = build(small(official_losses=True, alpha_spat=0.5, spat=kind, alpha_dense=0.5, dense_scale=True))
+    outputs, batch = model(*inputs()), batch_for()
+
+    def both(z, y):
+        p, y = 1 / (1 + np.exp(-z)), y.astype(float)
+        ce = np.mean([softplus(a) - a * b for a, b in zip(z.ravel(), y.ravel(), strict=True)])
+        return ce + 1 - (2 * (p * y).sum() + 1e-3) / ((p ** 2).sum() + (y ** 2).sum() + 1e-3)
+
+    spat, dense = [], []
+    cut = losses.on_grid(batch["masks"][:, None], (G, G))[:, 0].numpy()
+    for v, t, p_dense, mask, cells in zip(
+            image_features(outputs, "v", batch["image_index"]), text_vectors(model, outputs, "sent"),
+            array(outputs["p_dense"]), batch["masks"].numpy(), cut, strict=True):
+        coarse = np.array([[unit(v[:, y, x]) @ unit(t) for x in range(G)] for y in range(G)]) / 0.07
+        if kind == "CE":
+            spat.append(both(coarse + model.biases["spat"].item(), cells))
+        else:
+            spat.append(-math.log(np.exp(coarse)[cells].sum() / np.exp(coarse).sum()))
+        dense.append(both(upsampled(p_dense[0], S), mask))
+    terms = model.criterion(outputs, batch, 0.5)
+    close(terms["spat"], 0.5 * np.mean(spat), 1e-4)
+    close(terms["dense"], 0.5 * np.mean(dense), 1e-4)
 
 
 # ----------------------------------------------------------------------------------------------- batches, processes
@@ -951,8 +1341,6 @@ def test_missing_weights_are_named(published, tmp_path):
         RSRefSeg2(small(pretrained=str(published), clip="any/other"))
     with pytest.raises(FileNotFoundError, match="HF_ENDPOINT"):
         RSRefSeg2(small(pretrained="hub", clip="nobody/nothing-of-this-name"))
-    with pytest.raises(ValueError, match="needs a vocabulary"):
-        rsrefseg2.tokenizer(small())
     with pytest.raises(ValueError, match="text_length=17: any/clip has positions for 16 tokens"):
         RSRefSeg2(small(pretrained=str(published), clip="any/clip", sam="any/sam", text_length=17))
 
@@ -1013,3 +1401,248 @@ def test_overfits_a_handful():
     prediction = F.interpolate(outputs["logits"], (64, 64), mode="bilinear", align_corners=False)[:, 0] > 0
     iou = (prediction & masks).flatten(1).sum(1) / (prediction | masks).flatten(1).sum(1)
     assert iou.min() > 0.8, iou
+
+
+# --------------------------------------------------------------------------------------------- the authors' weights
+
+
+def fill(name, shape, seed=0):
+    """A stand-in for a weight, drawn from its name: more than one axis by fan-in, one axis near 1 (weight) or 0."""
+    random = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    if name.endswith("num_batches_tracked"):
+        return torch.zeros((), dtype=torch.long)
+    normal = torch.randn(tuple(shape), generator=random)
+    if not shape:
+        return 0.5 * normal
+    if name.endswith("running_var"):
+        return 1 + 0.1 * normal.abs()
+    if len(shape) == 1:
+        return 1 + 0.1 * normal if name.endswith("weight") else 0.1 * normal
+    return normal / math.sqrt(math.prod(shape[1:]))
+
+
+def peft(shapes, adapted, rank):
+    """Names and shapes after peft wrapped the layers whose name ends so."""
+    wrapped = {}
+    for name, shape in shapes.items():
+        layer, _, kind = name.rpartition(".")
+        if not layer.endswith(adapted):
+            wrapped[name] = shape
+            continue
+        wrapped[f"{layer}.base_layer.{kind}"] = shape
+        if kind == "weight":
+            wrapped[f"{layer}.lora_A.default.weight"] = (rank, *shape[1:])
+            wrapped[f"{layer}.lora_B.default.weight"] = (shape[0], rank, *(1 for _ in shape[2:]))
+    return wrapped
+
+
+def their_prompter(c):
+    """Operations in the order of their configuration files, blocks stacked."""
+    D, A, H = c.text_width, c.attention_width, c.mlp_width
+    shapes = {}
+
+    def layers(stack, blocks, *operations):
+        for i in range(blocks):
+            for name, width, context in operations:
+                path = f"{stack}_attn_layers.{i}.{name}"
+                if name.startswith("norm"):
+                    sizes = {"": (width, None)}
+                elif name.startswith("mlp"):
+                    sizes = {".layers.0": (H, width), ".layers.1": (width, H)}
+                else:
+                    sizes = {".q_proj": (A, width), ".k_proj": (A, context), ".v_proj": (A, context),
+                             ".out_proj": (width, A)}
+                for part, (out, into) in sizes.items():
+                    shapes[f"{path}{part}.weight"] = (out,) if into is None else (out, into)
+                    shapes[f"{path}{part}.bias"] = (out,)
+
+    def ops(width, context, *names):
+        return [(name, width, context) for name in names]
+
+    two = [op for k in (1, 2) for op in ops(
+        D, D, f"self_attn_query_query{k}", f"norm_query{k}_1", f"cross_attn_query_text_query{k}_text",
+        f"norm_query{k}_2", f"mlp_query{k}_2", f"norm_query{k}_3",
+        f"cross_attn_query_query_query{k}_query{3 - k}", f"norm_query{k}_4", f"mlp_query{k}_3", f"norm_query{k}_5")]
+    image = ops(c.vision_width, D, "cross_attn_img_text_1", "norm_img_1", "mlp_img_1", "norm_img_2")
+    P = c.prompt_width
+    prompt = (ops(P, P, "self_attn_prompt_1", "norm_prompt_1")
+              + ops(P, D, "cross_attn_prompt_text_1", "norm_prompt_2", "mlp_prompt_2", "norm_prompt_3")
+              + ops(P, c.vision_width, "cross_attn_prompt_img_1", "norm_prompt_4", "mlp_prompt_3", "norm_prompt_5"))
+    layers("two_queries_text", c.decomposition_blocks, *two)
+    layers("queries1_to_img", c.interaction_blocks, *ops(D, D, "self_attn_text_text_1", "norm_text_1"), *image)
+    layers("prompt_queries2_img", c.prompt_blocks, *ops(D, D, "self_attn_text_1", "norm_text_1"), *image, *prompt)
+    g, V = (c.clip_size or c.vision_size) // c.patch, c.vision_width
+    shapes |= {"text_query_pe_embedding1": (c.n_t, D), "text_query_pe_embedding2": (c.n_t, D), "img_pe": (1, V, g, g),
+               "prompt_pe_embedding": (c.n_p, P), "prompt_embedding": (c.n_p, P)}
+    for path, (out, *into) in {"sparse_prompt_mlp.layers.0": (H, P), "sparse_prompt_mlp.layers.1": (P, H),
+                               "dense_prompt_conv.0": (V // 2, V, 3, 3), "dense_prompt_conv.1": (V // 2,),
+                               "dense_prompt_conv.3": (V, V // 2, 3, 3)}.items():
+        shapes |= {f"{path}.weight": (out, *into), f"{path}.bias": (out,)}
+    return shapes | {f"dense_prompt_conv.1.{kind}": (V // 2,) for kind in ("running_mean", "running_var")} | {
+        "dense_prompt_conv.1.num_batches_tracked": ()}
+
+
+META = ((r"(_mlps\.\d|_head)\.layers\.0", r"\1.layers.1"), (r"(_mlps\.\d|_head)\.proj_in", r"\1.layers.0"),
+        (r"(_mlps\.\d|_head)\.proj_out", r"\1.layers.2"), (r"mlp\.proj_in", "mlp.layers.0"),
+        (r"mlp\.proj_out", "mlp.layers.1"), ("layer_norm", "norm"), ("o_proj", "out_proj"),
+        ("upscale_conv1", "output_upscaling.0"),
+        ("upscale_norm", "output_upscaling.1"), ("upscale_conv2", "output_upscaling.3"),
+        ("mask_embed.conv1", "mask_downscaling.0"), ("mask_embed.norm1", "mask_downscaling.1"),
+        ("mask_embed.conv2", "mask_downscaling.3"), ("mask_embed.norm2", "mask_downscaling.4"),
+        ("mask_embed.conv3", "mask_downscaling.6"), ("patch_embed.projection", "patch_embed.proj"),
+        ("shared_embedding.positional_embedding", "pe_layer.positional_encoding_gaussian_matrix"),
+        (r"^vision_encoder\.backbone\.", "trunk."), (r"^vision_encoder\.(neck\.convs\.\d)\.", r"\1.conv."),
+        (r"^(prompt_encoder|mask_decoder)\.", r"sam_\1."), (r"^no_memory_embedding$", "no_mem_embed"))
+
+
+def their_shapes(c):
+    """{name: shape} of the authors' file at the sizes of Config c: SigLIP's names, Meta's for SAM, peft's, theirs."""
+    clip, sam = rsrefseg2.tower_configs(c)
+    clip.vision_config.vision_use_head = True
+    with torch.device("meta"):
+        text, vision, sam = ({name: tuple(value.shape) for name, value in tower.state_dict().items()} for tower in (
+            SiglipTextModel(clip.text_config), SiglipVisionModel(clip.vision_config), Sam2Model(sam)))
+    attention = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
+    found = {f"clip_text_encoder.base_model.model.{name}": (1,) for name in ("logit_scale", "logit_bias")}
+    for kind, shapes, ends, rank in (("text", text, (*attention, "head"), c.lora_text), ("vision", vision, (
+            *attention, "head.attention.out_proj", "head.mlp.fc1", "head.mlp.fc2"), c.lora_vision)):
+        found |= {f"clip_{kind}_encoder.base_model.model.model.{name}": shape
+                  for name, shape in peft(shapes, ends, rank).items()}
+    found |= {f"prompter.{name}": shape for name, shape in their_prompter(c).items()}
+    encoder, rest = {}, {}
+    for name, shape in sam.items():
+        for ours, theirs in META:
+            name = re.sub(ours, theirs, name)
+        if name.startswith(("trunk.", "neck.")):
+            encoder[name] = shape
+        elif name.endswith(".point_embed.weight"):
+            rest |= {f"sam_prompt_encoder.point_embeddings.{k}.weight": (1, shape[1]) for k in range(4)}
+        elif name.startswith(("sam_", "no_mem")):
+            rest[name] = shape
+    encoder = peft(encoder, ("attn.qkv", "attn.proj", ".conv"), c.lora_sam)
+    found |= {f"backbone.model.image_encoder.base_model.model.{name}": shape for name, shape in encoder.items()}
+    found |= {f"backbone.model.{name}": shape for name, shape in rest.items()}
+    return found | {f"decode_head.logit_{kind}{k}": () for kind in ("scale", "bias") for k in (1, 2)}
+
+
+OFFICIAL = {field: value for field, value in THEIRS.items() if field not in RECIPE}
+STAND_IN = dataclasses.replace(Config.tiny(), freeze=True, decoder_heads=8, lora_text=2, lora_vision=2, lora_sam=2,
+                               alpha_dense=0.0, **OFFICIAL)
+
+
+def their_file(path, config=STAND_IN, seed=0, wrap=lambda tensors: {"state_dict": tensors}, change=None):
+    tensors = {name: fill(name, shape, seed) for name, shape in their_shapes(config).items()}
+    if change:
+        change(tensors)
+    torch.save(wrap(tensors), path)
+    return tensors
+
+
+def test_the_authors_weights_give_the_authors_outputs(tmp_path):
+    """The outputs are those of the authors' own modules, with the weights that `fill` gives for their names."""
+    theirs = their_file(tmp_path / "theirs.pth")
+    assert len(theirs) == 785                                   # as many as their code saves at this size
+    expected = load_file(Path(__file__).parent / "official_rsrefseg2.safetensors")
+    model = RSRefSeg2(STAND_IN).eval()
+    model.load_state_dict(rsrefseg2.read_official(tmp_path / "theirs.pth"))
+    tokens = F.pad(expected["tokens"], (0, STAND_IN.text_length - 9))
+    with torch.no_grad():
+        outputs = model(expected["images"], tokens, torch.arange(STAND_IN.text_length)[None] < 9)
+    for name in ("sentence", "t1", "t2", "p_dense", "logits"):
+        error = (outputs[name] - expected[name]).abs().max() / expected[name].abs().max()
+        assert error < 1e-5, (name, error)
+
+
+OTHER = dataclasses.replace(SMALL, vision_width=D_T, decomposition_blocks=3, interaction_blocks=1, prompt_blocks=1,
+                            n_t=2, n_p=5, lora_text=3, lora_vision=1, lora_sam=5, **OFFICIAL)
+
+
+@pytest.mark.parametrize("wrap", [lambda tensors: tensors, lambda tensors: {"module": tensors, "step": 3}])
+def test_a_file_of_other_sizes_goes_where_it_belongs(tmp_path, wrap):
+    theirs = their_file(tmp_path / "theirs.pth", OTHER, seed=7, wrap=wrap)
+    ours = rsrefseg2.read_official(tmp_path / "theirs.pth")
+    model = RSRefSeg2(OTHER)
+    model.load_state_dict(ours)
+    encoder = "backbone.model.image_encoder.base_model.model."
+    for path, their_path, folded in (
+            ("vision.encoder.layers.1.self_attn.out_proj",
+             "clip_vision_encoder.base_model.model.model.encoder.layers.1.self_attn.out_proj", False),
+            ("text.encoder.layers.0.self_attn.q_proj",
+             "clip_text_encoder.base_model.model.model.encoder.layers.0.self_attn.q_proj", False),
+            ("text.head", "clip_text_encoder.base_model.model.model.head", True),
+            ("sam.vision_encoder.backbone.blocks.2.attn.qkv", f"{encoder}trunk.blocks.2.attn.qkv", False),
+            ("sam.vision_encoder.neck.convs.3", f"{encoder}neck.convs.3.conv", True)):
+        base, A, B = (theirs[f"{their_path}.{part}.weight"] for part in (
+            "base_layer", "lora_A.default", "lora_B.default"))
+        whole = ours[f"{path}.weight"]
+        if not folded:
+            whole = whole + ours[f"{path}.lora_A"] @ ours[f"{path}.lora_B"].T
+        assert (f"{path}.lora_A" in ours) != folded
+        close(whole, (base.flatten(1) + B.flatten(1) @ A.flatten(1)).view_as(base))
+        assert torch.equal(ours[f"{path}.bias"], theirs[f"{their_path}.base_layer.bias"])
+    sam = "backbone.model.sam_mask_decoder."                    # parts that the first mask does not show
+    for name, their_name in (
+            ("sam.mask_decoder.iou_prediction_head.layers.0.weight", f"{sam}iou_prediction_head.layers.1.weight"),
+            ("sam.mask_decoder.pred_obj_score_head.proj_out.bias", f"{sam}pred_obj_score_head.layers.2.bias"),
+            ("sam.mask_decoder.output_hypernetworks_mlps.2.proj_in.weight",
+             f"{sam}output_hypernetworks_mlps.2.layers.0.weight"),
+            ("scales.samp", "decode_head.logit_scale2")):
+        assert torch.equal(ours[name], theirs[their_name]), name
+    for k in range(4):
+        point = theirs[f"backbone.model.sam_prompt_encoder.point_embeddings.{k}.weight"]
+        assert torch.equal(ours["sam.prompt_encoder.point_embed.weight"][k:k + 1], point)
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    """Their engine keeps weights in BF16."""
+    def halve(tensors):
+        tensors |= {name: value.bfloat16() for name, value in tensors.items() if value.is_floating_point()}
+
+    their_file(tmp_path / "theirs.pth", change=halve)
+    tensors = rsrefseg2.read_official(tmp_path / "theirs.pth")
+    assert {value.dtype for value in tensors.values()} == {torch.float32, torch.int64}
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def broken(path, kind):
+    their_file(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif kind == "text":
+        path.write_text("<html>not found</html>")
+    elif kind == "code":
+        torch.save({"state_dict": {"a": Code()}}, path)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "other":
+        torch.save({"backbone.layers.0.weight": torch.zeros(2), "head.bias": torch.zeros(2)}, path)
+    elif kind == "split":
+        their_file(path, change=lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith("clip_t")])
+    elif kind == "half a layer":
+        their_file(path, change=lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)))
+    elif kind == "operation":
+        their_file(path, change=lambda tensors: tensors.update({
+            "prompter.queries1_to_img_attn_layers.0.norm_img_7.weight": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("truncated", "not a whole file of plain tensors"), ("text", "not a whole file of plain tensors"),
+    ("code", "not a whole file of plain tensors"), ("empty", "not a whole file of plain tensors"),
+    ("list", r"of 0 tensors .* none is of \['text', 'vision'"),
+    ("other", r"of 2 tensors 2 have other names, as \['backbone.layers.0.weight', 'head.bias'\]"),
+    ("split", r"0 have other names, as \[\], and none is of \['text'\]"), ("half a layer", r"2 have other names"),
+    ("operation", r"1 have other names, as \['prompter.queries1_to_img_attn_layers.0.norm_img_7.weight'\]")])
+def test_a_file_that_is_not_theirs_is_answered_with_one_line(tmp_path, kind, message, capsys):
+    broken(tmp_path / "theirs.pth", kind)
+    with pytest.raises(ValueError, match=message) as error:
+        rsrefseg2.read_official(tmp_path / "theirs.pth")
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path / "theirs.pth"))
+    assert "code ran" not in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError):
+        rsrefseg2.read_official(tmp_path / "nothing.pth")

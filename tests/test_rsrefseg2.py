@@ -515,7 +515,7 @@ def test_parameters_at_paper_size():
     """Against the counts measured on the official prompter and on transformers' own towers."""
     with torch.device("meta"):
         model = RSRefSeg2(Config(pretrained="none"))
-        official = RSRefSeg2(Config(pretrained="none", **ABLATIONS["official"]["all"]))
+        official = RSRefSeg2(Config(pretrained="none", **OFFICIAL))
     lora = {tower: sum(p.numel() for name, p in getattr(model, tower).named_parameters() if "lora" in name)
             for tower in ("vision", "text", "sam")}
     assert lora == {"vision": 3_981_312, "text": 3_981_312, "sam": 2_610_432}

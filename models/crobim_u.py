@@ -242,7 +242,7 @@ class EncoderLayer(nn.Module):
 
 
 class MultiScaleEncoder(nn.Module):
-    """III-B: transformer-based multi-scale interaction over strides 8, 16 and 32."""
+    """III-B: transformer-based interaction over strides 8, 16 and 32. Takes along: all from xavier to EncoderLayer."""
 
     def __init__(self, width, heads, layers, points, ffn_width, levels=3):
         super().__init__()
@@ -264,7 +264,7 @@ class MultiScaleEncoder(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """The mask feature F of III-E and the foreground logits of III-B at stride 4, an inner product at each place."""
+    """III-E's mask feature F and III-B's logits at stride 4. Takes along: resize, xavier, Attention, feed_forward."""
 
     def __init__(self, width, heads, groups, prior, levels=3):
         super().__init__()
@@ -629,7 +629,7 @@ def tokenizer(config):
 
 
 def find_weights(config, name):
-    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
+    """A backbone's hub name or, as `pretrained` says, the path of its folder or file."""
     if config.pretrained == "hub" and not name.endswith(".pth"):
         return name
     path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
@@ -731,10 +731,10 @@ def read_meta_convnext(path):
 #                  with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
 #     (6)          V and T enter RUS undetached, so L_unc also trains projections and towers
 #     (5) (7) (8)  z = e, with error_blur its 3x3 mean, (8) counting e; an empty union is not hard; epsilon 1, of pixels
-#     clamp        ours, off: as printed, (8) lets a lone wrong pixel weigh half the image, and U_p of a place that errs
-#                  as often as its image be 0.5 however rare errors are, as tau = 0.5 asks. clamp=100 ends both: where
-#                  1 %, 0.5 %, 0.2 %, 0.1 % are wrong, that U_p is 0.50, 0.33, 0.17, 0.09 and M 0.50, 0.16, 0.03, 0.02:
-#                  the better the model, the less is refined
+#     clamp        ours, off: as printed, (8) makes a lone wrong pixel weigh half the image, and holds U_p of a place
+#                  that errs as often as its image at 0.5 however rare errors are, which tau = 0.5 needs. clamp=100 ends
+#                  both: where 1 %, 0.5 %, 0.2 %, 0.1 % are wrong, that U_p is 0.50, 0.33, 0.17, 0.09 and M 0.50, 0.16,
+#                  0.03, 0.02: the better the model, the less is refined
 #     warm-up      L_unc is multiplied by zero for the first 5 % of the run: an empty prediction's errors are the mask
 #     (9)          8 heads with their own output layer before Proj, dropout 0.1
 #     (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g

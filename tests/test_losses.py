@@ -194,10 +194,10 @@ def test_eq08_rebalancing_at_480(errors, options, loss, gradient):
     assert U.grad.abs().max().item() * 480 * 480 == pytest.approx(gradient, rel=6e-3, abs=5e-3)
 
 
-@pytest.mark.parametrize(("wrong", "clamp", "U_p"), [
-    (400, None, 0.5), (200, None, 0.5), (80, None, 0.5), (40, None, 0.5),
-    (400, 100.0, 0.50), (200, 100.0, 0.33), (80, 100.0, 0.17), (40, 100.0, 0.09)])
-def test_eq08_what_the_uncertainty_of_an_average_place_comes_to(wrong, clamp, U_p):
+@pytest.mark.parametrize(("wrong", "clamp", "U_p", "M"), [
+    (400, None, 0.5, 0.5), (200, None, 0.5, 0.5), (80, None, 0.5, 0.5), (40, None, 0.5, 0.5),
+    (400, 100.0, 0.50, 0.50), (200, 100.0, 0.33, 0.16), (80, 100.0, 0.17, 0.03), (40, 100.0, 0.09, 0.02)])
+def test_eq08_what_the_uncertainty_of_an_average_place_comes_to(wrong, clamp, U_p, M):
     """Eq. (8) as printed weighs errors and the rest equally: U_p = 0.5 at any rate of errors; the clamp lowers it."""
     side = 200
     prediction = (torch.arange(side * side) < wrong).view(1, 1, side, side)
@@ -205,6 +205,7 @@ def test_eq08_what_the_uncertainty_of_an_average_place_comes_to(wrong, clamp, U_
     weight = min((1 - rate) / rate, clamp or math.inf)
     best = rate * weight / (rate * weight + 1 - rate)       # where the weighted cross-entropy of one U for all is least
     assert best == pytest.approx(U_p, abs=0.005)
+    assert sigmoid((best - 0.5) / 0.1) == pytest.approx(M, abs=0.005)                       # Eq. (13), tau 0.5, t 0.1
     slopes = []
     for place in (best - 0.02, best + 0.02):
         U = torch.tensor(math.log(place / (1 - place)), requires_grad=True)

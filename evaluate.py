@@ -116,9 +116,9 @@ def batches(dataset, plan, workers, device):
 
 
 def outlast_signals(worker):
-    """A stop that reaches the whole process group is for the main process, which ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A stop of the whole process group is for the main process to answer, which ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -142,11 +142,11 @@ def is_users(error):
 @contextlib.contextmanager
 def one_line_errors():
     """Wrong input ends the program with one line, Ctrl-C with a word, a closed output (`| head`) in silence."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")       # where a terminal cannot show a sentence
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -233,10 +233,11 @@ def write_mask(mask, path, **options):
     Image.fromarray(mask.astype(np.uint8) * 255).save(path, **options)
 
 
-def unfinished(model, outputs):
-    """(M,) bool: where what is scored or drawn, the logits or a map, is not finite."""
-    shown = [outputs[name].flatten(1) for name in ("logits", *models.maps(model)) if name in outputs]
-    return ~torch.stack([torch.isfinite(values).all(1) for values in shown]).all(0)
+def unfinished(outputs):
+    """(M,) bool: of which expressions some output is not finite."""
+    M = len(outputs["logits"])
+    rows = [values.reshape(M, -1) for values in outputs.values() if values.is_floating_point() and len(values) == M]
+    return ~torch.stack([torch.isfinite(values).all(1) for values in rows]).all(0)
 
 
 @torch.no_grad()
@@ -256,7 +257,7 @@ def evaluate(model, samples, processes, *, tokenizer, protocol, empty="zero", pr
         outputs, batch = forward(model, batch, processes.device, precision)
         diagnostics = model.diagnose(outputs, batch["masks"]) if hasattr(model, "diagnose") else {}
         scores.add(torch.tensor([number for image in images for number in image]), **diagnostics,
-                   **counts(outputs, batch, save_masks), unfinished=unfinished(model, outputs))
+                   **counts(outputs, batch, save_masks), unfinished=unfinished(outputs))
     model.train(training)
     merged = scores.merged(expected=len(samples))
     if (bad := np.flatnonzero(merged.pop("unfinished"))).size:
@@ -265,25 +266,24 @@ def evaluate(model, samples, processes, *, tokenizer, protocol, empty="zero", pr
 
 
 def score_split(model, processes, *, dataset, data_root, split, recipe, output, tokenizer, precision, micro_batch=32,
-                workers=1, categories="all", limit=0, small=False, refs=None, control=False, save_masks=False, rows="",
-                checkpoint="", prefix=(), changes=()):
+                workers=1, control=False, save_masks=False, rows="", checkpoint="", prefix=(), changes=(), **selection):
     """Score one split; write metrics.json, per_sample.jsonl and sheet.png, print the table -> the summary.
 
-    control: every picture carries another one's sentences, see `shuffled`. rows: see `chosen`. changes: `field=value`,
-    what differs from the run's own settings. The folder is named by the prefix, the split, the categories, the control
-    and the changes, as far as there are any, so that no score of one kind takes the place of another.
+    selection: categories, limit, small, refs. control: every picture carries another one's sentences, see `shuffled`.
+    rows: see `chosen`. changes: `field=value`, what differs from the run's own settings. The folder is named by the
+    prefix, the split, the categories, the control and the changes, as far as there are any, so that no score of one
+    kind takes the place of another.
     """
-    samples = read_split(dataset, data_root, split, categories, limit, small, refs, rows)
-    name = [split, *([categories] if categories != "all" else []), *(["shuffled"] if control else [])]
-    about = {"dataset": dataset, "split": "-".join(name), "protocol": recipe["protocol"], "threshold": "logits > 0",
-             "subset": f"{categories} categories", "checkpoint": str(checkpoint), "changes": ", ".join(changes),
-             "precision": precision}
+    samples, about = read_split(dataset, data_root, split, rows, **selection)
+    about |= {"protocol": recipe["protocol"], "threshold": "logits > 0", "checkpoint": str(checkpoint),
+              "changes": ", ".join(changes), "precision": precision}
     if recipe["protocol"] == "resized":
         about["side"] = model.config.image_size
     if control:
         every, samples = len(samples), shuffled(samples)
-        about["control"] = f"{len(samples)} of {every} sentences changed, the others left out"
-    folder = Path(output) / in_file_name("-".join([*prefix, *name, *changes]))
+        about |= {"split": f"{about['split']}-shuffled",
+                  "control": f"{len(samples)} of {every} sentences changed, the others left out"}
+    folder = Path(output) / in_file_name("-".join([*prefix, about["split"], *changes]))
     masks = folder / "masks.part" if save_masks else None
     if processes.first:
         print(*notes(samples, tokenizer), sep="", end="", flush=True)
@@ -310,15 +310,16 @@ def score_split(model, processes, *, dataset, data_root, split, recipe, output, 
     return summary
 
 
-def read_split(dataset, data_root, split, categories, limit, small, refs, rows):
-    """The samples of a split. `rows` may name some by id: all of them must be there."""
+def read_split(dataset, data_root, split, rows="", categories="all", limit=0, small=False, refs=None):
+    """(samples, what the table says of them). `rows` may name some by id: all of them must be there."""
     options = {"small": small} if dataset == "synthetic" else {"refs": refs}
     samples = data.read(dataset, data_root, split, categories=categories, limit=limit, **options)
     asked = set(rows.split(",")) if rows and rows not in ROWS else set()
     if absent := sorted(asked - {sample.id for sample in samples}):
         raise ValueError(f"--rows {rows}: the split {split} has no sample {', '.join(absent)}; --rows takes ids, as "
                          f"{samples[0].id}, or one of {', '.join(ROWS)}")
-    return samples
+    name = split if categories == "all" else f"{split}-{categories}"
+    return samples, {"dataset": dataset, "split": name, "subset": f"{categories} categories"}
 
 
 def notes(samples, tokenizer):
@@ -375,29 +376,29 @@ def chosen(lines, rows, most=10):
 
 def score_predictions(args):
     """Score DIR/ID.png of each sample as `args` says; whatever cannot be scored is listed, and then nothing written."""
-    found, faults, ids = {}, [], set()
+    if not Path(args.predictions).is_dir():
+        raise FileNotFoundError(f"--predictions {args.predictions}: no such folder")
+    found, ids, empty = [], set(), args.empty or "zero"
     for split in data.split_names(args.dataset, args.split, args.data_root, args.refs):
-        samples = read_split(args.dataset, args.data_root, split, args.categories, args.limit, args.small, args.refs,
-                             args.rows)
+        samples, about = read_split(args.dataset, args.data_root, split, args.rows, args.categories, args.limit,
+                                    args.small, args.refs)
         with ThreadPool() as pool:
             rows = list(tqdm(pool.imap(functools.partial(score_file, args), samples), split, len(samples), leave=False))
-        found[split], ids = (samples, rows), ids | {sample.id for sample in samples}
-        faults += [str(row) for row in rows if isinstance(row, Exception)]
+        found.append((samples, about, rows))
+        ids |= {sample.id for sample in samples}
+    faults = [str(row) for _, _, rows in found for row in rows if isinstance(row, Exception)]
     extra = sorted(file.name for file in Path(args.predictions).glob("*.png") if file.stem not in ids)
     for line in [*faults, *(f"{name}: no sample of {args.split} has this name" for name in extra)]:
         print(line, file=sys.stderr)
     if faults:
         raise ValueError(f"{len(faults)} of {len(ids)} predictions cannot be scored, see above; nothing is written")
-    for split, (samples, rows) in found.items():
-        name = "-".join([split, *([args.categories] if args.categories != "all" else []),
-                         *([f"limit={args.limit}"] if args.limit else [])])
+    for samples, about, rows in found:
         merged = {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
-        lines = metrics.records(samples, {"number": np.arange(len(rows)), **merged}, args.empty or "zero")
-        about = {"dataset": args.dataset, "split": name, "protocol": "resized" if args.side else "original",
-                 "threshold": "255 of 0 and 255", "predictions": str(args.predictions), "side": args.side}
-        folder, summary = Path(args.output or args.predictions) / name, metrics.summarize(lines, args.empty or "zero")
-        report(folder, lines, summary, about, args.rows,
-               lambda numbers, samples=samples: [file_row(args, samples[number]) for number in numbers])
+        lines = metrics.records(samples, {"number": np.arange(len(rows)), **merged}, empty)
+        about |= {"protocol": "resized" if args.side else "original", "threshold": "255 of 0 and 255",
+                  "predictions": str(args.predictions), "side": args.side, "limit": args.limit or ""}
+        report(Path(args.output or args.predictions) / about["split"], lines, metrics.summarize(lines, empty), about,
+               args.rows, lambda numbers, samples=samples: [file_row(args, samples[number]) for number in numbers])
 
 
 def score_file(args, sample):
@@ -416,15 +417,11 @@ def file_row(args, sample):
     try:
         with Image.open(path) as file:
             values = np.array(file.convert("L") if file.mode == "1" else file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing") from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a sound PNG ({error})") from None
-    if values.shape != size[::-1]:
-        raise ValueError(f"{path}: {' x '.join(map(str, values.shape))}, expected one band of {size[1]} x {size[0]} "
-                         "(height x width; --side N for the protocol resized)")
-    if not np.isin(values, (0, 255)).all():
-        raise ValueError(f"{path}: holds {', '.join(map(str, np.unique(values)[:4]))} ...; a mask is 0 and 255 alone")
+    except (OSError, SyntaxError):
+        raise ValueError(f"{path}: {'not a sound PNG' if path.is_file() else 'missing'}") from None
+    if values.shape != size[::-1] or not np.isin(values, (0, 255)).all():
+        raise ValueError(f"{path}: {' x '.join(map(str, values.shape))} of {values.min()} to {values.max()}, expected "
+                         f"{size[1]} x {size[0]} (height x width) of 0 and 255 alone")
     truth = np.array(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
     return {"expression": sample.expression, "image": image, "truth": truth, "prediction": values > 0, "maps": {}}
 
@@ -534,7 +531,7 @@ def predict(model, image, expressions, precision="fp32", *, tile=None, overlap=1
     if not texts or not all(text.strip() for text in texts):
         raise ValueError("the expression is empty: give a sentence that names the object, for example 'the red ship'")
     if tile is not None and not 0 <= overlap < tile:
-        raise ValueError(f"tile {tile}, overlap {overlap}: tiles overlap by less than their own size")
+        raise ValueError(f"tile {tile}, overlap {overlap}: the overlap must be smaller than the tile")
     picture = read_picture(image)
     for text in texts:
         if unknown(text, model.tokenizer):
@@ -575,7 +572,7 @@ def segment(model, picture, texts, precision, tile, overlap, with_maps):
             pixels = np.array(part.resize((side, side), Image.Resampling.BILINEAR))
             batch["images"] = torch.from_numpy(pixels).permute(2, 0, 1)[None]
             outputs, _ = forward(model, batch, device, precision)
-            if (bad := unfinished(model, outputs)).any():
+            if (bad := unfinished(outputs)).any():
                 raise ValueError(f"'{texts[int(bad.int().argmax())]:.200}': {NOT_FINITE}")
             window = torch.from_numpy(down[:, None] * across)                                           # (h,w)
             for name in ("logits", *(models.maps(model) if with_maps else ())):

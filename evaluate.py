@@ -751,6 +751,7 @@ def load_model(args, device):
     model, (trained, folder) = models.load(args.checkpoint, args.set, device), models.run_settings(args.checkpoint)
     usual = next((one for name in ("best", "last") if (one := folder / f"{name}.safetensors").is_file()), folder)
     other = Path(args.checkpoint).is_file() and not usual.samefile(args.checkpoint)
+    folder = folder if Path(args.checkpoint).exists() else Path("runs", Path(args.checkpoint).name)     # of the hub
     return model, trained, folder, Path(args.checkpoint).stem if other else None
 
 

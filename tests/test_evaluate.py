@@ -1,6 +1,10 @@
 """evaluate.py: scoring, the control, pictures, own images. On the toy paper, trained for two short epochs."""
 
+import dataclasses
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from PIL import Image
+from PIL import Image, ImageFilter, ImageFont
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 import data
@@ -73,6 +77,37 @@ def test_packing_cuts_at_image_borders_only():
     images = [(0, 1, 2), (3,), (4, 5), (6, 7, 8, 9, 10), (11,)]
     assert evaluate.packed(images, 4) == [[(0, 1, 2), (3,)], [(4, 5)], [(6, 7, 8, 9, 10)], [(11,)]]
     assert evaluate.packed([], 4) == []
+
+
+def sample_of(number, picture, expression, **fields):
+    return data.Sample(f"s{number}", Path(f"{number}.png"), Path(f"{number}m.png"), expression, "test", f"{number}.png",
+                       f"o{number}", None, None, picture=picture, **fields)
+
+
+def test_control_never_gives_a_picture_its_own_sentence():
+    """One picture stands under two names; sentences differ by more than case and stops; 'c' holds all there are."""
+    said = [("a", "The red ship."), ("a", "the tank"), ("b", "the red ship"), ("b", "a pier"), ("c", "the red SHIP"),
+            ("c", "the tank"), ("c", "a pier")]
+    samples = [sample_of(number, picture, text, kind="place") for number, (picture, text) in enumerate(said)]
+    for seed in range(5):
+        control = evaluate.shuffled(samples, seed)
+        assert {sample.id: sample.expression for sample in control} == {
+            "s0": "a pier", "s1": "a pier", "s2": "the tank", "s3": "the tank"}
+        assert all(sample.kind is None for sample in control)
+    alike = [sample_of(number, f"p{number}", "the red building") for number in range(12)]
+    for hopeless in (alike, samples[:2]):
+        with pytest.raises(ValueError, match="at least two images, one with a sentence that the other lacks"):
+            evaluate.shuffled(hopeless)
+
+
+def test_control_takes_the_sentences_of_the_next_picture_in_turn():
+    samples = [sample_of(10 * k + j, f"p{k}", f"object {j} of picture {k}") for k in range(4) for j in range(1 + k)]
+    order = [f"p{k}" for k in np.random.default_rng(3).permutation(4)]
+    after = dict(zip(order, order[1:] + order[:1], strict=True))
+    for sample in evaluate.shuffled(samples, seed=3):
+        k, j = divmod(int(sample.id[1:]), 10)
+        donor = int(after[f"p{k}"][1:])
+        assert sample.expression == f"object {j % (1 + donor)} of picture {donor}"
 
 
 def test_control_gives_every_image_sentences_of_one_other():
@@ -161,6 +196,32 @@ def test_what_differs_from_the_run_is_written_down_and_overwrites_no_score_of_it
         "test-limit=24": "limit=24", "test-explode_at=3-dropout=0.2-limit=24": "explode_at=3, dropout=0.2, limit=24"}
 
 
+def test_other_weights_and_other_data_have_folders_of_their_own(tmp_path, monkeypatch):
+    toy.register()
+    layouts.write("rrsisd", tmp_path / "data", scenes=2)
+    layouts.write("rrsisd", tmp_path / "other", scenes=3)
+    monkeypatch.chdir(tmp_path)
+    run, own = tmp_path / "run", ["--dataset", "rrsisd", "--data-root"]
+    train.train(train.arguments(["--model", "toy", "--device", "cpu", "--workers", "0", *own, "data", "--output",
+                                 str(run), "--epochs", "1"]), ONE)
+
+    def scored(*words):
+        there = {path: path.stat().st_mtime_ns for path in run.glob("*/metrics.json")}
+        evaluate.main(evaluate.arguments(["--device", "cpu", "--workers", "0", "--checkpoint", *map(str, words)]))
+        return [path.parent.name for path in run.glob("*/metrics.json") if there.get(path) != path.stat().st_mtime_ns]
+
+    assert scored(run) == scored(run / "best.safetensors") == ["test"]
+    assert scored(run, "--data-root", tmp_path / "data") == ["test"]                    # the same by another name
+    assert scored(run / "last.safetensors") == ["test-checkpoint=last"]
+    assert scored(run, "--data-root", "other") == [evaluate.in_file_name(f"test-data_root={tmp_path / 'other'}")]
+
+
+def test_a_name_that_is_too_long_for_a_file_is_cut_and_stays_its_own():
+    names = {evaluate.in_file_name("x" * 300 + end) for end in "ab"}
+    assert len(names) == 2 and all(len(name) <= 160 for name in names)
+    assert evaluate.in_file_name("V/+UGF é") == "V_+UGF_é" and evaluate.in_file_name("x" * 160) == "x" * 160
+
+
 def test_several_splits_end_in_a_row_each(run, tmp_path, capsys):
     score(run, tmp_path, "--split", "val,test")
     printed = capsys.readouterr().out.splitlines()[-3:]
@@ -205,19 +266,134 @@ def test_the_empty_policy_reaches_the_records(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("words, message", [
     (["--split", "testA"], "testA"), (["--set", "width=9"], "does not fit this configuration"),
     (["--set", "protocol=squared"], "protocol=squared: there are resized, original"),
+    (["--rows", "test-00000-0-0,nothere"], "the split test has no sample nothere"),
     (["--dataset", "rrsisd", "--data-root", "nowhere"], "nowhere")])
 def test_wrong_input_is_named(run, tmp_path, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         score(run, tmp_path, *words)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+SCRIPT = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import toy; toy.register(); import evaluate\n" \
+         "with evaluate.one_line_errors(): evaluate.main(evaluate.arguments())"
+
+
+def command(run, *words):
+    return [sys.executable, "-c", SCRIPT, "--checkpoint", str(run), *map(str, words)]
+
+
+@pytest.mark.parametrize("name", models.PAPERS)
+def test_an_output_that_is_not_finite_is_refused_by_the_name_of_its_sample(name, photo, tmp_path):
+    config = models.paper(name).Config.tiny()
+    tokenizer = models.word_tokenizer(name, config, data.vocabulary("synthetic", []))
+    model = models.build(name, dataclasses.replace(config, vocab_size=len(tokenizer)))
+    model.tokenizer = tokenizer
+    with torch.no_grad():
+        max((p for p in model.parameters() if p.requires_grad), key=torch.numel).fill_(math.nan)
+    with pytest.raises(ValueError, match="sample test-00000-0-0, 3 of 3 samples: the model's output is not finite"):
+        evaluate.score_split(model, ONE, dataset="synthetic", data_root="", split="test", limit=3, save_masks=True,
+                             recipe={"protocol": "resized", "empty": "zero"}, output=tmp_path, tokenizer=tokenizer,
+                             precision="fp32", workers=0)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    with pytest.raises(ValueError, match="'the ship': the model's output is not finite"):
+        evaluate.predict(model.eval(), photo, ["the ship", "a car"])
+
+
+def test_one_expression_that_is_not_finite_is_named():
+    outputs = {"logits": torch.zeros(3, 1, 2, 2), "text_weight": torch.tensor([0.0, math.inf, 0.0]),
+               "image_index": torch.zeros(3, dtype=torch.long), "v": torch.full((1, 4), math.nan)}
+    assert evaluate.unfinished(outputs).tolist() == [False, True, False]            # v is of images, not of expressions
+    outputs["logits"][2, 0, 1, 0] = math.nan
+    assert evaluate.unfinished(outputs).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("fails", ["table", "sheet"])
+def test_scores_are_written_before_they_are_printed_or_drawn(run, tmp_path, monkeypatch, fails):
+    def fail(*_):
+        raise RuntimeError("no room on the screen")
+
+    monkeypatch.setattr(metrics if fails == "table" else evaluate, fails, fail)
+    with pytest.raises(RuntimeError):
+        score(run, tmp_path)
+    assert len(metrics.read_records(tmp_path / "test-limit=24")) == 24
+    assert json.loads((tmp_path / "test-limit=24/metrics.json").read_text())["samples"] == 24
+
+
+def write_custom(folder, texts):
+    """A custom data set of one scene, an object for each sentence."""
+    folder.mkdir()
+    image, masks = data.render(data.scene(3))
+    Image.fromarray(image).save(folder / "a.png")
+    entries = []
+    for number, text in enumerate(texts):
+        Image.fromarray(masks[number].astype(np.uint8) * 255).save(folder / f"m{number}.png")
+        entries.append({"image": "a.png", "mask": f"m{number}.png", "expression": text, "split": "test"})
+    (folder / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def test_sentences_that_no_font_holds_or_no_terminal_shows_are_scored(run, tmp_path, capsys, monkeypatch):
+    write_custom(tmp_path / "data", ["the red ship " * 80_000, "das Gebäude 建物", "a car"])
+    monkeypatch.setattr(evaluate.ImageFont, "load_default", lambda size: ImageFont.load_default_imagefont())
+    score(run, tmp_path / "out", "--dataset", "custom", "--data-root", str(tmp_path / "data"))
+    out = capsys.readouterr().out
+    assert "1 of 3 sentences are longer than 12 tokens and are cut" in out
+    assert "1 of 3 sentences hold no word that the model knows, for example das Gebäude 建物" in out
+    folder = tmp_path / "out/custom-test-limit=24"
+    assert [len(line["expression"]) for line in metrics.read_records(folder)] == [13 * 80_000 - 1, 14, 5]
+    assert Image.open(folder / "sheet.png").height > 3 * 160
+
+
+def test_a_terminal_that_cannot_show_the_sentence_gets_both_masks(run, photo, tmp_path):
+    words = command(run, "--image", photo, "--text", "das Gebäude 建物", "the ship", "--output", tmp_path)
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "das Geb?ude ??" in done.stdout, done.stderr
+    assert {f"photo-{k}-mask.png" for k in (1, 2)} < {path.name for path in tmp_path.iterdir()}
+    assert done.stderr == "the model knows no word of 'das Geb?ude ??': its mask means nothing\n"
+
+
+def test_a_closed_output_ends_the_program_in_silence_with_its_scores(run, tmp_path):
+    started = subprocess.Popen(command(run, "--workers", 0, "--limit", 24, "--split", "val,test", "--output", tmp_path),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started.stdout.close()
+    error = started.stderr.read()
+    assert started.wait() == 1 and "Error" not in error and "Traceback" not in error
+    assert len(metrics.read_records(tmp_path / "val-limit=24")) == 24
+
+
+def test_ctrl_c_ends_with_a_word(run, tmp_path):
+    """To the whole group, as a terminal sends it, while the loader's workers are at work."""
+    words = command(run, "--workers", 2, "--micro-batch", 12, "--output", tmp_path)
+    started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    seen = b""
+    while b" 1/120" not in seen:
+        seen += (read := os.read(started.stderr.fileno(), 4096))
+        assert read, seen.decode()
+    os.killpg(started.pid, signal.SIGINT)
+    seen = started.stderr.read().decode()
+    assert started.wait() == 130 and seen.rstrip().endswith("stopped") and "Traceback" not in seen
+
+
+def test_workers_outlast_a_stop_of_the_whole_group():
+    class Stopped:
+        def __getitem__(self, numbers):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            return data.ReferringDataset(samples, 16, tokenizer)[numbers]
+
+    samples = data.read("synthetic", "", "val", limit=4)
+    tokenizer = data.WordTokenizer(["ship"], 4, toy.SPECIAL_TOKENS)
+    found = list(evaluate.batches(Stopped(), [[(0, 1)], [(2, 3)]], workers=1, device=ONE.device))
+    assert [[sample.id for sample in batch["samples"]] for batch in found] == [
+        [sample.id for sample in samples[:2]], [sample.id for sample in samples[2:]]]
 
 
 def test_a_corrupt_image_ends_in_one_line_that_names_it(run, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
-    script = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import toy; toy.register(); import evaluate\n" \
-             "with evaluate.one_line_errors(): evaluate.main(evaluate.arguments())"
-    command = [sys.executable, "-c", script, "--checkpoint", run, "--image", broken, "--text", "a ship"]
-    done = subprocess.run([*command, "--output", tmp_path / "out"], capture_output=True, text=True)
+    done = subprocess.run(command(run, "--image", broken, "--text", "a ship", "--output", tmp_path / "out"),
+                          capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "broken.png" in done.stderr
 
@@ -232,9 +408,155 @@ def test_an_error_in_a_loader_worker_arrives_as_one_line(capsys):
     assert capsys.readouterr().err == "error: images/3.png is truncated; copy it again\n"
 
 
-def test_a_fault_of_a_library_keeps_its_traceback():
-    with pytest.raises(ValueError), evaluate.one_line_errors():
-        np.zeros(3).reshape(2, 2)
+@pytest.mark.parametrize("fault", [lambda: np.zeros(3).reshape(2, 2), lambda: int("three"), lambda: json.loads("{"),
+                                   lambda: [].index(1), lambda: {}["key"]])
+def test_a_fault_of_ours_keeps_its_traceback(fault):
+    with pytest.raises((ValueError, KeyError)), evaluate.one_line_errors():
+        fault()
+
+
+def test_what_the_system_or_a_missing_package_answers_is_one_line(tmp_path, capsys):
+    def no_package():
+        raise ModuleNotFoundError("masks stored as polygons need: pip install pycocotools")
+
+    def no_folder():
+        (tmp_path / "none" / "a").write_text("")
+
+    for fault, line in ((no_folder, "No such file"), (no_package, "pip install")):
+        with pytest.raises(SystemExit) as stopped, evaluate.one_line_errors():
+            fault()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 1 and error.startswith("error: ") and line in error and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ others' predictions
+
+
+def score_files(folder, *words):
+    evaluate.main(evaluate.arguments(["--predictions", str(folder), "--dataset", "synthetic", "--limit", "24", *words]))
+
+
+@pytest.mark.parametrize("protocol, words", [("original", []), ("resized", ["--side", "32"])])
+def test_masks_that_were_written_score_as_the_model_that_wrote_them(run, tmp_path, protocol, words):
+    score(run, tmp_path, "--protocol", protocol, "--save-masks")
+    [folder] = tmp_path.iterdir()
+    score_files(folder / "masks", *words, "--output", str(tmp_path / "again"))
+    diagnosed = [{key: value for key, value in line.items() if key != "brightness"}
+                 for line in metrics.read_records(folder)]
+    again = tmp_path / "again/test"
+    assert metrics.read_records(again) == diagnosed and (again / "sheet.png").is_file()
+    one, two = (json.loads((place / "metrics.json").read_text()) for place in (folder, again))
+    assert one["mIoU"] == two["mIoU"] and one["intervals"] == two["intervals"] and two["protocol"] == protocol
+    assert metrics.compare(metrics.read_records(folder), metrics.read_records(again))["wins"]["equal"] == 100
+
+
+def test_predictions_that_cannot_be_scored_are_all_listed_and_nothing_is_written(tmp_path, capsys):
+    names = [sample.id for sample in data.read("synthetic", "", "test", limit=24)]
+    mask = np.zeros((96, 96), np.uint8)
+    for name in names:
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    Image.fromarray(mask).convert("1").save(tmp_path / f"{names[9]}.png")               # as good as 0 and 255
+    (tmp_path / f"{names[0]}.png").unlink()
+    Image.fromarray(mask[:50]).save(tmp_path / f"{names[1]}.png")
+    Image.fromarray(mask + np.eye(96, dtype=np.uint8)).save(tmp_path / f"{names[2]}.png")
+    (tmp_path / f"{names[3]}.png").write_bytes(b"x")
+    Image.fromarray(mask).convert("RGB").save(tmp_path / f"{names[4]}.png")
+    Image.fromarray(mask).save(tmp_path / "odd.png")
+    with pytest.raises(ValueError, match="5 of 24 predictions cannot be scored"):
+        score_files(tmp_path)
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    wanted = "expected 96 x 96 (height x width) of 0 and 255 alone"
+    for number, words in enumerate(("missing", f"50 x 96 of 0 to 0, {wanted}", f"96 x 96 of 0 to 1, {wanted}",
+                                    "not a sound PNG", f"96 x 96 x 3 of 0 to 0, {wanted}")):
+        assert sum(f"{names[number]}.png: {words}" in line for line in lines) == 1
+    assert "odd.png: no sample of test has this name" in lines
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".png"]
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        score_files(tmp_path / "nowhere")
+
+
+def test_kinds_of_failure_and_of_sentence(tmp_path, capsys):
+    """Masks that are the object, another of its category, empty, twice as wide or a part of it."""
+    samples = data.read("synthetic", "", "test", limit=24)
+    wanted = []
+    for number, sample in enumerate(samples):
+        [truth] = data.load([sample])[1]
+        others = data.distractors(sample, truth.shape)
+        wide = np.asarray(Image.fromarray(truth).convert("L").filter(ImageFilter.MaxFilter(15))) > 0
+        part = truth & (np.cumsum(truth).reshape(truth.shape) < 0.4 * truth.sum())
+        kind = ("none", "nothing", "spill", "boundary", "wrong" if len(others) else "none")[number % 5]
+        mask = {"none": truth, "nothing": truth & False, "spill": wide, "boundary": part,
+                "wrong": others[0] if len(others) else truth}[kind]
+        assert len(others) or not {"wrong"} & {kind}
+        wanted.append((kind, None if not len(others) else float(kind == "wrong")))
+        Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / f"{sample.id}.png")
+    score_files(tmp_path, "--rows", "wrong")
+    lines = metrics.read_records(tmp_path / "test")
+    assert [(line["failure"], line["on_distractor"]) for line in lines] == wanted
+    assert [(line["kind"], line["truth"]) for line in lines] == [
+        (sample.kind, int(data.load([sample])[1][0].sum())) for sample in samples]
+    printed = capsys.readouterr().out
+    for kind in {sample.kind for sample in samples}:
+        row = next(line for line in printed.split("\n") if line.startswith(kind)).split()
+        mine = [line for line in lines if line["kind"] == kind]
+        assert row[1:3] == [str(len(mine)), f"{100 * np.mean([line['iou'] for line in mine]):.2f}"]
+    rows = sum(kind == "wrong" for kind, _ in wanted)
+    assert 0 < rows < 10 and Image.open(tmp_path / "test/sheet.png").height == 42 + rows * (160 + 22 + 6)
+    score_files(tmp_path, "--rows", f"{samples[3].id},{samples[0].id}")
+    assert Image.open(tmp_path / "test/sheet.png").height == 42 + 2 * (160 + 22 + 6)
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_outlines_are_seen_on_any_picture():
+    for level in (0, 60, 128, 200, 255):
+        image, mask = Image.new("RGB", (40, 40), (level,) * 3), np.zeros((40, 40), bool)
+        mask[10:30, 10:30] = True
+        drawn = np.asarray(evaluate.outlined(image, mask, (40, 40)))[..., 0].astype(int)
+        assert (drawn[10:30, 10] == 255).all() and (drawn[10:30, 9] == 0).all()        # white within, black around
+        assert (drawn[11:29, 11:29] == level).all() and (drawn[:9] == level * 2 // 5).all()
+    tiny = np.zeros((4000, 4000), bool)
+    tiny[7, 3] = True
+    shown = np.asarray(evaluate.outlined(Image.new("RGB", (4000, 4000)), tiny, (400, 400)))
+    assert shown.max() == 255 and np.argwhere(shown[..., 0] == 255).tolist() == [[0, 0]]
+
+
+def test_shades_run_from_dark_blue_to_yellow():
+    colours = np.asarray(evaluate.shades(np.array([[0.0, 1 / 3, 2 / 3, 1.0, -5.0, 5.0]])))[0].tolist()
+    assert colours == [[20, 20, 80], [30, 110, 140], [60, 180, 110], [250, 230, 40], [20, 20, 80], [250, 230, 40]]
+
+
+def test_the_sheet_shows_scale_and_point(tmp_path):
+    image, mask = Image.new("RGB", (32, 32), (90, 90, 90)), np.zeros((32, 32), bool)
+    row = {"expression": "a ship", "image": image, "truth": mask, "prediction": mask, "maps": {"coarse": 0.0 * mask}}
+    evaluate.sheet([row, {**row, "point": (0.25, 0.75)}], [0.5, None], tmp_path / "sheet.png")
+    page = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    assert page.shape == (42 + 2 * 188, 4 * 166 + 6, 3)
+    bar = page[30, 3 * 166 + 20:3 * 166 + 152]                              # under the map's name
+    assert (bar[:, 0] - bar[:, 2]).argmax() > 120 > (bar[:, 2] - bar[:, 0]).argmax()
+    first, second = (page[top:top + 160, 2 * 166 + 6:2 * 166 + 166] for top in (42, 42 + 188))
+    yellow = np.argwhere((second == (255, 255, 0)).all(-1))
+    assert np.abs(yellow.mean(0) - (120, 40)).max() < 1 and not (first == (255, 255, 0)).all(-1).any()
+
+
+def test_the_point_of_a_model_is_where_its_map_is_one(run, monkeypatch):
+    model = models.load(run)
+    forward = model.forward
+
+    def with_point(*inputs):
+        outputs = forward(*inputs)
+        point = torch.zeros(len(outputs["logits"]), 1, 8, 16)
+        point[:, 0, 6, 3] = 1
+        return {**outputs, "point": point}
+
+    monkeypatch.setattr(model, "forward", with_point)
+    samples = data.read("synthetic", "", "val", limit=2)
+    rows = evaluate.sheet_rows(model, samples, model.tokenizer, ONE.device, "fp32")
+    assert [row["point"] for row in rows] == [(3.5 / 16, 6.5 / 8)] * 2
+    assert list(rows[0]["maps"]) == ["coarse"] and rows[0]["truth"].shape == rows[0]["prediction"].shape == (32, 32)
+    assert (np.asarray(rows[0]["image"]) == np.asarray(Image.fromarray(data.render(data.scene(samples[0].image))[0])
+                                                       .resize((32, 32), Image.Resampling.BILINEAR))).all()
 
 
 # ------------------------------------------------------------------------------------------------------- own images
@@ -260,6 +582,74 @@ def test_predict_gives_masks_and_maps_at_the_image_own_size(run, photo, tmp_path
     for empty in ([], "", ["a ship", " "]):
         with pytest.raises(ValueError, match="expression is empty"):
             evaluate.predict(model, photo, empty)
+    for nothing in (None, [3], 3, {"a ship"}):
+        with pytest.raises(ValueError, match="expected a sentence or a list of sentences, got"):
+            evaluate.predict(model, photo, nothing)
+        with pytest.raises(ValueError, match=r"expected a uint8 array \(H,W,3\), got"):
+            evaluate.predict(model, nothing, "a ship")
+    with pytest.raises(ValueError, match="is a folder"):
+        evaluate.predict(model, tmp_path, "a ship")
+
+
+def test_what_makes_a_mask_doubtful_is_said(run, capsys):
+    model = models.load(run)
+    evaluate.predict(model, Image.new("RGB", (256, 100)), ["the ship", "xyzzy plugh", "a plugh"])
+    assert capsys.readouterr().err == "the model knows no word of 'xyzzy plugh': its mask means nothing\n"
+    evaluate.predict(model, Image.new("RGB", (100, 1280)), "the ship")
+    assert capsys.readouterr().err.startswith("100x1280 is squashed by a factor of 40 to the model's square")
+    evaluate.predict(model, Image.new("RGB", (100, 1280)), "the ship", tile=640)
+    assert "squashed" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("length, tile, overlap", [(100, 40, 10), (100, 40, 0), (97, 32, 31), (33, 32, 8), (32, 32, 8),
+                                                   (20, 32, 8), (1, 4, 1)])
+def test_windows_sum_to_one(length, tile, overlap):
+    windows = evaluate.windows(length, tile, overlap)
+    total, covers = np.zeros(length), np.zeros(length)
+    for start, weights in windows:
+        assert len(weights) == min(tile, length) and (weights > 0).all()
+        total[start:start + len(weights)] += weights
+        covers[start:start + len(weights)] += 1
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+    assert (covers > 0).all() and windows[0][0] == 0
+    for (start, _), (after, _) in zip(windows, windows[1:], strict=False):
+        assert start + tile - after >= overlap
+
+
+def test_tiles_are_blended_from_what_the_model_says_of_each(run, capsys):
+    """Against all tiles laid out at once, on a scene that they do not divide evenly."""
+    model = models.load(run)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8))
+    texts, tile, overlap = ["the red ship", "the windmill"], 64, 16
+    result = evaluate.predict(model, image, texts, tile=tile, overlap=overlap, maps=True)
+    logits, coarse = np.zeros((2, 90, 150)), np.zeros((2, 90, 150))
+    for top, down in evaluate.windows(90, tile, overlap):
+        for left, across in evaluate.windows(150, tile, overlap):
+            part = evaluate.predict(model, image.crop((left, top, left + tile, top + tile)), texts)
+            place = np.s_[:, top:top + tile, left:left + tile]
+            logits[place] += np.log(part["probs"] / (1 - part["probs"])) * down[:, None] * across
+            coarse[place] += part["coarse"] * down[:, None] * across
+    np.testing.assert_allclose(result["probs"], 1 / (1 + np.exp(-logits)), atol=1e-4)
+    np.testing.assert_allclose(result["coarse"], coarse, atol=1e-5)
+    clear = np.abs(logits) > 1e-3
+    assert clear.mean() > 0.9 and (result["masks"] == (logits > 0))[clear].all()
+    alone = evaluate.predict(model, image, texts, tile=tile, overlap=overlap)
+    assert list(alone) == ["masks"] and (alone["masks"] == result["masks"]).all()
+    assert "tiles: " in capsys.readouterr().err
+
+
+def test_a_tile_as_large_as_the_scene_is_the_whole(run, photo):
+    model = models.load(run)
+    whole, tiled = (evaluate.predict(model, photo, "the ship", tile=tile, maps=True) for tile in (None, 500))
+    assert whole.keys() == tiled.keys() == {"masks", "probs", "coarse"}
+    assert all((whole[name] == tiled[name]).all() for name in whole)
+    assert list(evaluate.predict(model, photo, "the ship", maps=False)) == ["masks"]
+    for tile, overlap in ((64, 64), (64, -1), (100, 128)):
+        with pytest.raises(ValueError, match=f"tile {tile}, overlap {overlap}: the overlap must be smaller"):
+            evaluate.predict(model, photo, "the ship", tile=tile, overlap=overlap)
 
 
 def test_several_images_and_sentences_in_one_call(run, photo, tmp_path, capsys):
@@ -275,6 +665,22 @@ def test_several_images_and_sentences_in_one_call(run, photo, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no such file.*missing.png"):
         score(run, tmp_path / "none", "--image", str(photo), "missing.png", "--text", "a ship")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_of_images_and_an_overlay_that_a_screen_shows(run, photo, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("b.PNG", "a.png"):
+        Image.open(photo).save(tmp_path / "in" / name)
+    (tmp_path / "in/notes.txt").write_text("no picture")
+    monkeypatch.setattr(evaluate, "SCREEN", 50)
+    words = ("--image", str(tmp_path / "in"), "--text", "the ship", "--tile", "60", "--overlap", "8")
+    score(run, tmp_path / "out", *words)
+    there = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    assert there == {f"{name}-{kind}.png": size for name in "ab" for kind, size in (("mask", (131, 77)),
+                                                                                    ("overlay", (50, 29)))}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no picture .* in .*empty"):
+        score(run, tmp_path / "none", "--image", str(tmp_path / "empty"), "--text", "a ship")
 
 
 def test_the_mask_of_a_georeferenced_tiff_lands_where_the_image_does(run, photo, tmp_path):
@@ -293,6 +699,9 @@ def test_the_mask_of_a_georeferenced_tiff_lands_where_the_image_does(run, photo,
         for tag in values:
             assert mask.tag_v2[tag] == image.tag_v2[tag], tag
             assert mask.tag_v2.tagtype[tag] == image.tag_v2.tagtype[tag], tag
+    score(run, tmp_path / "tiled", "--image", str(source), "--text", "the red ship", "--tile", "64", "--overlap", "8")
+    with Image.open(tmp_path / "tiled/aerial-mask.tif") as mask:
+        assert mask.size == (131, 77) and mask.tag_v2[33922] == values[33922]
     Image.open(photo).save(tmp_path / "plain.tif")
     score(run, tmp_path / "out", "--image", str(tmp_path / "plain.tif"), "--text", "the red ship")
     assert (tmp_path / "out/plain-mask.png").is_file()

@@ -212,6 +212,48 @@ def test_diagnostics_leave_out_what_is_not_a_number():
     assert summarize(lines)["diagnostics"] == {"spread": {"mean": 1.25, "n": 2}, "never": {"mean": None, "n": 0}}
 
 
+@pytest.mark.parametrize(("intersection", "mask", "truth", "kind"), [
+    (10, 15, 15, "none"), (10, 16, 15, "boundary"),         # IoU 10/20 and 10/21
+    (0, 0, 9, "nothing"), (0, 0, 0, "nothing"),
+    (9, 100, 40, "wrong"), (10, 100, 40, "spill"), (0, 5, 0, "wrong"),
+    (30, 80, 40, "boundary"), (30, 81, 40, "spill"), (4, 4, 40, "boundary"), (0, 1, 40, "wrong")])
+def test_failures_by_hand(intersection, mask, truth, kind):
+    union = mask + truth - intersection
+    assert metrics.failure(intersection / union if union else 0.0, intersection, union, truth) == kind
+
+
+def test_failures_follow_the_policy_for_an_empty_union():
+    merged = {"number": np.array([0]), "intersection": np.array([0]), "union": np.array([0]), "truth": np.array([0])}
+    found = {empty: records(samples_of(1), merged, empty)[0]["failure"] for empty in metrics.EMPTY}
+    assert found == {"zero": "nothing", "one": "none", "skip": None}
+
+
+def test_optional_fields_have_rows_of_their_own_and_are_no_diagnostics():
+    kinds, failures = ("size", "place", "size", "size"), ("none", "wrong", "wrong", "boundary")
+    lines = [line(k, k, 4, kind=kind, failure=failure, truth=4, on_distractor=mistaken)
+             for k, (kind, failure, mistaken) in enumerate(zip(kinds, failures, (1.0, None, 0.0, None), strict=True))]
+    summary = summarize(lines)
+    assert summary["failures"] == {"none": 25.0, "nothing": 0.0, "wrong": 50.0, "spill": 0.0, "boundary": 25.0}
+    assert summary["kinds"] == {"place": {"n": 1, "mIoU": 25.0, "on_distractor": None},
+                                "size": {"n": 3, "mIoU": pytest.approx(100 * (0 + 0.5 + 0.75) / 3),
+                                         "on_distractor": 0.5}}
+    assert summary["diagnostics"] == {"on_distractor": {"mean": 0.5, "n": 2}}
+    printed = table(summary, {"split": "val", "protocol": "resized", "threshold": "logits > 0"}).splitlines()
+    shares = "none 25.00, nothing 0.00, wrong 50.00, spill 0.00, boundary 25.00"
+    assert printed[-5:] == [f"failures, % of the samples: {shares}",
+                            "kind of sentence              n    mIoU  mask on another object of the category",
+                            "place                         1   25.00", "size                          3   41.67  50.0%",
+                            "on_distractor 0.5000 (mean over 2 samples)"]
+    assert summarize(lines_of([(1, 2)]))["failures"] == summarize(lines_of([(1, 2)]))["kinds"] == {}
+    merged = {"number": np.array([0]), "intersection": np.array([3]), "union": np.array([4]), "truth": np.array([4])}
+    sample = SimpleNamespace(**{**vars(samples_of(1)[0]), "kind": "nearest"})
+    [row] = records([sample], merged)
+    assert (row["truth"], row["failure"], row["kind"], row["image"]) == (4, "none", "nearest", "i0")
+    one = torch.ones(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="named like a field"):
+        Scores().add(one, one, one, failure=torch.zeros(1))
+
+
 # ------------------------------------------------------------------------------------------------------------ intervals
 
 
@@ -334,6 +376,24 @@ def test_compare_is_paired_by_id():
     assert same["wins"] == {"A": 0.0, "B": 0.0, "equal": 100.0} and same["mIoU"]["interval"] == [0.0, 0.0]
 
 
+def test_compare_by_size_of_the_object_and_length_of_the_sentence():
+    a, b = random_lines(90, 30), random_lines(90, 30, shift=0.1)
+    for k, row in enumerate(a):
+        row["expression"] = " ".join(["word"] * (2 + k % 3))
+    old = compare(a, b)["parts"]
+    assert list(old) == ["up to 2 words", "3 to 3 words", "above 3 words"]                  # files without `truth`
+    for k, row in enumerate(b):
+        row["truth"] = 1000 - 7 * k                         # 377 to 1000; thirds of 30 end at 580 and 790
+    parts = compare(a, b)["parts"]
+    assert list(parts)[3:] == [f"{label} pixels of the object" for label in ("up to 580", "581 to 790", "above 790")]
+    for name, members in (("up to 580 pixels of the object", range(60, 90)), ("3 to 3 words", range(1, 90, 3))):
+        kept = [[run[k] for k in members] for run in (a, b)]
+        whole = compare(*kept)
+        assert parts[name] == {"samples": 30, "oIoU": whole["oIoU"], "mIoU": whole["mIoU"]}
+    assert list(compare(a[:1], b[:1])["parts"]) == ["up to 2 words", "up to 1000 pixels of the object"]
+    assert compare(b, a)["parts"].keys() >= {"up to 580 pixels of the object"}              # of either file
+
+
 def test_compare_leaves_out_a_sample_that_either_run_leaves_out():
     a, b = lines_of([(0, 0), (1, 2), (3, 4)]), lines_of([(0, 3), (2, 2), (3, 4)])
     assert compare(a, b, empty="skip")["samples"] == 2
@@ -367,6 +427,9 @@ def test_command_line_compares_two_files(tmp_path, monkeypatch):
         assert row[0] == key and row[1:4] == [f"{result[key]['A']:.2f}", f"{result[key]['B']:.2f}",
                                               f"{result[key]['difference']:+.2f}"]
 
+    assert rows[4][0] == "mIoU" and " ".join(rows[4]).endswith("59 samples, up to 2 words")
+    assert rows[-1][:5] == ["IoU", "higher", "in", "B:", f"{result['wins']['B']:.2f}"]
+
     broken.write_text(a.read_text(encoding="utf-8") + '{"id": "s60"}\n', encoding="utf-8")
     for wrong, message in ((broken, f"{broken}, line 61: expected a record"), (tmp_path / "none.jsonl", "none.jsonl"),
                            (tmp_path, str(tmp_path))):
@@ -376,7 +439,20 @@ def test_command_line_compares_two_files(tmp_path, monkeypatch):
         assert message in stopped.value.code and "\n" not in stopped.value.code
 
 
-@pytest.mark.parametrize("text", ["not json", "3", '["id"]', '{"id": "s0", "union": 3}', ""])
+def test_a_run_stands_for_its_test_split(tmp_path):
+    lines, other = lines_of([(1, 2)]), lines_of([(1, 3)])
+    for name, content in (("run/test", lines), ("run/val", other), ("second/testA", lines), ("second/testB", other)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "per_sample.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    assert read_records(tmp_path / "run") == read_records(tmp_path / "run/test") == lines
+    assert read_records(tmp_path / "run/val") == other
+    with pytest.raises(FileNotFoundError, match="give one of .*second/testA, .*second/testB"):
+        read_records(tmp_path / "second")
+    with pytest.raises(FileNotFoundError, match="evaluate.py writes them"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["not json", "3", '["id"]', '{"id": "s0", "union": 3}', "", "\x00\xff"])
 def test_a_file_that_is_no_list_of_records_is_named(tmp_path, text):
     (tmp_path / "lines.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"lines\.jsonl, line 1: expected a record"):

@@ -18,12 +18,13 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, make_dataclass, replace
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import Pool, ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def vocabulary(dataset: str, samples: list[Sample]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Readers: reader(benchmark, root) -> {split: samples}
+# Readers: reader(benchmark, root) -> samples of all splits, a line for each entry that is wrong, the files read
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -78,24 +79,27 @@ class Benchmark:
     """How a data set is stored and what it is known to hold."""
 
     name: str
-    reader: Callable
+    readers: tuple[Callable, ...]                  # of the layouts that people have, the original one first
     splits: tuple[str, ...]
     folders: tuple[str, ...] = ()                  # usual names of its folder
-    names: str = ""                                # pattern of the names in its lists
+    source: str = ""                               # where it is downloaded
+    names: str = ""                                # pattern of the names in its lists, the picture in group "picture"
     refs: str = ""                                 # its pickle, where it is stored as REFER does
-    images: tuple[str, ...] = ()                   # where a REFER set may keep its images
+    images: tuple[str, ...] = ()                   # where it may keep its images
     classes: dict = field(default_factory=dict)    # class -> other names of it, to find it in an expression
     published: dict = field(default_factory=dict)  # split -> {"refs" | "images" | "expressions": number}
     reference: dict = field(default_factory=dict)  # refs of "seen" | "unseen" categories by CGFormer's code
+    note: str = ""                                 # what the numbers found should be seen beside
+
+
+class NotThere(FileNotFoundError):
+    """The data set is not stored in the layout that was looked for."""
 
 
 def find_category(expression: str, classes: dict[str, tuple[str, ...]]) -> str | None:
-    """The class that is named first: the head noun comes before its relations. At one place the longest name counts.
-
-    Names are whole words, singular or plural; hyphens count as spaces.
-    """
+    """The class named first, as the head noun comes before its relations, in whole words; the longest at one place."""
     found = _class_pattern(tuple(classes.items())).search(re.sub(r"[-_]", " ", expression.lower()))
-    return found and next(name for name, others in classes.items() if found[1] in (name, *others))
+    return next((name for name, others in classes.items() if found and found[1] in (name, *others)), None)
 
 
 @functools.lru_cache
@@ -111,10 +115,6 @@ def _holds(folder: Path) -> str:
     return f"{folder} holds {', '.join(names[:12]) or 'nothing'}{', ...' if len(names) > 12 else ''}"
 
 
-def _first(folder: Path, names) -> Path | None:
-    return next((folder / name for name in names if (folder / name).exists()), None)
-
-
 def _find_folder(benchmark: Benchmark, root: Path, complete: Callable[[Path], object], wanted: str) -> Path:
     """--data-root itself, or the data set's folder in one of the usual places below it."""
     places = [root / parent / name for parent in ("", "refer/data", "data") for name in benchmark.folders]
@@ -124,57 +124,142 @@ def _find_folder(benchmark: Benchmark, root: Path, complete: Callable[[Path], ob
     if found := next((place for place in places if complete(place)), None):
         return found
     seen = dict.fromkeys([root, *(place for place in places if place.is_dir())])
-    raise FileNotFoundError(f"{benchmark.name}: no {wanted} in the data root {root} or its folder "
-                            f"{' | '.join(benchmark.folders)}; {'; '.join(map(_holds, seen))}. "
-                            f"Give --data-root the data set's folder or its parent")
+    folders = f" or its folder {' | '.join(benchmark.folders)}" if benchmark.folders else ""
+    raise NotThere(f"{benchmark.name}: no {wanted} in the data root {root}{folders}; {'; '.join(map(_holds, seen))}. "
+                   f"Give --data-root the data set's folder or its parent; it is downloaded from {benchmark.source}")
+
+
+def _find_images(benchmark: Benchmark, folder: Path, names: list[str]) -> tuple[Path, dict]:
+    """The first of the usual places that holds one of the named files, and its listing."""
+    bases = folder.parent, folder, folder.parent.parent, *(folder.parent / name for name in benchmark.folders)
+    places = [place for base in bases for sub in (*benchmark.images, "") if (place := base / sub).is_dir()]
+    for place in places:
+        listing = _listing(place)
+        if any((place / _find_name(name, listing)).is_file() for name in names):
+            return place, listing
+    if not (places := [place for place in places if place not in bases]):
+        raise FileNotFoundError(f"{benchmark.name}: no images; looked for {' | '.join(benchmark.images)} in "
+                                f"{', '.join(map(str, bases[:3]))}; {_holds(folder.parent)}; {_holds(folder)}")
+    return places[0], _listing(places[0])
+
+
+def _listing(folder: Path) -> dict[str, list[str]]:
+    """stem -> names of files: one look at the folder, since on a network disk one at each file is slow."""
+    listing = defaultdict(list)
+    for name in os.listdir(folder):
+        listing[name.rpartition(".")[0]].append(name)
+    return listing
+
+
+def _find_name(name: str, listing: dict[str, list[str]]) -> str:
+    """The name itself if it is there, or the one of another extension, or COCO's of 2017 for its name of 2014."""
+    stem = name.rpartition(".")[0]
+    found = listing.get(stem) or listing.get(re.sub(r"^COCO_\w+_", "", stem)) or [name]
+    if name not in found and len(found) > 1:
+        raise ValueError(f"is {name} the file {' or '.join(sorted(found))}? Take the others out of their folder")
+    return name if name in found else found[0]
 
 
 def _text(path: Path) -> str:
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:1000]:
+        raise ValueError(f"{path}: it is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; convert it: iconv -f latin1 -t utf-8") from None
 
 
-def _clean(expression, where: str) -> str:
-    expression = " ".join(str(expression or "").split())
-    if not expression:
-        raise ValueError(f"{where}: the expression is empty; write one or take the entry out")
-    return expression
+def _clean(expression) -> str:
+    if not isinstance(expression, str | None):
+        raise ValueError(f"the expression is no text but {json.dumps(expression)[:40]}")
+    if not (words := (expression or "").split()):
+        raise ValueError("the expression is empty; write one or take the entry out")
+    return " ".join(words)
 
 
-def read_lists(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
-    """RefSegRS, RISBench: a folder of images, one of masks with the same names, a text file per split.
+def _rows(path: Path, mark: str = ":") -> list[tuple[str, str]]:
+    """(where, line) of each line that is not blank, or one row for what is wrong with the file."""
+    try:
+        lines = enumerate(_text(path).split("\n"), 1)
+    except ValueError as error:
+        return [("", error)]
+    return [(f"{path}{mark}{number}", line) for number, line in lines if line.strip()]
 
-    Each line is `name expression`; RefSegRS writes the number of a .tif, RISBench the name with its extension.
-    """
+
+def _gather(rows, samples_of: Callable) -> tuple[list[Sample], list[str]]:
+    """The samples of all (where, row), and a line for each row that is wrong, so that one run names them all."""
+    samples, faults = [], []
+    for where, *row in rows:
+        try:
+            if isinstance(row[0], ValueError):
+                raise row[0]
+            samples += samples_of(*row)
+        except json.JSONDecodeError as error:
+            faults.append(f"{where}: not JSON ({error}); each line is one object")
+        except ValueError as error:
+            faults.append(f"{where}: {error}" if where else str(error))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            faults.append(f"{where}: not as it should be ({type(error).__name__}: {error}); download it anew")
+    return samples, faults
+
+
+def read_lists(benchmark: Benchmark, root: Path):
+    """RefSegRS, RISBench: folders of images and masks of the same names, a list of `name expression` per split."""
     def parts(place):
-        lists = {split: _first(place, [f"{folder}output_phrase_{split}{end}.txt" for end in ("", "3")
-                                       for folder in ("", "phrase_txts/")]) for split in benchmark.splits}
+        def first(*names):
+            return next((place / name for name in names if (place / name).exists()), None)
+
+        lists = {split: first(*(f"{folder}output_phrase_{split}{end}.txt" for end in ("", "3")
+                                for folder in ("", "phrase_txts/"))) for split in benchmark.splits}
         lists = {split: path for split, path in lists.items() if path}  # some downloads of RISBench have no val list
-        images, masks = _first(place, ("images", "img_rgb", "images2")), _first(place, ("masks", "mask", "masks2"))
+        images, masks = first("images", "img_rgb", "images2"), first("masks", "mask", "masks2")
         return (images, masks, lists) if images and masks and lists else None
+
+    def samples_of(line, split):
+        name, expression = [*line.split(None, 1), ""][:2]
+        expression, picture = _clean(expression), _picture(benchmark, name)
+        image, mask = (_find_name(name if "." in name else f"{name}.tif", listing) for listing in listings)
+        category = find_category(expression, benchmark.classes)
+        return [Sample(image.rpartition(".")[0], images / image, masks / mask, expression, split, image, image,
+                       category, category and "parsed", picture=picture)]
 
     wanted = f"{{images|img_rgb}}/, {{masks|mask}}/ and output_phrase_{{{','.join(benchmark.splits)}}}.txt"
     images, masks, lists = parts(_find_folder(benchmark, root, parts, wanted))
-    return {split: _read_list(benchmark.name, split, path, images, masks, path.stat().st_mtime_ns)
-            for split, path in lists.items()}
+    listings = _listing(images), _listing(masks)
+    rows = [(*row, split) for split, path in lists.items() for row in _rows(path)]
+    return *_gather(rows, samples_of), (images, masks, *lists.values())
 
 
-@functools.lru_cache(maxsize=8)  # seconds for the large sets; the stamp makes a changed file be read anew
-def _read_list(dataset: str, split: str, path: Path, images: Path, masks: Path, stamp) -> list[Sample]:
-    benchmark, samples = DATASETS[dataset], []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            name, expression = [*line.split(None, 1), ""][:2]
-            expression = _clean(expression, f"{path}:{number}")
-            if not re.fullmatch(benchmark.names, name):
-                raise ValueError(f"{path}:{number}: {name!r} is no name of {dataset}; is it another data set's list?")
-            name = name if "." in name else f"{name}.tif"
-            category = find_category(expression, benchmark.classes)
-            samples.append(Sample(Path(name).stem, images / name, masks / name, expression, split, image_id=name,
-                                  instance=name, category=category, category_source=category and "parsed"))
-    return samples
+def _picture(benchmark: Benchmark, name: str) -> str:
+    """What of a file's name is the picture's: RISBench keeps a copy for each object, train_12_0.png, train_12_3.png."""
+    if not (match := re.fullmatch(benchmark.names, name)):
+        raise ValueError(f"{name!r} is no name of {benchmark.name}; is it another data set's list?")
+    return match.groupdict().get("picture") or name
+
+
+def read_datainfo(benchmark: Benchmark, root: Path):
+    """The same sets as RSRefSeg 2's authors distribute them: a JSON line with its RLE per sample, beside the images."""
+    def lists(place):
+        return next((found for folder in ("datainfo", "annotations", "") if (found := {
+            split: path for split in benchmark.splits
+            if (path := place / folder / f"{benchmark.name}_{split}.jsonl").is_file()})), None)
+
+    def samples_of(line, split):
+        row = json.loads(line)
+        parts = row["segmentation"] if isinstance(row["segmentation"], list) else [row["segmentation"]]
+        mask = {"size": tuple(parts[0]["size"]), "parts": parts, "resize": benchmark.name == "rrsisd"}
+        name, expression = row["file_name"], _clean(row["sent"])
+        parsed = find_category(expression, benchmark.classes)
+        return [Sample(Path(name).stem, images / _find_name(name, listing), mask, expression, split, name,
+                       f"{name}/{row.get('ann_id', '')}", row.get("category_name", parsed),
+                       "file" if "category_name" in row else parsed and "parsed", picture=_picture(benchmark, name))]
+
+    paths = lists(_find_folder(benchmark, root, lists, f"{benchmark.name}_{{{','.join(benchmark.splits)}}}.jsonl"))
+    rows = [(*row, split) for split, path in paths.items() for row in _rows(path)]
+    names = re.findall(r'"file_name": *"([^"]+)"', "".join(str(line) for _, line, _ in rows[:3]))
+    images, listing = _find_images(benchmark, next(iter(paths.values())).parent, names)
+    return *_gather(rows, samples_of), (images, *paths.values())
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -194,147 +279,167 @@ def _unpickle(path: Path):
             raise ValueError(f"{path}: refused or damaged ({error}); download the authors' file anew") from None
 
 
-def read_refer(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
+def read_refer(benchmark: Benchmark, root: Path):
     """RRSIS-D, RefCOCO, RefCOCO+, RefCOCOg: refs(*).p and instances.json in one folder, images in another."""
     names = benchmark.refs, "instances.json"
     folder = _find_folder(benchmark, root, lambda place: all((place / name).is_file() for name in names),
                           " with ".join(names))
-    stamps = tuple((folder / name).stat().st_mtime_ns for name in names)
-    splits = _read_refer(benchmark.name, benchmark.refs, folder, stamps)
-    return {split: splits[split] for split in benchmark.splits or splits if split in splits}
-
-
-@functools.lru_cache(maxsize=4)  # as above
-def _read_refer(dataset: str, refs: str, folder: Path, stamps) -> dict[str, list[Sample]]:
-    benchmark, rows = DATASETS[dataset], _unpickle(folder / refs)
-    where = folder / "instances.json"
+    path, where = (folder / name for name in names)
+    rows, resize = json.loads(_text(path)) if path.suffix == ".json" else _unpickle(path), benchmark.name == "rrsisd"
     try:
         content = json.loads(_text(where))
         annotations, images = ({entry["id"]: entry for entry in content[name]} for name in ("annotations", "images"))
         categories = {entry["id"]: entry["name"] for entry in content.get("categories", [])}
-        image_folder = _image_folder(benchmark, folder, [image["file_name"] for image in content["images"][:3]])
-        splits = defaultdict(list)
-        for row in rows:
-            where = f"{folder / refs}, ref {row['ref_id']}, with its annotation and image in instances.json"
-            annotation, image, split = annotations[row["ann_id"]], images[row["image_id"]], row["split"]
-            parts, size = annotation["segmentation"], (image["height"], image["width"])
-            parts = parts if isinstance(parts, list) else [parts]
-            if parts and isinstance(parts[0], dict):
-                size = tuple(parts[0]["size"])
-            # A few images of RRSIS-D are some rows or columns off the 800x800 that all its masks have.
-            mask = {"size": size, "parts": parts, "resize": dataset == "rrsisd"}
-            file, instance = image_folder / image["file_name"], f"{row['image_id']}/{row['ann_id']}"
-            # The annotations of RRSIS-D call it categories_id.
-            number = row.get("category_id", annotation.get("category_id", annotation.get("categories_id")))
-            category = categories.get(number)
-            for sentence in row["sentences"]:
-                text = sentence.get("raw") or sentence.get("sent") or " ".join(sentence.get("tokens", []))
-                name = file.stem if dataset == "rrsisd" else f"{row['ref_id']}_{sentence['sent_id']}"
-                splits[split].append(Sample(name, file, mask, _clean(text, where), split, str(row["image_id"]),
-                                            instance, category, category and "file"))
+        place, listing = _find_images(benchmark, folder, [image["file_name"] for image in content["images"][:3]])
+        where = path
+        if any(not isinstance(row.get("ann_id", 0), int | str) or row.get("ann_id") == -1 for row in rows):
+            raise ValueError(f"{path}: sentences of no target or of several, as gRefCOCO has them, are not read; each "
+                             "must have one object")
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{where}: not as REFER has it ({type(error).__name__}: {error}); download it anew") from None
-    return dict(splits)
+
+    def samples_of(row):
+        annotation, image = annotations[row["ann_id"]], images[row["image_id"]]
+        stored = annotation["segmentation"]
+        parts = stored if isinstance(stored, list) else [stored]
+        size = parts[0]["size"] if parts and isinstance(parts[0], dict) else (image["height"], image["width"])
+        # A few images of RRSIS-D are some rows or columns off the 800x800 that all its masks have.
+        mask, samples = {"size": tuple(size), "parts": parts, "resize": resize}, []
+        file, instance = place / _find_name(image["file_name"], listing), f"{row['image_id']}/{row['ann_id']}"
+        number = annotation.get("category_id", annotation.get("categories_id"))  # RRSIS-D's spelling
+        category = categories.get(row.get("category_id", number))
+        for sentence in row["sentences"]:
+            text = sentence.get("raw") or sentence.get("sent") or " ".join(sentence.get("tokens", []))
+            name = file.stem if resize else f"{row['ref_id']}_{sentence['sent_id']}"
+            samples.append(Sample(name, file, mask, _clean(text), row["split"], str(row["image_id"]), instance,
+                                  category, category and "file", picture=os.path.normpath(image["file_name"])))
+        return samples
+
+    rows = [(f"{path}, ref {row.get('ref_id')}, with its annotation and image in instances.json", row) for row in rows]
+    return *_gather(rows, samples_of), (path, folder / "instances.json", place)
 
 
-def _image_folder(benchmark: Benchmark, folder: Path, names: list[str]) -> Path:
-    """The first of the usual places that holds one of the named files."""
-    bases = folder.parent, folder, folder.parent.parent
-    places = [place for base in bases for sub in benchmark.images if (place := base / sub).is_dir()]
-    if not places:
-        raise FileNotFoundError(f"{benchmark.name}: no images; looked for {' | '.join(benchmark.images)} in "
-                                f"{', '.join(map(str, bases))}; {_holds(folder.parent)}; {_holds(folder)}")
-    return next((place for place in places if any((place / name).is_file() for name in names)), places[0])
-
-
-def read_union(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
+def read_union(benchmark: Benchmark, root: Path):
     """RefCOCO, RefCOCO+ and RefCOCOg together, trained without any image of any val or test split of theirs.
 
     Both partitions of RefCOCOg hold the same objects: umd gives the training part, google only images to leave out.
     """
-    sets = {name: read_refer(DATASETS[name], root) for name in (*UNION, "refcocog-google")}
-    held_out = {s.image_id for splits in sets.values() for split in splits if split != "train" for s in splits[split]}
-    train = [replace(sample, id=f"{name}_{sample.id}") for name in UNION
-             for sample in sets[name].get("train", []) if sample.image_id not in held_out]
-    return {"train": train, "val": [replace(s, id=f"refcoco_{s.id}") for s in sets["refcoco"].get("val", [])]}
+    found = {name: read_refer(DATASETS[name], root) for name in (*UNION, "refcocog-google")}
+    held_out = {s.image_id for samples, *_ in found.values() for s in samples if s.split != "train"}
+    samples = [replace(s, id=f"{name}_{s.id}") for name in UNION for s in found[name][0]
+               if (s.split == "train" and s.image_id not in held_out) or (s.split, name) == ("val", "refcoco")]
+    return samples, *([line for one in found.values() for line in one[k]] for k in (1, 2))
 
 
-def read_custom(benchmark: Benchmark, root: Path) -> dict[str, list[Sample]]:
+def read_custom(benchmark: Benchmark, root: Path):
     """The user's own: one .jsonl or .csv file of image, mask (paths from the file's folder), expression.
 
-    Optional are category and split; an entry without split is of train.
+    Optional are category, split (else train) and mask_value, the object's number in a mask file of many; in .jsonl the
+    mask may be an RLE {size, counts} or a list of polygons, the expression a list of several.
     """
     files = [root] if root.is_file() else sorted([*root.glob("*.jsonl"), *root.glob("*.csv")])
     if len(files) != 1 or files[0].suffix not in (".jsonl", ".csv"):
         raise FileNotFoundError(f"custom: --data-root takes a .jsonl or .csv file or a folder with one; {_holds(root)}")
-    path, splits = files[0], defaultdict(list)
-    lines = io.StringIO(_text(path), newline="")
-    for number, row in enumerate(csv.DictReader(lines) if path.suffix == ".csv" else lines, 1):
-        where = f"{path}, entry {number}"
-        if isinstance(row, str):
-            if not row.strip():
-                continue
-            row = _json_row(row, where)
-        if absent := [name for name in ("image", "mask", "expression") if name not in row]:
-            raise ValueError(f"{where}: no {', '.join(absent)}; image, mask, expression are needed, category and split "
-                             f"optional; found {', '.join(map(str, row))}")
-        image, mask, split, category = (str(row.get(key) or "").strip()
-                                        for key in ("image", "mask", "split", "category"))
-        if not (image and mask):
-            raise ValueError(f"{where}: {'mask' if image else 'image'} is empty; it takes a file name")
-        split, text = split or "train", _clean(row["expression"], where)
-        splits[split].append(Sample(Path(mask).stem, path.parent / image, path.parent / mask, text, split, image,
-                                    f"{image}/{mask}", category or None, "file" if category else None))
-    return dict(splits)
+    rows = _csv_rows(files[0]) if files[0].suffix == ".csv" else _rows(files[0], ", entry ")
+    return *_gather(rows, lambda row: _custom_samples(files[0].parent, row)), (files[0],)
 
 
-def _json_row(line: str, where: str) -> dict:
+def _csv_rows(path: Path) -> list[tuple[str, tuple]]:
+    """(where, (header, fields)); header names lose the blanks around them."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}); each line is one object") from None
+        rows = [(reader.line_num, fields) for fields in reader if fields]
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: {error}; a quote within quotes is written twice") from None
+    header = [name.strip() for _, fields in rows[:1] for name in fields]
+    return [(f"{path}:{line}, entry {number}", (header, fields)) for number, (line, fields) in enumerate(rows[1:], 1)]
+
+
+def _csv_row(header: list[str], fields: list[str]) -> dict:
+    spaced = [name for name, field in zip(header, fields, strict=False) if field[:1] == " "]
+    if len(fields) != len(header) or (spaced and "expression" not in spaced):
+        raise ValueError(f"{len(fields)} fields under a header of {len(header)}; an expression that holds a comma "
+                         'needs quotes: "the ship, left of the pier"')
+    return dict(zip(header, fields, strict=True))
+
+
+def _custom_samples(folder: Path, row) -> list[Sample]:
+    row = json.loads(row) if isinstance(row, str) else _csv_row(*row)
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__}, not an object with image, mask, expression")
-    return row
+        raise ValueError(f"a {type(row).__name__}, not an object with image, mask, expression")
+    if absent := [name for name in ("image", "mask", "expression") if name not in row]:
+        raise ValueError(f"no {', '.join(absent)}; image, mask, expression are needed, category and split optional; "
+                         f"found {', '.join(map(str, row))}")
+    image, split, category, value = (str("" if row.get(key) is None else row[key]).strip()
+                                     for key in ("image", "split", "category", "mask_value"))
+    mask = row["mask"].strip() if isinstance(row["mask"], str) else row["mask"]
+    if not (image and mask):
+        raise ValueError(f"{'mask' if image else 'image'} is empty; it takes a file name")
+    if isinstance(mask, str):
+        name, instance, mask = Path(mask).stem, _one_name(folder, mask), folder / mask
+    else:
+        name, instance = Path(image).stem, f"{stable_number(json.dumps(mask)):x}"
+        parts = mask if isinstance(mask, list) else [mask]
+        if not all({"size", "counts"} <= set(part) if isinstance(part, dict) else isinstance(part, list)
+                   and len(part) % 2 == 0 and all(isinstance(x, int | float) for x in part) for part in parts):
+            raise ValueError("a mask is a file name, an RLE of size and counts or a list of polygons [x, y, x, y, ...]")
+        size = next((tuple(part["size"]) for part in parts if isinstance(part, dict)), None)
+        mask = {"size": size, "parts": parts, "resize": False}
+    if value:
+        if not (isinstance(mask, Path) and value.isdecimal()):
+            raise ValueError(f"mask_value {value!r} is not the number of an object in a mask file")
+        mask, instance = {"file": mask, "value": int(value)}, f"{instance}#{value}"
+    texts = row["expression"] if isinstance(row["expression"], list) and row["expression"] else [row["expression"]]
+    picture, split = _one_name(folder, image), SYNONYMS.get(split.lower(), split) or "train"
+    return [Sample(name, folder / image, mask, _clean(text), split, picture, f"{picture}/{instance}", category or None,
+                   "file" if category else None) for text in texts]
 
 
-def read_synthetic(benchmark: Benchmark, root) -> dict[str, list[Sample]]:
-    return {split: synthetic_samples(split) for split in benchmark.splits}
+@functools.lru_cache(maxsize=1 << 16)
+def _one_name(folder: Path, name: str) -> str:
+    """The same for all ways to write a file's path."""
+    path, base = Path(os.path.realpath(folder / name)), Path(os.path.realpath(folder))
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
 
 
-def _classes(text: str) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(others) for name, *others in (entry.split(" = ") for entry in text.split(", "))}
-
-
-def _lists(name, folders, names, classes, **published) -> Benchmark:
-    return Benchmark(name, read_lists, SPLITS, folders, names, classes=_classes(classes),
+def _lists(name, folders, source, names, classes, note="", **published) -> Benchmark:
+    classes = {name: tuple(others) for name, *others in (entry.split(" = ") for entry in classes.split(", "))}
+    return Benchmark(name, (read_lists, read_datainfo), SPLITS, folders, source, names, classes=classes, note=note,
+                     images=("images", "img_rgb", "images2"),
                      published={split: {"expressions": number} for split, number in published.items()})
 
 
 def _coco(name, folder, refs, seen, unseen, **published) -> Benchmark:
     counts = ("refs", "images", "expressions")
-    return Benchmark(name, read_refer, tuple(published), (folder,), refs=refs, images=COCO_IMAGES,
+    return Benchmark(name, (read_refer,), tuple(published), (folder,), "the README of github.com/lichengunc/refer",
+                     refs=refs, images=COCO_IMAGES,
                      published={split: dict(zip(counts, row, strict=True)) for split, row in published.items()},
                      reference={"all": {"train": published["train"][0]}, "seen": dict(zip(SPLITS, seen, strict=False)),
                                 "unseen": dict(zip(SPLITS[1:], unseen, strict=False))})
 
 
+_KNOWN = {}  # what _read_all has read
 SPLITS = ("train", "val", "test")
+SYNONYMS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test",
+            "train": "train", "val": "val", "test": "test"}
 RRSISD_IMAGES = ("images/rrsisd/JPEGImages", "JPEGImages", "images/JPEGImages", "images/rrsisd", "images")
-COCO_IMAGES = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images/mscoco/train2014",
-               "mscoco/images/train2014", "coco/train2014", "images")
+COCO_IMAGES = (*(f"{place}train{year}" for year in (2014, 2017) for place in (
+    "images/mscoco/images/", "images/", "", "images/mscoco/", "mscoco/images/", "coco/")), "images")
 UNION = ("refcoco", "refcoco+", "refcocog-umd")
 DATASETS = {benchmark.name: benchmark for benchmark in (
-    Benchmark("synthetic", read_synthetic, SPLITS),
-    _lists("refsegrs", ("RefSegRS", "refsegrs", "new_dataset2"), r"\d+(\.tiff?)?",
+    Benchmark("synthetic", (lambda *_: ([s for split in SPLITS for s in synthetic_samples(split)], [], ()),), SPLITS),
+    _lists("refsegrs", ("RefSegRS", "refsegrs", "new_dataset2"), "huggingface.co/datasets/JessicaYuan/RefSegRS",
+           r"\d+(\.[A-Za-z]+)?",
            "road, paved road, vehicle, car, van, building = house, truck, trailer, bus, road marking, bikeway = bike "
            "lane, sidewalk = pavement, tree, low vegetation = vegetation = grass, impervious surface",
-           train=2172, val=431, test=1817),
-    Benchmark("rrsisd", read_refer, SPLITS, ("rrsisd", "RRSIS-D/rrsisd", "RRSIS-D", "RRSISD", "rrssid"),
-              refs="refs(unc).p",
-              images=RRSISD_IMAGES,
+           "the paper counts 151, 31 and 103 scenes", train=2172, val=431, test=1817),
+    Benchmark("rrsisd", (read_refer, read_lists, read_datainfo), SPLITS,
+              ("rrsisd", "RRSIS-D/rrsisd", "RRSIS-D", "RRSISD", "rrssid"), "the README of github.com/Lsan2401/RMSIN",
+              names=r"\d+(\.[A-Za-z]+)?", refs="refs(unc).p", images=RRSISD_IMAGES,
+              note="the authors' pickle holds one sentence for each object, the paper counts several",
               published={"train": {"expressions": 12181}, "val": {"expressions": 1740}, "test": {"expressions": 3481}}),
-    _lists("risbench", ("RISBench_dataset", "RISBench", "risbench"), r"\S+\.[A-Za-z]+",
+    _lists("risbench", ("RISBench_dataset", "RISBench", "risbench"), "the README of github.com/HIT-SIRS/CroBIM",
+           r"(?P<picture>\S+_\d+)_\d+\.[A-Za-z]+|\S+\.[A-Za-z]+",
            "expressway service area = service area, expressway toll station = toll station, ground track field = track "
            "field = running track, basketball court, container crane = crane, roundabout = traffic circle, windmill = "
            "wind turbine, overpass = flyover, stadium, bridge, soccer ball field = soccer field = football field, "
@@ -350,9 +455,9 @@ DATASETS = {benchmark.name: benchmark for benchmark in (
           val=(2573, 1300, 4896), test=(5023, 2600, 9602)),
     _coco("refcocog-google", "refcocog", "refs(google).p", (35105, 3923), (760,), train=(44822, 24698, 85474),
           val=(5000, 4650, 9536)),
-    Benchmark("refcoco-union", read_union, ("train", "val")),
-    Benchmark("refer", read_refer, (), images=(*RRSISD_IMAGES, *COCO_IMAGES)),
-    Benchmark("custom", read_custom, SPLITS),
+    Benchmark("refcoco-union", (read_union,), ("train", "val")),
+    Benchmark("refer", (read_refer,), (), (), "where its authors keep it", images=(*RRSISD_IMAGES, *COCO_IMAGES)),
+    Benchmark("custom", (read_custom,), SPLITS),
 )}
 
 # OVR-CNN's division of COCO's one-word categories, which CGFormer and Prompt-RIS use; the 15 others are in no part.
@@ -365,21 +470,43 @@ CATEGORIES = {"all": set(), "seen": set(words("""
     """))}
 
 
-def _read_all(dataset: str, data_root, refs: str | None) -> dict[str, list[Sample]]:
-    """Every split. Ids are made distinct: where one comes again, its count is put behind it."""
-    benchmark, splits = _benchmark(dataset, refs), {}
-    for split, samples in benchmark.reader(benchmark, Path(data_root or "").expanduser()).items():
-        taken, splits[split] = set(), []
+def _read_layout(benchmark: Benchmark, root: Path):
+    """What the first reader gives that finds its layout."""
+    absent = []
+    for reader in benchmark.readers:
+        try:
+            return reader(benchmark, root)
+        except NotThere as error:
+            absent.append(error)
+    raise absent[0]
+
+
+def _read_all(dataset: str, data_root, refs: str | None, faults: list[str] | None = None) -> dict[str, list[Sample]]:
+    """Every split, kept while its files stay. Wrong entries are put in `faults`, or are an error without it."""
+    key = dataset, Path(data_root or "").expanduser(), refs
+    if key not in _KNOWN or _KNOWN[key][0] != _stamps(_KNOWN[key][0]):
+        samples, wrong, files = _read_layout(_benchmark(dataset, refs), key[1])
+        splits, taken = {split: [] for split in DATASETS[dataset].splits}, Counter()
         for sample in samples:
-            name = next(name for name in _numbered(sample.id) if name not in taken)
-            taken.add(name)
-            splits[split].append(sample if name == sample.id else replace(sample, id=name))
+            name = sample.id
+            while (sample.split, name) in taken:  # ids are made distinct by their count
+                taken[sample.split, sample.id] += 1
+                name = f"{sample.id}-{taken[sample.split, sample.id]}"
+            taken[sample.split, name] = 1
+            splits.setdefault(sample.split, []).append(sample if name == sample.id else replace(sample, id=name))
+        stamps = _stamps(path for file in files for path in (file, file.parent))
+        _KNOWN[key] = stamps, {split: samples for split, samples in splits.items() if samples}, wrong
+    _, splits, wrong = _KNOWN[key]
+    if wrong and faults is None:
+        more = f"; {len(wrong) - 1} more entries are wrong, python data.py lists them all" if wrong[1:] else ""
+        raise ValueError(wrong[0] + more)
+    if faults is not None:
+        faults += wrong
     return splits
 
 
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}-{count}" for count in itertools.count(2))
+def _stamps(paths) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns if path.exists() else 0 for path in paths}
 
 
 def _benchmark(dataset: str, refs: str | None = None) -> Benchmark:
@@ -388,11 +515,6 @@ def _benchmark(dataset: str, refs: str | None = None) -> Benchmark:
     if (dataset == "refer") != bool(refs):
         raise ValueError('--refs names the pickle of --dataset refer, as in --refs "refs(unc).p", and of no other')
     return replace(DATASETS[dataset], refs=refs) if refs else DATASETS[dataset]
-
-
-def _splits(dataset: str, data_root, refs: str | None) -> list[str]:
-    fixed = dataset in ("synthetic", "refcoco-union")
-    return list(_benchmark(dataset, refs).splits if fixed else _read_all(dataset, data_root, refs))
 
 
 class NoSplit(ValueError):
@@ -404,11 +526,9 @@ class NoSplit(ValueError):
 
 
 def split_names(dataset: str, wanted: str, data_root, refs: str | None = None) -> list[str]:
-    """The splits that `wanted` names with commas; test stands for testA and testB: "val,test" -> val, testA, testB.
-
-    testA+testB is both as one.
-    """
-    splits, names = _splits(dataset, data_root, refs), {}
+    """The splits that `wanted` names with commas; test stands for testA and testB, testA+testB for both as one."""
+    fixed, names = dataset in ("synthetic", "refcoco-union"), {}
+    splits = list(_benchmark(dataset, refs).splits if fixed else _read_all(dataset, data_root, refs))
     for name in wanted.replace(" ", "").split(","):
         group = [split for split in splits if split == name or (name == "test" and split in ("testA", "testB"))]
         if not group and not set(name.split("+")) <= set(splits):
@@ -437,10 +557,8 @@ def read(dataset: str, data_root, split: str, *, refs: str | None = None, catego
          epoch: int = 0, **options) -> list[Sample]:
     """The samples of a split. `refs` is the pickle of `refer`; `epoch`, `options` go to `synthetic_samples` alone."""
     if dataset == "synthetic":
-        if limit:
-            scenes = min(SCENES.get(split, 0), -(-limit // (REFERRED * EXPRESSIONS)))
-            options = {"scenes": scenes, **options}
-        samples = synthetic_samples(split, epoch, **options)
+        scenes = min(SCENES.get(split, 0), -(-limit // (REFERRED * EXPRESSIONS))) if limit else None
+        samples = synthetic_samples(split, epoch, **{"scenes": scenes, **options})
     else:
         splits = _read_all(dataset, data_root, refs)
         parts = [split] if split in splits else split.split("+")
@@ -454,21 +572,23 @@ def read(dataset: str, data_root, split: str, *, refs: str | None = None, catego
     for path in _missing(samples):
         raise FileNotFoundError(f"{path}, of {dataset} {split}, is missing; all such files are listed by: "
                                 f"python data.py --dataset {dataset} --data-root {data_root}")
-    return samples
+    return _by_content(samples) if dataset == "refsegrs" else samples
 
 
-def _files(samples: list[Sample]) -> list[Path]:
-    return list(dict.fromkeys(path for s in samples for path in (s.image, s.mask) if isinstance(path, Path)))
+def _by_content(samples: list[Sample]) -> list[Sample]:
+    """RefSegRS keeps one picture under many names, which do not tell; its files are equal then."""
+    with ThreadPool(os.cpu_count()) as pool:  # reading and hashing leave Python's lock to the others
+        digests = pool.map(lambda sample: sample.image.is_file() and hashlib.blake2b(
+            sample.image.read_bytes(), digest_size=8).hexdigest(), samples)
+    return [replace(sample, picture=digest or sample.picture) for sample, digest in zip(samples, digests, strict=True)]
 
 
 def _missing(samples: list[Sample]) -> Iterator[Path]:
     """Image and mask files that are not there. One look at each folder: on a network disk one at each file is slow."""
-    folders = {}
-    for path in _files(samples):
-        if path.parent not in folders:
-            folders[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
-        if path.name not in folders[path.parent] and not path.is_file():
-            yield path
+    names = functools.lru_cache(None)(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
+    files = (path for s in samples for path in (s.image, s.mask.get("file") if isinstance(s.mask, dict) else s.mask))
+    return (path for path in dict.fromkeys(files) if isinstance(path, Path)
+            and path.name not in names(path.parent) and not path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,14 +596,16 @@ def _missing(samples: list[Sample]) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> Image.Image:
-    """The decoded picture of a file, turned upright by its EXIF tag; whatever is wrong with the file is one line."""
+def _open(path: Path, upright: bool = False) -> Image.Image:
+    """The decoded picture of a file, `upright` by its EXIF tag or as stored; whatever is wrong with it is one line."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it; half a picture is no picture
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Corrupt EXIF data")  # of the pixels, which alone are read, it says nothing
         try:
             with Image.open(path) as image:
                 if not (refusal := _refusal(path, *_bands(image))):
+                    if not upright:
+                        image.getexif().pop(0x0112, None)  # while it loads a TIFF PIL turns it by itself
                     image.load()
                     ImageOps.exif_transpose(image, in_place=True)
                     return image
@@ -507,6 +629,9 @@ def _bands(image: Image.Image) -> tuple[int, str]:
     bands = len(image.getbands())
     if image.format == "PNG" and bands > 1 and "16" in str(image.tile[0][3]):
         return bands, "uint16"
+    if image.format == "JPEG2000" and bands > 1:
+        content = Path(image.filename).read_bytes()  # its SIZ segment holds the depth of the first band, less one
+        return bands, "uint8" if content[content.find(b"\xff\x4f\xff\x51") + 42] & 127 < 8 else "uint16"
     return 1 if image.mode == "LA" else bands, {"I": "uint16", "F": "float32"}.get(image.mode[0], "uint8")
 
 
@@ -537,23 +662,25 @@ def _refusal(path: Path, bands: int, kind: str) -> str:
             f"gray are read. Convert it: gdal_translate {options} {path} converted.tif")
 
 
-def read_image(path) -> Image.Image:
-    """An image file as RGB, upright, see `to_rgb`."""
-    return to_rgb(_open(Path(path)))
+def read_image(path, upright: bool = True) -> Image.Image:
+    """An image file as RGB, see `to_rgb`. Annotations are of the pixels as stored: for them `upright` is False."""
+    return to_rgb(_open(Path(path), upright))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image as RGB.
+    """A PIL image as RGB: gray is repeated, transparency laid over white.
 
-    Gray is repeated. 16-bit gray is stretched from its 2nd to its 98th percentile, as GIS viewers show it. The fourth
-    band of a TIFF is left out: it is often infrared, whatever its tag says. Other transparency is laid over white.
+    16-bit gray is stretched from its 2nd to its 98th percentile, as GIS viewers show it; what GDAL's tag calls no data
+    gets black. The fourth band of a TIFF is left out: it is often infrared, whatever its tag says.
     """
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float32)
-        low, high = np.percentile(values, (2, 98))
+        values, nodata = np.asarray(image).astype(np.float32), getattr(image, "tag_v2", {}).get(42113, "").strip(" \0")
+        valid = values != float(nodata) if re.fullmatch(r"[-+]?\d+(\.\d*)?", nodata) else np.full(values.shape, True)
+        low, high = np.percentile(values[valid], (2, 98)) if valid.any() else (0, 0)
         if low == high:
-            low, high = values.min(), max(values.max(), values.min() + 1)
-        image = Image.fromarray(((values - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8))
+            low = values.min(where=valid, initial=65535)
+            high = max(values.max(where=valid, initial=0), low + 1)
+        image = Image.fromarray(((values - low) / (high - low) * 255 * valid).round().clip(0, 255).astype(np.uint8))
     elif image.format == "TIFF" and image.mode in ("RGBA", "RGBX", "RGBa"):
         image = Image.merge("RGB", image.split()[:3])
     elif image.has_transparency_data:
@@ -561,23 +688,49 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _mask_from_file(path: Path) -> np.ndarray:
-    """0 and 1 or 0 and 255, in one band or several: foreground above 50, or above 0 where no value exceeds 1."""
+def _mask_from_file(path: Path, value: int | None = None) -> np.ndarray:
+    """0 and 1 or 0 and 255, in gray or in one colour on black; with `value`, where the file holds that.
+
+    Noise and smooth edges may be between; what fills 3x3 pixels, or is one of eight values of a lossless file, may not.
+    """
     image = _open(path)
-    values = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "CMYK") else image)
-    if values.ndim == 3:
-        values = values[..., :1 if image.mode == "LA" else 3].max(-1)
-    brightest = values.max()
-    if 1 < brightest <= 50:
-        raise ValueError(f"{path}: the largest value is {brightest}; a mask holds 0 and 1 or 0 and 255")
-    return values > (50 if brightest > 1 else 0)
+    if value is not None:
+        if len(image.getbands()) > 1:
+            raise ValueError(f"{path}: mask_value needs one band, the file has {len(image.getbands())}")
+        return np.asarray(image) == value
+    lossy = image.format in ("JPEG", "MPO", "WEBP", "JPEG2000") or image.info.get("compression") == "jpeg"
+    if image.mode in ("P", "PA", "CMYK"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    bands = np.atleast_3d(np.asarray(image))
+    if image.mode in ("LA", "RGBA"):
+        bands, alpha = bands[..., :-1], bands[..., -1]
+        if (bands == bands[0, 0]).all() and (alpha != alpha[0, 0]).any():
+            raise ValueError(f"{path}: the mask is in its alpha band, all colours are alike; save that band as gray")
+    values = bands[..., :3].max(-1)
+    top = values.max()
+    if top > 1 and (bands[..., :3] != values[..., None]).any():
+        colour = bands[values > top / 2][:, :3].mean(0)
+        off = abs(bands[..., :3] - values[..., None] * (colour / colour.max())).max(-1)
+        if (off > 2).any() if not lossy and image.getcolors(8) else _fills_a_square(off > 48):
+            raise ValueError(f"{path}: a coloured mask; one in gray or in one colour on black is read")
+        values, top = np.rint(values * (255 / colour.max())).clip(0, 255), 255
+    full = 1 if top <= 1 else 255 if top <= 255 else 65535
+    if ((values > 0) & (values < full)).any():
+        found, scaled = np.unique(values), values * (255 / full)
+        if (not lossy and len(found) <= 8) or scaled.max() <= 50 or _fills_a_square((scaled >= 9) & (scaled <= 246)):
+            found = ", ".join(f"{number:g}" for number in found[:8]) + (", ..." if len(found) > 8 else "")
+            raise ValueError(f"{path}: a mask holds 0 and 1 or 0 and 255, this one {found}; of a map of classes or "
+                             "objects, custom's mask_value takes one")
+    return values > 50 * full / 255
+
+
+def _fills_a_square(flags: np.ndarray) -> bool:  # of 3x3 pixels
+    rows = flags[:-2] & flags[1:-1] & flags[2:]
+    return bool((rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]).any())
 
 
 def run_lengths(counts: list | str | bytes) -> np.ndarray:
-    """Runs of a COCO RLE, background first.
-
-    Compressed: signed numbers of 5 bits per character, from the fourth on the difference to the run two before.
-    """
+    """Runs of a COCO RLE, background first; compressed to 5 bits per character, differences to the run two before."""
     if isinstance(counts, list):
         return np.array(counts, np.int64)
     codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
@@ -613,50 +766,55 @@ class SizeError(ValueError):
 
 
 def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool; `size` is that of the image, which the mask must have."""
-    size = tuple(size)
+    """(H, W) bool; `size` is that of the image, which the mask must have, or None where it is not known."""
     if isinstance(sample.mask, int):
-        return _drawn(sample)[1][sample.mask]
+        return _drawn(sample.image, sample.size)[1][sample.mask]
     if isinstance(sample.mask, Path):
         mask = _mask_from_file(sample.mask)
+    elif "file" in sample.mask:
+        mask = _mask_from_file(sample.mask["file"], sample.mask["value"])
     else:
         try:
-            mask = _mask_from_parts(sample.mask["parts"], sample.mask["size"])
+            mask = _mask_from_parts(sample.mask["parts"], sample.mask["size"] or size)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{sample.image}, sample {sample.id}: damaged segmentation ({error}); download "
-                             "instances.json anew") from None
-        if sample.mask["resize"] and mask.shape != size:
+            raise ValueError(f"{sample.image}, sample {sample.id}: damaged segmentation ({error}); download or write "
+                             "the annotation anew") from None
+        if sample.mask["resize"] and size and mask.shape != size:
             mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
-    if mask.shape != size:
+    if size and mask.shape != tuple(size):
+        with Image.open(sample.image) as image:
+            turned = image.getexif().get(0x0112, 1) > 1
+        tag = "; the image has an orientation tag, but is read as stored: save it turned and without" if turned else ""
         raise SizeError(f"{sample.image}, sample {sample.id}: the image is {size[0]}x{size[1]} (height x width), its "
-                        f"mask {mask.shape[0]}x{mask.shape[1]}; export one of them at the other's size")
+                        f"mask {mask.shape[0]}x{mask.shape[1]}; export one of them at the other's size{tag}")
     return mask
 
 
-def _drawn(sample: Sample) -> tuple[np.ndarray, list[np.ndarray]]:
-    return _rendered(sample.image, sample.size[0])
-
-
 @functools.lru_cache(maxsize=32)
-def _rendered(number: int, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    return render(scene(number, size=size))
+def _drawn(number: int, size: tuple[int, int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    return render(scene(number, size=size[0]))
 
 
 def distractors(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     """(K, H, W) bool of `size`: the other objects of the sample's category in its synthetic scene."""
-    things = scene(sample.image, size=sample.size[0]).things
-    masks = [Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
-             for number, (thing, mask) in enumerate(zip(things, _drawn(sample)[1], strict=True))
-             if thing.category == sample.category and number != sample.mask]
-    return np.array(masks, bool).reshape(-1, *size)
+    things, masks = scene(sample.image, size=sample.size[0]).things, _drawn(sample.image, sample.size)[1]
+    others = [Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
+              for number, (thing, mask) in enumerate(zip(things, masks, strict=True))
+              if thing.category == sample.category and number != sample.mask]
+    return np.array(others, bool).reshape(-1, *size)
+
+
+def picture_of(sample: Sample) -> Image.Image:
+    drawn = isinstance(sample.image, int)
+    return Image.fromarray(_drawn(sample.image, sample.size)[0]) if drawn else read_image(sample.image, upright=False)
 
 
 def load(samples: list[Sample]) -> tuple[Image.Image, list[np.ndarray]]:
-    """The image of some samples, read once, and the mask of each."""
-    if isinstance(samples[0].image, int):
-        pixels, masks = _drawn(samples[0])
-        return Image.fromarray(pixels), [masks[sample.mask] for sample in samples]
-    image = read_image(samples[0].image)
+    """The image of some samples of one picture, read once, and the mask of each."""
+    first, image = samples[0].image, picture_of(samples[0])
+    for one in {sample.image: sample for sample in samples if sample.image != first}.values():
+        if one.image.stat().st_size != first.stat().st_size and picture_of(one) != image:
+            raise ValueError(f"{first} and {one.image} are one picture by name, but differ; rename one of them")
     return image, [read_mask(sample, image.size[::-1]) for sample in samples]
 
 
@@ -666,7 +824,6 @@ def load(samples: list[Sample]) -> tuple[Image.Image, list[np.ndarray]]:
 
 
 def by_picture(samples: list[Sample], numbers) -> list[tuple[int, ...]]:
-    """The numbers of the samples of each picture."""
     groups = defaultdict(list)
     for number in numbers:
         groups[samples[number].picture].append(number)
@@ -781,10 +938,9 @@ class WordTokenizer:
 
 def cut(samples: list[Sample], tokenizer) -> str:
     """How many sentences the model's text length cuts, as a line to print; empty where there are none."""
-    texts, longer, lost = [sample.expression for sample in samples], copy.copy(tokenizer), 0
-    longer.length = tokenizer.length + 1
-    for first in range(0, len(texts), 1000):
-        lost += int((longer(texts[first:first + 1000])[1].sum(1) > tokenizer.length).sum())
+    texts, longer = [sample.expression for sample in samples], copy.copy(tokenizer)
+    longer.length += 1
+    lost = sum(int(longer(texts[k:k + 1000])[1].all(1).sum()) for k in range(0, len(texts), 1000))
     return f"{lost} of {len(texts)} sentences are longer than {tokenizer.length} tokens and are cut" if lost else ""
 
 
@@ -865,25 +1021,35 @@ class TrainSampler:
 # Check command
 # ---------------------------------------------------------------------------------------------------------------------
 
-STOPS = ("missing", "unreadable", "mismatch")  # what stops a training
+STOPS = ("missing", "unreadable", "mismatch", "entry")  # what stops a training
 
 
-def check_image(samples: list[Sample]) -> list[tuple[str, str]]:
-    """(kind, line) for whatever is wrong with an image and its masks."""
-    if missing := [("missing", str(path)) for path in _files(samples) if not path.is_file()]:
-        return missing
-    try:
-        masks = load(samples)[1]
-    except (ValueError, OSError) as error:
-        return [("mismatch" if isinstance(error, SizeError) else "unreadable", str(error))]
-    findings = []
-    for sample, mask in {sample.instance: (sample, mask) for sample, mask in zip(samples, masks, strict=True)}.values():
-        if not mask.any():
-            findings.append(("empty", f"{sample.image}, sample {sample.id}: its mask has no foreground"))
-        if isinstance(sample.mask, dict) and tuple(sample.mask["size"]) != mask.shape:
+def look(samples: list[Sample]) -> tuple[list[tuple[str, str]], str, list[float]]:
+    """(kind, line) for all that is wrong with an image file and its masks; a hash of its pixels; what masks cover."""
+    findings, shares = [], []
+
+    def tried(read, *arguments):
+        try:
+            return read(*arguments)
+        except (ValueError, OSError) as error:
+            kinds = {FileNotFoundError: "missing", SizeError: "mismatch"}
+            findings.append((kinds.get(type(error), "unreadable"), str(error)))
+
+    image = tried(picture_of, samples[0])
+    for sample in {sample.instance: sample for sample in samples}.values():
+        if image is None and not isinstance(sample.mask, Path):  # what it is drawn on must be known
+            continue
+        if (mask := tried(read_mask, sample, image and image.size[::-1])) is None:
+            continue
+        size = sample.mask.get("size") if isinstance(sample.mask, dict) else None
+        shares.append(mask.mean())
+        if not 0 < shares[-1] <= 0.95:
+            findings.append(("full" if shares[-1] else "empty",
+                             f"{sample.image}, sample {sample.id}: its mask covers {shares[-1]:.1%} of it"))
+        if size and tuple(size) != mask.shape:
             findings.append(("resized", "{}, sample {}: its mask of {}x{} is resized to the image's {}x{}".format(
-                sample.image, sample.id, *sample.mask["size"], *mask.shape)))
-    return findings
+                sample.image, sample.id, *size, *mask.shape)))
+    return findings, image and hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest(), shares
 
 
 def _counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
@@ -896,16 +1062,18 @@ def _counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
         counts = {"refs": refs(samples), "images": len({sample.image_id for sample in samples})}
         counts = (counts if benchmark.reference else {}) | {"expressions": len(samples)}
         known = benchmark.published.get(name, {}) if categories == "all" and (name, union) != ("train", True) else {}
-        yield f"{name:6s} " + ", ".join(_beside(number, what, known.get(what)) for what, number in counts.items())
+        objects, pictures = (len({getattr(sample, key) for sample in samples}) for key in ("instance", "picture"))
+        yield (f"{name:6s} " + ", ".join(_beside(number, what, known.get(what)) for what, number in counts.items())
+               + f", of {objects} objects in {pictures} pictures")
     for part in UNION if union and "train" in splits else ():
         kept = refs([sample for sample in splits["train"] if sample.id.startswith(f"{part}_")])
         whole = DATASETS[part].reference[categories].get("train")
-        beside = f", of {whole} with images that are held out elsewhere" if whole else ""
-        yield f"train  {kept} refs of {part}{beside}"
+        yield f"train  {kept} refs of {part}" + (f", of {whole} with images held out elsewhere" if whole else "")
     for name, expected in benchmark.reference.get(categories, {}).items() if categories != "all" else ():
         parts = [samples for split, samples in splits.items() if split.startswith(name)]
         if parts and (name, union) != ("train", True):
             yield f"{name:6s} {categories}: {_beside(refs(*parts), 'refs', expected)}"
+    yield from [benchmark.note] if benchmark.note else []
 
 
 def _beside(found: int, what: str, expected: int | None) -> str:
@@ -913,29 +1081,49 @@ def _beside(found: int, what: str, expected: int | None) -> str:
     return f"{found} {what}" + ("" if expected is None else f" (published {expected}: {verdict})")
 
 
-def check(dataset: str, data_root, split: str | None, categories: str, refs: str | None = None) -> int:
-    """Prints the counts, every bad file and a summary; returns how many files would stop a training."""
-    splits = _read_all(dataset, data_root, refs)
-    if absent := [name for name in DATASETS[dataset].splits if name not in splits]:
+def check(dataset: str, data_root, split: str | None, categories: str, refs: str | None = None, file=None) -> bool:
+    """Prints the counts, every entry and file that is wrong and a summary; returns whether one can train on it."""
+    every = _read_all(dataset, data_root, refs, faults := [])
+    if absent := [name for name in DATASETS[dataset].splits if name not in every]:
         print(f"not there: {', '.join(absent)}{' (without val the last epoch is kept)' if 'val' in absent else ''}")
-    wanted = split_names(dataset, split, data_root, refs) if split else splits
-    splits = {name: _select(dataset, splits[name], categories) for name in wanted}
-    counts = list(_counts(dataset, splits, categories))
-    print(*counts, sep="\n")
-    groups = [[s[number] for number in group] for s in splits.values() for group in by_picture(s, range(len(s)))]
-    found = Counter()
-    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
-        for findings in tqdm(pool.imap(check_image, groups), "images", len(groups), disable=None):
+    wanted = split_names(dataset, split, data_root, refs) if split else every
+    splits = {name: list(itertools.chain(*(every[part] for part in name.split("+")))) for name in wanted}
+    splits = {name: _by_content(samples) if dataset == "refsegrs" else _select(dataset, samples, categories)
+              for name, samples in splits.items()}
+    if file:
+        lines = [json.dumps({"id": s.id, "image": str(s.image), "expression": s.expression, "split": name},
+                            ensure_ascii=False) + "\n" for name, samples in splits.items() for s in samples]
+        Path(f"{file}.part").write_text("".join(lines), encoding="utf-8")
+        os.replace(f"{file}.part", file)
+    counts, found = list(_counts(dataset, splits, categories)), Counter(entry=len(faults))
+    groups, digests, shares, seen = defaultdict(list), {}, [], {}
+    print(*counts, *(f"{'entry':10s} {line}" for line in faults), sep="\n")
+    for sample in itertools.chain(*splits.values()):
+        groups[sample.image].append(sample)
+    with Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C ends this one
+        for samples, (findings, digest, covered) in zip(groups.values(), tqdm(
+                pool.imap(look, groups.values(), 16), "images", len(groups), disable=None), strict=True):
+            digests[samples[0].image] = digest
+            shares += covered
+            first, known = seen.setdefault(samples[0].picture, (samples[0].image, digest))
+            if digest and known and digest != known:
+                findings.append(("mismatch", f"{first} and {samples[0].image} are one picture by name, but differ"))
             for kind, line in findings:
                 found[kind] += 1
                 tqdm.write(f"{kind:10s} {line}")
+    known = {name: {digests.get(s.image) for s in samples} - {None} for name, samples in splits.items()}
+    shared = [f", {len(known[name] & known['train'])} of {name}'s {len(known[name])} are in train too"
+              for name in known if name != "train" and "train" in known]
+    print(f"{len(set().union(*known.values()))} different pictures" + "".join(shared)
+          + (f"; the median mask covers {np.median(shares):.1%} of its picture" if shares else ""))
     stops = sum(found[kind] for kind in STOPS)
-    summary = ", ".join(f"{found[kind]} {kind}" for kind in (*STOPS, "empty", "resized"))
-    differs = any("differs by" in line for line in counts)
-    print(f"{dataset}: {len(groups)} images, {summary}: "
-          + (f"{stops} problems would stop a training" if stops else
-             "the files are sound, but their number is not the published one" if differs else "ready for training"))
-    return stops
+    kinds = (*STOPS[:3], "empty", "resized", *(kind for kind in ("entry", "full") if found[kind]))
+    verdict = (f"{stops} problems would stop a training" if stops
+               else "there are no training samples" if "train" not in every
+               else "the files are sound, but their number is not the published one" if "differs by" in "".join(counts)
+               else "ready for training")
+    print(f"{dataset}: {len(groups)} images, {', '.join(f'{found[kind]} {kind}' for kind in kinds)}: {verdict}")
+    return verdict == "ready for training"
 
 
 def main(arguments: list[str] | None = None):
@@ -945,13 +1133,13 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--refs", help="the pickle in it, for --dataset refer, as in \"refs(unc).p\"")
     parser.add_argument("--split", help="one split or several with commas (default: all)")
     parser.add_argument("--categories", default="all", choices=CATEGORIES, help="of the RefCOCO sets (default: all)")
+    parser.add_argument("--list", metavar="FILE", help="write a JSON line per sample: id, image, expression, split")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args([re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in arguments])
     try:
-        stops = check(args.dataset, args.data_root, args.split, args.categories, args.refs)
+        sys.exit(0 if check(args.dataset, args.data_root, args.split, args.categories, args.refs, args.list) else 1)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    sys.exit(1 if stops else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1043,8 +1231,6 @@ CUES = {name: Cue(group, score, tuple(wordings.split("|"))) for group, name, sco
     ("nearest", "nearest", lambda t, a: -math.hypot(t.x - a.x, t.y - a.y), "{} nearest to {}|{} closest to {}"))}
 # How often a group is tried; few sentences by relation or place fit just one object, most by colour do.
 DRAWN = ("attribute",) * 7 + ("place",) * 5 + ("extreme",) * 4 + ("size",) * 2 + ("relation",) * 2 + ("nearest",)
-CUES_OF = {"attribute": [None], **{group: [name for name in CUES if CUES[name].group == group] for group in MARGINS}}
-COLOUR_WORDINGS = ("{colour} {name}", "{colour} {name}", "{name} that is {colour}")     # where the colour is all
 ARTICLES = ("the ", "the ", "the ", "the ", "a ", "an ", "")
 SYNTHETIC_WORDS = sorted({word for text in (
     *(name for kind in KINDS.values() for name in kind.names), *COLOURS, *ARTICLES, "that is", "of the image", ".",
@@ -1085,7 +1271,7 @@ def sentence(rng, description, *, bare=False) -> str:
         text = pick(rng, cue.wordings).format(f"{colour} {name}" if colour else name, anchor)
         text += " of the image" if cue.group == "place" and rng.random() < 0.2 else ""
     else:
-        text = pick(rng, COLOUR_WORDINGS).format(colour=colour, name=name) if colour else name
+        text = pick(rng, (f"{colour} {name}", f"{colour} {name}", f"{name} that is {colour}")) if colour else name
     if bare:
         return text
     article = pick(rng, ARTICLES)
@@ -1104,7 +1290,8 @@ def express(rng, things, target: int) -> tuple:
         if group in ("relation", "nearest"):
             other = pick(rng, things[target + 1:] + things[:target])
             anchor = Description(other.category, other.colour if rng.random() < 0.7 else None)
-        meaning = Description(thing.category, colour, pick(rng, CUES_OF[group]), anchor)
+        cue = pick(rng, [name for name in CUES if CUES[name].group == group] or [None])
+        meaning = Description(thing.category, colour, cue, anchor)
         if referent(meaning, things) == target and meaning not in found:
             found[meaning] = Expression(sentence(rng, meaning), target, meaning)
         if len(found) == EXPRESSIONS:

@@ -197,6 +197,157 @@ def test_split_names(tmp_path):
         data.read("refcocoo", tmp_path, "val")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(encoding, tmp_path):
+    folder = lists(tmp_path / "mine", "a.png a ship\n")
+    (folder / "output_phrase_train.txt").write_text("a.png a ship\n", encoding=encoding)
+    with pytest.raises(ValueError, match="phrase_train.txt: it is UTF-16, not UTF-8; convert it: iconv -f utf-16"):
+        data.read("risbench", folder, "train")
+    (folder / "output_phrase_test.txt").write_bytes(b"a.png caf\xe9\n")
+    with pytest.raises(ValueError, match="UTF-16.*1 more entries are wrong"):
+        data.split_names("risbench", "test", folder)
+
+
+def test_masks_and_images_may_have_another_extension(tmp_path):
+    entries = layouts.write("risbench", tmp_path, splits={"train": 1})["train"]
+    for path in (tmp_path / "RISBench_dataset" / "mask").iterdir():
+        Image.open(path).save(path.with_suffix(".tif"))
+        path.unlink()
+    for path in (tmp_path / "RISBench_dataset" / "img_rgb").iterdir():
+        path.rename(path.with_suffix(".PNG"))
+    samples = data.read("risbench", tmp_path, "train")
+    assert all((mask == entry.mask).all() for mask, entry in zip(data.load(samples)[1], entries, strict=True))
+    (tmp_path / "RISBench_dataset" / "mask" / f"{samples[1].id}.bmp").touch()
+    one = samples[1].id
+    with pytest.raises(ValueError, match=rf"train.txt:2: is {one}.png the file {one}.bmp or {one}.tif. Take"):
+        data.read("risbench", tmp_path, "train")
+
+
+def test_refsegrs_as_png(tmp_path):
+    entries = layouts.write("refsegrs", tmp_path, splits={"train": 1})["train"]
+    for path in [*(tmp_path / "RefSegRS").glob("*/*.tif")]:
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    samples = data.read("refsegrs", tmp_path, "train")
+    assert [one.id for one in samples] == ["1001", "1002", "1003", "1004"]
+    assert [one.image.name for one in samples] == [one.mask.name for one in samples]
+    assert [one.image.name for one in samples] == [f"{k}.png" for k in range(1001, 1005)]
+    assert (data.load(samples[:1])[1][0] == entries[0].mask).all()
+
+
+@pytest.mark.parametrize("name", ["{:05d}.jpg", "{:05d}"])
+def test_rrsisd_as_folders_and_lists(name, tmp_path):
+    written = layouts.write("rrsisd", tmp_path, splits={"train": 1, "val": 1, "test": 1})
+    root, number = tmp_path / "RRSIS-D", 400
+    move(tmp_path / "images/rrsisd/JPEGImages", root / "images")
+    shutil.rmtree(tmp_path / "rrsisd")
+    (root / "masks").mkdir()
+    (root / "phrase_txts").mkdir()
+    for split, entries in written.items():
+        lines = []
+        for entry in entries:
+            number += 1
+            Image.fromarray(entry.mask).save(root / "masks" / f"{number:05d}.png")
+            lines.append(f"{name.format(number)} {entry.expression}\n")
+        (root / "phrase_txts" / f"output_phrase_{split}.txt").write_text("".join(lines))
+    for split, entries in written.items():
+        for place in (tmp_path, root):
+            samples = data.read("rrsisd", place, split)
+            assert [one.expression for one in samples] == [" ".join(entry.expression.split()) for entry in entries]
+            for one, entry in zip(samples, entries, strict=True):
+                assert (data.load([one])[1][0] == entry.mask).all()
+
+
+def datainfo(dataset, root, folder):
+    """Turns a layout of layouts.py into the images alone with a JSON line per sample in `folder`; the samples."""
+    written = {split: data.read(dataset, root, split) for split in ("train", "val", "test")}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, samples in written.items():
+        lines = []
+        for one in samples:
+            [mask] = data.load([one])[1]
+            row = {"split": split, "image_id": one.id, "sent": one.expression, "file_name": one.image.name}
+            if dataset == "rrsisd":
+                row |= {"image_id": int(one.id), "category_id": 13, "category_name": one.category,
+                        "ann_id": int(one.id), "bbox": [0, 0, 1, 1], "area": 7}
+            rle = layouts.rle(mask)
+            lines.append(json.dumps({**row, "segmentation": [rle] if dataset == "rrsisd" else rle}) + "\n")
+        (folder / f"{dataset}_{split}.jsonl").write_text("".join(lines))
+    return written
+
+
+@pytest.mark.parametrize(("dataset", "folder", "root"), [
+    ("refsegrs", "RefSegRS/datainfo", "."), ("refsegrs", "datainfo", "."),
+    ("refsegrs", "RefSegRS/images", "RefSegRS/images"),
+    ("risbench", "RISBench_dataset/annotations", "."), ("risbench", "RISBench_dataset", "RISBench_dataset"),
+    ("rrsisd", "datainfo", "."), ("rrsisd", "rrsisd/datainfo", "."),
+    ("rrsisd", "images/rrsisd/JPEGImages/datainfo", "images/rrsisd/JPEGImages")])
+def test_annotations_as_datainfo(dataset, folder, root, tmp_path):
+    layouts.write(dataset, tmp_path, splits={"train": 1, "val": 1, "test": 1})
+    written = datainfo(dataset, tmp_path, tmp_path / folder)
+    before = {split: data.load(samples[:1])[1][0] for split, samples in written.items()}
+    assert isinstance(data.read(dataset, tmp_path, "train")[0].mask, dict) == (dataset == "rrsisd")  # the original wins
+    for path in [*tmp_path.rglob("*.txt"), *tmp_path.rglob("*.p"), *tmp_path.rglob("mask*")]:
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    for split, samples in written.items():
+        found = data.read(dataset, tmp_path / root, split)
+        for key in ("id", "image", "expression", "split", "category", "category_source", "picture"):
+            same = [os.path.realpath(getattr(one, key)) if key == "image" else getattr(one, key) for one in found]
+            assert same == [os.path.realpath(getattr(one, key)) if key == "image" else getattr(one, key)
+                            for one in samples], key
+        assert (data.load(found[:1])[1][0] == before[split]).all()
+        assert len({one.instance for one in found}) == len(found)
+    lines = next(tmp_path.rglob(f"{dataset}_train.jsonl"))
+    lines.write_text(lines.read_text().replace('"sent"', '"sentence"', 1) + "{\n")
+    with pytest.raises(ValueError, match=rf"{dataset}_train.jsonl:1: not as it should be .KeyError: 'sent'.*; 1 more"):
+        data.read(dataset, tmp_path / root, "test")
+
+
+def test_coco_images_under_the_names_of_2017(tmp_path):
+    entries = layouts.write("refcoco", tmp_path, splits={"train": 2})["train"]
+    for path in (tmp_path / "images/mscoco/images/train2014").iterdir():
+        move(path, tmp_path / "train2017" / path.name.removeprefix("COCO_train2014_"))
+    shutil.rmtree(tmp_path / "images")
+    samples = data.read("refcoco", tmp_path, "train")
+    assert {one.image.name for one in samples} == {"000000000000.jpg", "000000000001.jpg"}
+    assert (data.load(samples[:1])[1][0] == entries[0].mask).all()
+
+
+@pytest.mark.parametrize("form", ["refs(unc).p", "grefs(unc).json"])
+@pytest.mark.parametrize("ann_id", [[3], [3, 4], [-1], [], None, -1])
+def test_sets_with_no_or_several_targets_are_named(form, ann_id, tmp_path):
+    root = refer(tmp_path, [], dataset="refcoco", ref={"ann_id": ann_id, "no_target": True})
+    rows = pickle.loads((root / "refcoco" / "refs(unc).p").read_bytes())
+    (root / "refcoco" / "grefs(unc).json").write_text(json.dumps(rows))
+    where = {"refs(unc).p": ("refcoco", root, None), "grefs(unc).json": ("refer", root / "refcoco", form)}[form]
+    with pytest.raises(ValueError, match="refcoco/g?refs.unc...*: sentences of no target or of several, as gRefCOCO"):
+        data.read(*where[:2], "train", refs=where[2])
+
+
+def test_not_found_errors_say_where_it_is_downloaded(tmp_path):
+    for dataset, place in (("refsegrs", "huggingface.co/datasets/JessicaYuan/RefSegRS"), ("rrsisd", "Lsan2401/RMSIN"),
+                           ("risbench", "HIT-SIRS/CroBIM"), ("refcoco", "lichengunc/refer"), ("refcocog-umd", "refer")):
+        with pytest.raises(FileNotFoundError, match=f"it is downloaded from .*{place}$"):
+            data.read(dataset, tmp_path, "train")
+
+
+def test_every_wrong_entry_is_found_in_one_run(tmp_path, capsys):
+    folder = lists(tmp_path / "RISBench", "a.png a ship\nb.png\nno_name a ship\nc.png  \n", split="test")
+    lists(folder, "d.png\na.png a ship\n")
+    with pytest.raises(ValueError, match=r"train.txt:1: the expression is empty.*; 3 more entries are wrong, python d"):
+        data.read("risbench", folder, "train")
+    code, out, _ = check(capsys, "--dataset", "risbench", "--data-root", folder)
+    assert [line.split("output_phrase_")[1][:11] for line in out.splitlines() if line.startswith("entry ")] == [
+        "train.txt:1", "test.txt:2:", "test.txt:3:", "test.txt:4:"]
+    assert code == 1 and "0 resized, 4 entry: 4 problems would stop a training" in out
+    root = refer(tmp_path / "rrsisd", [layouts.rle(box())])
+    rows = pickle.loads((root / "rrsisd" / "refs(unc).p").read_bytes())
+    broken = [{**rows[0], "ref_id": 8, "ann_id": 77}, {**rows[0], "ref_id": 9, "sentences": [{"raw": " "}]}, *rows]
+    (root / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(broken))
+    code, out, _ = check(capsys, "--dataset", "rrsisd", "--data-root", root)
+    assert code == 1 and "ref 8, with its" in out and "ref 9, with its" in out and "2 entry: 2 problems" in out
+
+
 @pytest.mark.parametrize("line", ["train_0_0.png", "train_0_0.png   "])
 def test_empty_expression_is_an_error(line, tmp_path):
     lists(tmp_path / "RISBench", f"train_0_1.png a ship\n{line}\n")
@@ -474,9 +625,9 @@ def test_polygons_without_pycocotools(tmp_path, monkeypatch):
     box().astype(np.uint8), box().astype(np.uint8) * 255, np.repeat(box().astype(np.uint8)[..., None], 3, 2),
     np.repeat(box().astype(np.uint8)[..., None] * 255, 3, 2), box(),
     np.stack([box() * 0, box() * 0, box() * 255], 2).astype(np.uint8),
-    box().astype(np.uint8) * 200 + 10, box().astype(np.uint16) * 65535,
+    box().astype(np.uint16) * 255, box().astype(np.uint16) * 65535,
     np.concatenate([np.repeat(box()[..., None] * 255, 3, 2), np.full((6, 8, 1), 255)], 2).astype(np.uint8)],
-    ids=["0/1", "0/255", "3 bands 0/1", "3 bands 0/255", "1 bit", "blue", "10/210", "16 bit", "alpha"])
+    ids=["0/1", "0/255", "3 bands 0/1", "3 bands 0/255", "1 bit", "blue", "255 in 16 bit", "16 bit", "alpha"])
 def test_mask_files(array, tmp_path):
     folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=array)
     assert (data.load([only("risbench", folder)])[1][0] == box()).all()
@@ -494,8 +645,140 @@ def test_empty_mask_file_and_mask_of_class_numbers(tmp_path):
     folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=np.zeros((6, 8), np.uint8))
     assert not data.load([only("risbench", folder)])[1][0].any()
     folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=box().astype(np.uint8) * 7)
-    with pytest.raises(ValueError, match="a.png: the largest value is 7; a mask holds 0 and 1 or 0 and 255"):
+    with pytest.raises(ValueError, match="a.png: a mask holds 0 and 1 or 0 and 255, this one 0, 7; .*mask_value"):
         data.load([only("risbench", folder)])
+
+
+def blob(side=64):
+    """A disc and a thin bar, (side, side) bool."""
+    y, x = np.mgrid[:side, :side]
+    disc = (x - side / 3) ** 2 + (y - side / 3) ** 2 < (side / 5) ** 2
+    return disc | ((abs(y - side * 0.8) < 2) & (x > 8) & (x < side - 8))
+
+
+def coloured(mask, inside, outside=(0, 0, 0)):
+    return np.where(mask[..., None], inside, outside).astype(np.uint8)
+
+
+def labels(number):
+    """Areas of 0 to number, each more than 3 pixels wide and high."""
+    return np.kron(np.arange(64) % (number + 1), np.ones((5, 5))).astype(np.uint16).reshape(5, -1).repeat(3, 0)
+
+
+@pytest.mark.parametrize(("array", "found"), [
+    ((blob() + 254 * (blob() & ~np.roll(blob(), 1, 1))).astype(np.uint8), "0, 1, 255"),     # two classes, a void edge
+    (np.where(blob(), 210, 10).astype(np.uint8), "10, 210"), (np.where(blob(), 128, 0).astype(np.uint8), "0, 128"),
+    (blob().astype(np.uint8) * 2, "0, 2"), (np.where(blob(), 254, 0).astype(np.uint8), "0, 254"),
+    (labels(4).astype(np.uint8), "0, 1, 2, 3, 4"), (labels(60).astype(np.uint8), "0, 1, 2, 3, 4, 5, 6, 7, ..."),
+    ((labels(60) * 4).astype(np.uint8), "0, 4, 8, 12, 16, 20, 24, 28, ..."),
+    (labels(300), "0, 1, 2, 3, 4, 5, 6, 7, ..."),
+    (labels(3) * 1000, "0, 1000, 2000, 3000"), (labels(63) * 1000, "0, 1000, 2000, 3000, 4000, 5000, 6000, 7000, ...")])
+def test_masks_of_other_values_are_refused_by_their_values(array, found, tmp_path):
+    Image.fromarray(array).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match=f"m.png: a mask holds 0 and 1 or 0 and 255, this one {found}; of a map"):
+        data._mask_from_file(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("array", [
+    coloured(blob(), (253, 231, 36), (68, 1, 84)), coloured(blob(), (103, 0, 13), (255, 245, 240)),
+    coloured(blob(), (0, 255, 0)) + coloured(np.roll(blob(), 20, 1) & ~blob(), (255, 0, 0)),
+    coloured(blob(), (255, 255, 255), (0, 0, 255))], ids=["viridis", "Reds", "two colours", "white on blue"])
+@pytest.mark.parametrize("form", ["m.png", "m.jpg", "rgba.png", "palette.png"])
+def test_coloured_masks_are_refused(array, form, tmp_path):
+    image = Image.fromarray(array)
+    image = {"rgba.png": image.convert("RGBA"), "palette.png": image.quantize(8)}.get(form, image)
+    image.save(tmp_path / form)
+    with pytest.raises(ValueError, match=f"{form}: a coloured mask; one in gray or in one colour on black is read"):
+        data._mask_from_file(tmp_path / form)
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (128, 0, 0), (0, 90, 200), (250, 240, 10)])
+@pytest.mark.parametrize("form", ["m.png", "m.jpg", "palette.png"])
+def test_one_colour_on_black_is_a_mask(colour, form, tmp_path):
+    image = Image.fromarray(coloured(blob(), colour))
+    (image.quantize(8) if form == "palette.png" else image).save(tmp_path / form, quality=95, subsampling=0)
+    assert (data._mask_from_file(tmp_path / form) != blob()).mean() < 0.02 * form.endswith("jpg") + 1e-9
+
+
+@pytest.mark.parametrize("quality", [60, 75, 90])
+def test_noise_of_jpeg_and_smooth_edges_are_no_other_values(quality, tmp_path):
+    Image.fromarray(blob().astype(np.uint8) * 255).save(tmp_path / "m.jpg", quality=quality)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "m.jpg")))) > 8
+    assert (data._mask_from_file(tmp_path / "m.jpg") != blob()).mean() < 0.03
+    large = Image.fromarray(blob(256).astype(np.uint8) * 255)
+    large.resize((64, 64), Image.Resampling.LANCZOS).save(tmp_path / "m.png")
+    edge = np.asarray(Image.open(tmp_path / "m.png"))
+    assert len(np.unique(edge)) > 8 and (data._mask_from_file(tmp_path / "m.png") == (edge > 50)).all()
+
+
+@pytest.mark.parametrize("colour", [0, 255, 90])
+def test_a_mask_in_the_alpha_band_is_named(colour, tmp_path):
+    alpha = Image.fromarray(blob().astype(np.uint8) * 255)
+    plain = Image.new("L", alpha.size, colour)
+    Image.merge("RGBA", [plain, plain, plain, alpha]).save(tmp_path / "rgba.png")
+    Image.merge("LA", [plain, alpha]).save(tmp_path / "la.png")
+    image = Image.fromarray(blob().astype(np.uint8)).convert("P")
+    image.putpalette([colour] * 6)
+    image.save(tmp_path / "palette.png", transparency=0)
+    for name in ("rgba", "la", "palette"):
+        with pytest.raises(ValueError, match=f"{name}.png: the mask is in its alpha band"):
+            data._mask_from_file(tmp_path / f"{name}.png")
+    for number, opacity in enumerate((255, 100, 0)):
+        name = tmp_path / f"{number}.png"
+        Image.merge("LA", [alpha, Image.new("L", alpha.size, opacity)]).save(name)
+        assert (data._mask_from_file(name) == blob()).all()
+    Image.merge("LA", [alpha, alpha]).save(tmp_path / "both.png")
+    assert (data._mask_from_file(tmp_path / "both.png") == blob()).all()
+
+
+def custom(folder, *rows, form="jsonl"):
+    """A custom set of given rows beside a.png of 64 x 64."""
+    picture(folder / "a.png", (64, 64))
+    text = "\n".join(map(json.dumps, rows)) if form == "jsonl" else "\n".join(rows)
+    (folder / f"data.{form}").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def test_mask_value_takes_one_object_of_a_map(tmp_path):
+    stored = labels(3)[:15, :64].repeat(5, 0)[:64]
+    Image.fromarray(stored.astype(np.uint8)).save(tmp_path / "gray.png")
+    Image.fromarray((stored * 700).astype(np.uint16)).save(tmp_path / "deep.png")
+    palette = Image.fromarray(stored.astype(np.uint8)).convert("P")
+    palette.putpalette([9, 9, 9, 200, 0, 0, 7, 7, 7, 0, 90, 0])
+    palette.save(tmp_path / "palette.png")
+    rows = [{"image": "a.png", "mask": f"{name}.png", "expression": "x", "mask_value": value}
+            for name, value in (("gray", 2), ("deep", 1400), ("palette", 2), ("gray", "2"), ("gray", 0), ("gray", 1))]
+    samples = data.read("custom", custom(tmp_path, *rows), "train")
+    masks = data.load(samples)[1]
+    assert all((mask == (stored == 2)).all() for mask in masks[:4]) and (masks[4] == (stored == 0)).all()
+    assert len({one.instance for one in samples}) == 5 and len({one.id for one in samples}) == 6
+    picture(tmp_path / "rgb.png", (64, 64))
+    with pytest.raises(ValueError, match="rgb.png: mask_value needs one band, the file has 3"):
+        data.load(data.read("custom", custom(tmp_path, {**rows[0], "mask": "rgb.png"}), "train"))
+    with pytest.raises(ValueError, match="entry 1: mask_value 'two' is not the number of an object"):
+        data.read("custom", custom(tmp_path, {**rows[0], "mask_value": "two"}), "train")
+    with pytest.raises(FileNotFoundError, match="none.png, of custom train, is missing"):
+        data.read("custom", custom(tmp_path, {**rows[0], "mask": "none.png"}), "train")
+    written = "image,mask,expression,mask_value\na.png,gray.png,x,2\na.png,b.png,y,"
+    Image.fromarray(blob()).save(tmp_path / "b.png")
+    (tmp_path / "data.jsonl").unlink()
+    samples = data.read("custom", custom(tmp_path, written, form="csv"), "train")
+    assert (data.load(samples)[1][0] == (stored == 2)).all() and (data.load(samples)[1][1] == blob()).all()
+
+
+def test_custom_masks_as_run_lengths_and_polygons(tmp_path):
+    masks = [layouts.rle(blob()), [layouts.rle(blob())], {"size": [64, 64], "counts": runs_by_hand(blob())},
+             layouts.polygons(blob())]
+    rows = [{"image": "a.png", "mask": mask, "expression": "x"} for mask in masks]
+    samples = data.read("custom", custom(tmp_path, *rows), "train")
+    assert all((mask == blob()).all() for mask in data.load(samples)[1])
+    assert len({one.id for one in samples}) == 4 and len({one.instance for one in samples}) == 4
+    small = data.read("custom", custom(tmp_path, {**rows[0], "mask": layouts.rle(blob(32))}), "train")
+    with pytest.raises(ValueError, match=r"a.png, sample a: the image is 64x64 .height x width., its mask 32x32"):
+        data.load(small)
+    for wrong in ({"size": [64, 64]}, [[1, 2, 3, 4, 5]], [1, 2, 3, 4, 5, 6], [["1", "2", "3", "4", "5", "6"]], 7):
+        with pytest.raises(ValueError, match="entry 1: a mask is a file name, an RLE of size and counts or a list of"):
+            data.read("custom", custom(tmp_path, {**rows[0], "mask": wrong}), "train")
 
 
 def test_rrsisd_alone_resizes_its_masks(tmp_path):
@@ -504,7 +787,7 @@ def test_rrsisd_alone_resizes_its_masks(tmp_path):
     assert image.size == (8, 9) and mask.shape == (9, 8)
     nearest = np.minimum(((np.arange(9) + 0.5) * 8 / 9).astype(int), 7)
     assert (mask == box(8, 8)[nearest]).all()
-    assert data.check_image([found])[0][0] == "resized"
+    assert data.look([found])[0][0][0] == "resized"
     polygon = [[1, 1, 6, 1, 6, 4, 1, 4]]
     with pytest.raises(ValueError, match=r"the image is 9x8 .height x width., its mask 8x8"):
         data.load([only("refcoco", refer(tmp_path, polygon, dataset="refcoco", size=(8, 8), actual=(8, 9)))])
@@ -573,6 +856,54 @@ def test_cmyk_and_exif_orientation(tmp_path):
     exif[0x0112] = 6  # the camera was turned: the picture is 6 wide, 8 high
     Image.new("RGB", (8, 6)).save(tmp_path / "b.jpg", exif=exif)
     assert data.read_image(tmp_path / "b.jpg").size == (6, 8)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_pixels_of_data_sets_are_read_as_stored(suffix, tmp_path):
+    """A square picture with an orientation tag: turned, its mask would lie elsewhere without a word."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(coloured(blob(), (250, 250, 250)))
+    folder = lists(tmp_path / "RISBench", f"a.{suffix} a ship\n")
+    stored.save(folder / "images" / f"a.{suffix}", exif=exif, quality=95)
+    Image.fromarray(blob()).save(folder / "masks" / f"a.{suffix}")
+    image, [mask] = data.load(data.read("risbench", folder, "train"))
+    assert ((np.asarray(image)[..., 0] > 125) == mask).mean() > 0.98
+    turned = np.rot90(blob(), -1)
+    assert ((rgb(folder / "images" / f"a.{suffix}")[..., 0] > 125) == turned).mean() > 0.98       # a user's own picture
+    Image.fromarray(coloured(blob()[:40], (250, 0, 0))).save(folder / "images" / f"a.{suffix}", exif=exif)
+    Image.fromarray(np.rot90(blob()[:40], -1).copy()).save(folder / "masks" / f"a.{suffix}")
+    with pytest.raises(ValueError, match="the image is 40x64 .*its mask 64x40;.* the image has an orientation tag"):
+        data.load(data.read("risbench", folder, "train"))
+
+
+def test_16_bit_colour_of_jpeg_2000_is_refused(tmp_path):
+    Image.fromarray(coloured(blob(), (200, 90, 10))).save(tmp_path / "a.jp2", irreversible=False)
+    assert (rgb(tmp_path / "a.jp2") == coloured(blob(), (200, 90, 10))).all()
+    content = (tmp_path / "a.jp2").read_bytes()
+    place = content.index(b"\xff\x4f\xff\x51") + 4 + 36 + 2           # behind markers, sizes, number of components
+    for bits, stated in ((16, "uint16"), (12, "uint16"), (9, "uint16")):
+        deep = bytearray(content)
+        deep[place:place + 9:3] = bytes([bits - 1] * 3)
+        (tmp_path / "b.jp2").write_bytes(deep)
+        with pytest.raises(ValueError, match=f"b.jp2: 3 bands of {stated}; .*gdal_translate"):
+            data.read_image(tmp_path / "b.jp2")
+
+
+@pytest.mark.parametrize("nodata", ["0", "65535", "-9999", "0.0", "none", "300 "])
+def test_nodata_is_left_out_of_the_stretch(nodata, tmp_path):
+    ramp = np.arange(10000, 12000, dtype=np.uint16).reshape(40, 50)
+    number = {"none": None}.get(nodata) or float(nodata) if nodata != "none" else None
+    stored = ramp.copy()
+    if number is not None and 0 <= number < 65536:
+        stored[:20] = number
+    Image.fromarray(stored).save(tmp_path / "a.tif", tiffinfo={42113: nodata})
+    gray, valid = rgb(tmp_path / "a.tif")[..., 0].astype(int), stored == ramp
+    low, high = np.percentile(stored[valid], (2, 98))
+    expected = ((stored[valid] - low) / (high - low) * 255).clip(0, 255)
+    assert (abs(gray[valid] - expected) <= 0.51).all() and (gray[~valid] == 0).all()
+    Image.fromarray(np.full((4, 5), 7, np.uint16)).save(tmp_path / "b.tif", tiffinfo={42113: "7"})
+    assert (rgb(tmp_path / "b.tif") == 0).all()
 
 
 def tiff(path, bands, kind, photometric=1):
@@ -695,6 +1026,62 @@ def test_custom_file_errors(name, content, message, tmp_path):
         data.read("custom", tmp_path, "train")
 
 
+@pytest.mark.parametrize(("content", "message"), [
+    ("image,mask,expression\na.png,m.png,the red box, left of the pier\n",
+     "data.csv:2, entry 1: 4 fields under a header of 3"),
+    ("image,mask,expression,category,split\na.png,m.png,x,,\n\na.png,m.png,the box, left of the pier,box,test\n",
+     "data.csv:4, entry 2: 6 fields under a header of 5"),
+    ("image,mask,expression,category,split\na.png,m.png,the box, left\n", "entry 1: 4 fields under a header of 5"),
+    ("image,mask,expression,category,split\na.png,m.png,the box, left,box\n", "entry 1: 5 fields under a header of 5")])
+def test_a_comma_outside_quotes_is_an_error(content, message, tmp_path):
+    custom(tmp_path, content, form="csv")
+    with pytest.raises(ValueError, match=message + '; an expression that holds a comma needs quotes: "the ship, left'):
+        data.read("custom", tmp_path, "train")
+
+
+def test_broken_quotes_are_named_with_their_line(tmp_path):
+    for content in ('a.png,m.png,"the red box', 'a.png,m.png,"the "red" box"'):
+        custom(tmp_path, f"image,mask,expression\na.png,m.png,x\n{content}", form="csv")
+        with pytest.raises(ValueError, match=r"data.csv:\d: .*; a quote within quotes is written twice"):
+            data.read("custom", tmp_path, "train")
+
+
+def test_blanks_around_header_names_and_fields_do_not_count(tmp_path):
+    content = '\ufeffimage, mask,expression ,split\r\na.png,m.png ,"the  red box, left ", val\r\n'
+    custom(tmp_path)
+    (tmp_path / "data.jsonl").unlink()
+    (tmp_path / "data.csv").write_bytes(content.replace(", val", ",val ").encode())
+    Image.fromarray(blob()).save(tmp_path / "m.png")
+    found = only("custom", tmp_path, "val")
+    assert (found.expression, found.mask, found.id) == ("the red box, left", tmp_path / "m.png", "m")
+    (tmp_path / "data.csv").write_text("image, mask, expression\na.png, m.png, the box\n")     # a blank everywhere
+    assert only("custom", tmp_path).expression == "the box"
+
+
+def test_a_list_of_expressions_is_a_sample_each(tmp_path):
+    row = {"image": "a.png", "mask": "m.png", "expression": ["red box", " box on  the left"]}
+    Image.fromarray(blob()).save(custom(tmp_path, row) / "m.png")
+    found = data.read("custom", tmp_path, "train")
+    assert [(one.id, one.expression) for one in found] == [("m", "red box"), ("m-2", "box on the left")]
+    assert found[0].instance == found[1].instance
+    for wrong, message in (([], "is no text but .."), ({"a": 1}, "is no text but .\"a\": 1"), (7, "is no text but 7"),
+                           ([["a"]], "is no text"), *((empty, "is empty") for empty in (["a", ""], ["a", None], None))):
+        with pytest.raises(ValueError, match=f"entry 1: the expression {message}"):
+            data.read("custom", custom(tmp_path, {**row, "expression": wrong}), "train")
+
+
+def test_names_of_splits_are_read_in_any_case(tmp_path, capsys):
+    names = {"train": ["train", "Train", "training", "TRAINING", "", None], "test": ["test", "Testing"],
+             "val": ["val", "valid", "Validation", "dev", "VAL"], "Holdout": ["Holdout"]}
+    rows = [{"image": "a.png", "mask": "m.png", "expression": "x", "split": name}
+            for group in names.values() for name in group]
+    Image.fromarray(blob()).save(custom(tmp_path, *rows) / "m.png")
+    for split, group in names.items():
+        assert len(data.read("custom", tmp_path, split)) == len(group)
+    code, out, _ = check(capsys, "--dataset", "custom", "--data-root", tmp_path)
+    assert code == 0 and all(f"{split:6s} {len(group)} expressions" in out for split, group in names.items())
+
+
 def test_custom_takes_one_file(tmp_path):
     for names in ((), ("a.csv", "b.jsonl")):
         for name in names:
@@ -738,6 +1125,52 @@ def test_any_folder_of_refer_by_its_pickle(tmp_path):
         data.read("refcoco", root, "train", refs=refs)
     with pytest.raises(FileNotFoundError, match=r"no other.p with instances.json"):
         data.read("refer", root, "train", refs="other.p")
+
+
+def test_risbench_pictures_are_told_by_the_name(tmp_path):
+    names = ["train_0_0.png", "train_0_2.png", "train_1_0.png", "train_10_0.png", "odd.png", "odd_3.png"]
+    lists(tmp_path / "RISBench", "".join(f"{name} a ship\n" for name in names))
+    samples = data.read("risbench", tmp_path, "train")
+    assert [one.picture for one in samples] == ["train_0", "train_0", "train_1", "train_10", "odd.png", "odd_3.png"]
+    assert [one.image_id for one in samples] == names and len({one.instance for one in samples}) == 6
+
+
+def test_refsegrs_pictures_are_told_by_the_content(tmp_path):
+    """Its four samples of a scene are one picture, under four numbers."""
+    layouts.write("refsegrs", tmp_path, splits={"train": 2, "val": 1})
+    samples = data.read("refsegrs", tmp_path, "train")
+    assert [one.picture for one in samples] == [samples[0].picture] * 4 + [samples[4].picture] * 4
+    assert samples[0].picture != samples[4].picture and len({one.image_id for one in samples}) == 8
+    changed = np.asarray(Image.open(samples[1].image)).copy()
+    changed[0, 0, 0] ^= 1
+    Image.fromarray(changed).save(samples[1].image)
+    again = data.read("refsegrs", tmp_path, "train")
+    assert [one.picture == samples[0].picture for one in again[:4]] == [True, False, True, True]
+    assert data.ReferringDataset(again, 24, tokenizer).images == [(0, 2, 3), (1,), (4, 5, 6, 7)]
+
+
+def test_one_picture_by_name_must_be_one_by_content(tmp_path, capsys):
+    layouts.write("risbench", tmp_path, splits={"train": 2, "val": 1, "test": 1})
+    samples = data.read("risbench", tmp_path, "train")
+    shutil.copy(samples[5].image, samples[1].image)                        # of the other scene
+    with pytest.raises(ValueError, match=f"{samples[0].image} and {samples[1].image} are one picture by name, but"):
+        data.load(samples[:2])
+    code, out, _ = check(capsys, "--dataset", "risbench", "--data-root", tmp_path)
+    assert code == 1 and f"mismatch   {samples[0].image} and {samples[1].image} are one picture by name" in out
+
+
+def test_one_custom_picture_however_its_path_is_written(tmp_path):
+    folder = custom(tmp_path / "set")
+    Image.fromarray(blob()).save(folder / "m.png")
+    (folder / "link.png").symlink_to("a.png")
+    picture(tmp_path / "a.png", (64, 64))
+    names = ["a.png", "./a.png", str(folder / "a.png"), "../set/a.png", "link.png", "../a.png"]
+    custom(folder, *({"image": name, "mask": mask, "expression": "x"} for name, mask in zip(
+        names, ["m.png", "./m.png", str(folder / "m.png"), "m.png", "m.png", "m.png"], strict=True)))
+    samples = data.read("custom", folder, "train")
+    assert [one.picture for one in samples] == ["a.png"] * 5 + [str((tmp_path / "a.png").resolve())]
+    assert len({one.image_id for one in samples}) == len({one.instance for one in samples}) == 2
+    assert data.ReferringDataset(samples, 24, tokenizer).images == [(0, 1, 2, 3, 4), (5,)]
 
 
 def test_seen_and_unseen_categories(tmp_path):
@@ -886,7 +1319,7 @@ def test_an_image_is_opened_once_for_its_expressions(tmp_path, monkeypatch):
     layouts.write("refcoco", tmp_path, splits={"train": 1})
     dataset, opened = data.ReferringDataset(data.read("refcoco", tmp_path, "train"), 16, tokenizer), []
     read = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path: (opened.append(path), read(path))[1])
+    monkeypatch.setattr(data, "read_image", lambda path, **options: (opened.append(path), read(path, **options))[1])
     assert len(dataset[dataset.images[0]]["samples"]) == 12 and len(opened) == 1
 
 
@@ -1135,7 +1568,7 @@ def test_check_finds_every_kind_of_fault(capsys, tmp_path):
     assert "not there: val" in out and "8 expressions (published 26300: differs by -26292)" in out
     assert "12 images, 2 missing, 2 unreadable, 1 mismatch, 1 empty, 0 resized: 5 problems would stop" in lines[-1]
     code, out, _ = check(capsys, "--dataset", "risbench", "--data-root", tmp_path, "--split=test")
-    assert code == 0 and "train " not in out
+    assert code == 1 and "train " not in out
     assert out.splitlines()[-1].endswith("the files are sound, but their number is not the published one")
 
 
@@ -1146,10 +1579,75 @@ def test_check_of_own_data_names_the_splits_that_it_lacks(capsys, tmp_path):
     assert out.splitlines()[-1].endswith("ready for training")
 
 
+def test_check_finds_masks_of_nearly_everything_and_says_what_they_cover(capsys, tmp_path):
+    shares = (0.01, 0.02, 0.95, 0.96, 1.0)
+    rows = [{"image": f"{k}.png", "mask": f"m{k}.png", "expression": "x"} for k in range(5)]
+    folder = custom(tmp_path, *rows)
+    for k, share in enumerate(shares):
+        picture(folder / f"{k}.png", (100, 10), value=k)
+        mask = np.zeros(1000, bool)
+        mask[:round(1000 * share)] = True
+        Image.fromarray(mask.reshape(10, 100)).save(folder / f"m{k}.png")
+    code, out, _ = check(capsys, "--dataset", "custom", "--data-root", folder)
+    assert code == 0 and "0 empty, 0 resized, 2 full: ready for training" in out
+    assert [line.split("sample ")[1] for line in out.splitlines() if line.startswith("full ")] == [
+        "m3: its mask covers 96.0% of it", "m4: its mask covers 100.0% of it"]
+    assert "5 different pictures; the median mask covers 95.0% of its picture" in out
+
+
+def test_check_says_what_of_val_and_test_is_in_train(capsys, tmp_path):
+    layouts.write("refsegrs", tmp_path, splits={"train": [0, 1], "val": [1, 2], "test": [3]})
+    code, out, _ = check(capsys, "--dataset", "refsegrs", "--data-root", tmp_path)
+    assert "4 different pictures, 1 of val's 2 are in train too, 0 of test's 1 are in train too;" in out
+    assert "train  8 expressions (published 2172: differs by -2164), of 8 objects in 2 pictures" in out
+    assert "the paper counts 151, 31 and 103 scenes" in out and code == 1
+    layouts.write("rrsisd", tmp_path / "r", splits={"train": [0], "val": [1], "test": [0]})  # under other numbers
+    _, out, _ = check(capsys, "--dataset", "rrsisd", "--data-root", tmp_path / "r")
+    assert "2 different pictures, 0 of val's 1 are in train too, 1 of test's 1 are in train too;" in out
+    assert "the authors' pickle holds one sentence for each object" in out
+
+
+def test_check_lists_every_bad_file_of_a_picture(capsys, tmp_path):
+    rows = [{"image": "a.png", "mask": f"m{k}.png", "expression": "x"} for k in range(5)]
+    folder = custom(tmp_path, *rows)
+    for k in range(4):
+        Image.fromarray(blob()).save(folder / f"m{k}.png")
+    (folder / "m1.png").write_bytes(b"")
+    Image.fromarray(blob(32)).save(folder / "m2.png")
+    code, out, _ = check(capsys, "--dataset", "custom", "--data-root", folder)
+    assert code == 1 and "1 missing, 1 unreadable, 1 mismatch, 0 empty, 0 resized: 3 problems would stop" in out
+    (folder / "a.png").unlink()
+    _, out, _ = check(capsys, "--dataset", "custom", "--data-root", folder)
+    assert "2 missing, 1 unreadable, 0 mismatch" in out
+
+
+def test_check_is_not_ready_without_training_samples(capsys, tmp_path):
+    folder = custom(tmp_path, {"image": "a.png", "mask": "m.png", "expression": "x", "split": "test"})
+    Image.fromarray(blob()).save(folder / "m.png")
+    code, out, _ = check(capsys, "--dataset", "custom", "--data-root", folder)
+    assert code == 1 and out.splitlines()[-1].endswith("there are no training samples")
+
+
+def test_list_writes_a_line_per_sample(capsys, tmp_path):
+    folder = custom(tmp_path / "ä", {"image": "a.png", "mask": "m.png", "expression": ["ein Schiff", "船"]},
+                    {"image": "a.png", "mask": "m.png", "expression": "x", "split": "val"})
+    Image.fromarray(blob()).save(folder / "m.png")
+    code, _, _ = check(capsys, "--dataset", "custom", "--data-root", folder, "--list", tmp_path / "list.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines == [{"id": name, "image": str(folder / "a.png"), "expression": text, "split": split}
+                     for name, text, split in (("m", "ein Schiff", "train"), ("m-2", "船", "train"), ("m", "x", "val"))]
+    assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["list.jsonl", "ä"]
+    layouts.write("refcoco", tmp_path, scenes=1)
+    two = tmp_path / "two.jsonl"
+    check(capsys, "--dataset", "refcoco", "--data-root", tmp_path, "--list", two, "--split", "val,testA+testB")
+    found = [json.loads(line) for line in two.read_text().splitlines()]
+    assert Counter(line["split"] for line in found) == {"val": 12, "testA+testB": 24}
+
+
 def test_check_counts_resized_masks_of_rrsisd(capsys, tmp_path):
     refer(tmp_path, [layouts.rle(box(8, 8))], size=(8, 8), actual=(8, 9))
     code, out, _ = check(capsys, "--dataset", "rrsisd", "--data-root", tmp_path)
-    assert code == 0 and "0 empty, 1 resized: the files are sound" in out
+    assert code == 1 and "0 empty, 1 resized: the files are sound" in out
     assert "mask of 8x8 is resized to the image's 9x8" in out
 
 
@@ -1179,7 +1677,7 @@ def test_command_line(tmp_path):
     layouts.write("rrsisd", tmp_path, splits={"train": 1, "val": 1, "test": 1})
     done = subprocess.run([sys.executable, "data.py", "--dataset", "rrsisd", "--data-root", tmp_path], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "rrsisd: 12 images" in done.stdout, done.stderr
+    assert done.returncode == 1 and "rrsisd: 12 images" in done.stdout, done.stderr
     assert "4 expressions (published 1740: differs by -1736)" in done.stdout
 
 

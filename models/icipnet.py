@@ -146,23 +146,6 @@ def xavier(module):
     return module
 
 
-def norm_over_positions(tokens):
-    """Instance norm: each channel of (B,P,C) to mean 0 and variance 1 over the positions."""
-    return functional.instance_norm(tokens.mT).mT
-
-
-def check_tokens(V, L, text_mask, channels, width):
-    """ValueError, in one line, for what would be misread: V (B,P,channels), L (B,n,width), text_mask (B,n) bool."""
-    if V.dim() != 3 or V.shape[-1] != channels:
-        raise ValueError(f"got visual tokens {tuple(V.shape)}, expected (B,P,{channels}): a map's places in one row, "
-                         f"its {channels} channels last")
-    if L.dim() != 3 or L.shape[::2] != (len(V), width):
-        raise ValueError(f"got words {tuple(L.shape)}, expected ({len(V)},n,{width}), channels last")
-    if text_mask.shape != L.shape[:2] or text_mask.dtype != torch.bool:
-        raise ValueError(f"got a text_mask {tuple(text_mask.shape)} of {text_mask.dtype}, expected "
-                         f"{tuple(L.shape[:2])} of torch.bool, True = a real token (text_mask.bool(), or ~padding)")
-
-
 class ImageConditionedInstancePrompt(nn.Module):
     """III-A, ICIP: prompts that have looked at the image stand before the words.
 
@@ -195,6 +178,23 @@ class ImageConditionedInstancePrompt(nn.Module):
         T_o = T if self.f is None else self.look(V, T)                          # (B,m,D)  # Departs: (4)
         L_o = torch.cat((T_o.to(L.dtype), L), 1)                                # (B,m+L,D)
         return L_o, functional.pad(text_mask, (T_o.shape[1], 0), value=True)
+
+
+def check_tokens(V, L, text_mask, channels, width):
+    """ValueError, in one line, for what would be misread: V (B,P,channels), L (B,n,width), text_mask (B,n) bool."""
+    if V.dim() != 3 or V.shape[-1] != channels:
+        raise ValueError(f"got visual tokens {tuple(V.shape)}, expected (B,P,{channels}): a map's places in one row, "
+                         f"its {channels} channels last")
+    if L.dim() != 3 or L.shape[::2] != (len(V), width):
+        raise ValueError(f"got words {tuple(L.shape)}, expected ({len(V)},n,{width}), channels last")
+    if text_mask.shape != L.shape[:2] or text_mask.dtype != torch.bool:
+        raise ValueError(f"got a text_mask {tuple(text_mask.shape)} of {text_mask.dtype}, expected "
+                         f"{tuple(L.shape[:2])} of torch.bool, True = a real token (text_mask.bool(), or ~padding)")
+
+
+def norm_over_positions(tokens):
+    """Instance norm: each channel of (B,P,C) to mean 0 and variance 1 over the positions."""
+    return functional.instance_norm(tokens.mT).mT
 
 
 class BilateralInformationFusion(nn.Module):

@@ -35,7 +35,7 @@ from models.crobim_u import (
 )
 
 SMALL = replace(Config(), image_size=64, text_length=8, pretrained="none", vocab_size=40, convnext_depths=(1, 1, 2, 1),
-                convnext_widths=(8, 12, 16, 24), layer_scale=1.0, drop_path=0.0, bert_width=16, bert_layers=1,
+                convnext_widths=(8, 12, 16, 24), layer_scale=1.0, drop_path=0.0, bert_width=20, bert_layers=1,
                 bert_heads=2, bert_ffn=24, dropout=0.0, width=16, norm_groups=4, encoder_layers=2, heads=2,
                 ffn_width=24, points=2, refine_hidden=6)
 OPEN = replace(SMALL, refine_init=0.5)              # a zero last layer would hide the refinement head's other gradients
@@ -615,7 +615,7 @@ def test_expressions_in_turn_are_expressions_together(monkeypatch, image_index):
     model.decoder.register_forward_hook(lambda module, inputs, output: counts.append(len(output[1])))
     model.convnext.embeddings.register_forward_hook(lambda module, inputs, output: images.append(len(output)))
     plain = run(model, data)
-    for room, expected in ((1, [1] * 5), (2 * 16 * 64 * 64, [2, 2, 1]), (2 ** 26, [5])):
+    for room, expected in ((1, [1] * 5), (2 * 16 * 64 ** 2, [2, 2, 1]), (3 * 16 * 64 ** 2, [3, 2]), (2 ** 26, [5])):
         monkeypatch.setattr(crobim_u, "AT_ONCE", room)
         counts.clear()
         with torch.no_grad():
@@ -623,7 +623,7 @@ def test_expressions_in_turn_are_expressions_together(monkeypatch, image_index):
         assert counts == expected and list(outputs) == list(plain)
         for name, output in outputs.items():
             torch.testing.assert_close(output, plain[name], rtol=1e-4, atol=1e-5)
-    assert images == [5] * 4                        # the image tower sees each image once
+    assert images == [5] * 5                        # the image tower sees each image once
     assert 256 * 480 ** 2 <= 2 ** 26 < 2 * 256 * 480 ** 2           # at the paper's size: one at a time
 
 
@@ -912,6 +912,8 @@ def test_settings_reach_the_parts():
     assert len(model.encoder.layers) == 2 and mix.heads == 2 and mix.weights.out_features == 2 * 3 * 3
     assert model.encoder.layers[0].ffn[0].out_features == 24
     assert all(projection[0].bias is None and projection[1].num_groups == 4 for projection in model.visual_projections)
+    assert [type(part) for part in model.text_projection] == [nn.Linear, nn.LayerNorm]
+    assert [[type(part) for part in one] for one in model.visual_projections] == [[nn.Conv2d, nn.GroupNorm]] * 4
     assert build(replace(SMALL, refine="literal")).refinement.head[0].weight.shape == (6, 18, 3, 3)
 
 
@@ -1059,6 +1061,12 @@ def test_missing_weights_are_named_with_their_public_place(published, tmp_path):
         build(replace(SMALL, pretrained="hub", image_backbone="no-such/model")).load_pretrained()
     with pytest.raises(FileNotFoundError, match="no-such/model.*HF_ENDPOINT"):
         tokenizer(replace(config, pretrained="hub", text_backbone="no-such/model"))
+    six = BertTokenizer(vocab={word: i for i, word in enumerate(VOCABULARY[:6])})
+    six.save_pretrained(tmp_path / "six")           # one more than the five words that a missing file is answered with
+    assert tokenizer(replace(config, text_backbone="six", vocab_size=6))(["the"])[0].tolist()[0][:3] == [2, 5, 3]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="none: not a folder as transformers saves it.*neither vocab.txt"):
+        tokenizer(replace(config, text_backbone="none"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
         build(replace(config, image_backbone="empty")).load_pretrained()

@@ -1032,24 +1032,15 @@ def test_swin_stage_by_stage_is_transformers_own():
     assert not torch.allclose(seen[0], seen[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"softmax": False}, {"icip": False}, {"bif": False}])
-def test_padding_and_batch_mates_change_nothing(changes):
+@pytest.mark.parametrize("changes", [{"softmax": False}, {"icip": False}, {"bif": False}])
+@torch.no_grad()
+def test_padding_changes_nothing_in_other_forms(changes):
     model = build(**changes).eval()
-    pictures, tokens, text_mask, image_index = inputs(images=2, per_image=2)
-    with torch.no_grad():
-        logits = model(pictures, tokens, text_mask, image_index)["logits"]
-        assert torch.equal(logits, model(pictures, tokens, text_mask, image_index)["logits"])
-        other = torch.where(text_mask, tokens, 9)
-        assert torch.allclose(model(pictures, other, text_mask, image_index)["logits"], logits, atol=1e-5)
-        longer = [nn.functional.pad(value, (0, 3)) for value in (tokens, text_mask)]
-        assert torch.allclose(model(pictures, *longer, image_index)["logits"], logits, atol=1e-5)
-        for number in range(4):
-            image = image_index[number]
-            one = model(pictures[image:image + 1], tokens[number:number + 1], text_mask[number:number + 1])["logits"]
-            assert torch.allclose(one, logits[number:number + 1], atol=1e-5)
-        words = tokens.clone()
-        words[0, 1] = 4 if words[0, 1] != 4 else 5
-        assert (model(pictures, words, text_mask, image_index)["logits"][0] - logits[0]).abs().max() > 1e-6
+    pictures, tokens, text_mask, _ = inputs()
+    logits = model(pictures, tokens, text_mask)["logits"]
+    assert torch.allclose(model(pictures, torch.where(text_mask, tokens, 9), text_mask)["logits"], logits, atol=1e-5)
+    longer = [nn.functional.pad(value, (0, 3)) for value in (tokens, text_mask)]
+    assert torch.allclose(model(pictures, *longer)["logits"], logits, atol=1e-5)
 
 
 # Zero by construction: a constant under a softmax over keys, or before a norm over positions or batch
@@ -1115,37 +1106,6 @@ def test_another_input_size_is_refused_with_the_remedy():
     assert build(bif=False, **PLAIN)(pictures[..., :72, :], tokens, text_mask)["logits"].shape == (2, 1, 18, 24)
     assert build(bif=False, **PLAIN)(pictures[..., :68], tokens, text_mask)["logits"].shape == (2, 1, 24, 17)
     assert build(image_size=96)(pictures, tokens, text_mask)["logits"].shape == (2, 1, 24, 24)
-
-
-@pytest.mark.parametrize("bif, precision", [(True, torch.bfloat16), (True, torch.float16), (False, torch.bfloat16)])
-def test_mixed_precision_stays_near_full_precision(bif, precision):
-    model = build(bif=bif).eval()
-    pictures, tokens, text_mask, _ = inputs()
-    with torch.no_grad():
-        full = model(pictures, tokens, text_mask)["logits"]
-        with torch.autocast("cpu", precision):
-            half = model(pictures, tokens, text_mask)["logits"]
-    assert half.dtype == torch.float32 and (half - full).abs().max() < 0.1 * full.abs().max()
-    model.train()
-    with torch.autocast("cpu", precision):
-        outputs = model(pictures, tokens, text_mask)
-    sum(model.criterion(outputs, {"masks": masks()}, 0.0).values()).backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
-
-
-def test_tiny_overfits_a_handful():
-    model = build().train()
-    pictures, tokens, text_mask, image_index = inputs(images=2, per_image=2)
-    truth = masks(4)
-    optimizer = torch.optim.AdamW(model.param_groups({**RECIPE, "lr": 3e-3}))
-    for _ in range(40):
-        loss = sum(model.criterion(model(pictures, tokens, text_mask, image_index), {"masks": truth}, 0.0).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    prediction = icipnet.resize(model(pictures, tokens, text_mask, image_index)["logits"], truth)[:, 0] > 0
-    iou = (prediction & truth).sum((1, 2)) / (prediction | truth).sum((1, 2))
-    assert iou.min() > 0.7, iou
 
 
 @pytest.mark.parametrize("changes", [{"bif_width": "stage", "value_mult": 2}, {"decoder_norm": "tanh"}, PLAIN,
@@ -1215,15 +1175,6 @@ def test_parameter_groups_are_the_codes():
     assert decayed["weight_decay"] == 0.01 and decayed["lr"] == plain["lr"] == 3e-5
     layers = count(*model.bert.encoder.layer[:10])
     assert sum(p.numel() for p in decayed["params"]) == count(model) - count(model.bert) + layers - 258_296
-
-
-def test_one_forward_at_paper_size():
-    torch.manual_seed(0)
-    model = ICIPNet(Config()).eval()
-    tokens = torch.randint(1000, 3000, (1, 20))
-    with torch.no_grad():
-        logits = model(torch.randint(0, 256, (1, 3, 480, 480), dtype=torch.uint8), tokens, tokens > 0)["logits"]
-    assert logits.shape == (1, 1, 120, 120) and torch.isfinite(logits).all() and logits.std() > 0
 
 
 # --------------------------------------------------------------------------------------- tokenizer, published weights

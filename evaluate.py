@@ -378,10 +378,10 @@ def score_predictions(args):
     """Score DIR/ID.png of each sample as `args` says; whatever cannot be scored is listed, and then nothing written."""
     if not Path(args.predictions).is_dir():
         raise FileNotFoundError(f"--predictions {args.predictions}: no such folder")
-    found, ids, empty = [], set(), args.empty or "zero"
-    for split in data.split_names(args.dataset, args.split, args.data_root, args.refs):
-        samples, about = read_split(args.dataset, args.data_root, split, args.rows, args.categories, args.limit,
-                                    args.small, args.refs)
+    found, ids, empty, root = [], set(), args.empty or "zero", args.data_root or "data"
+    for split in data.split_names(args.dataset, args.split, root, args.refs):
+        samples, about = read_split(args.dataset, root, split, args.rows, args.categories, args.limit, args.small,
+                                    args.refs)
         with ThreadPool() as pool:
             rows = list(tqdm(pool.imap(functools.partial(score_file, args), samples), split, len(samples), leave=False))
         found.append((samples, about, rows))
@@ -694,8 +694,7 @@ class Options(argparse.ArgumentParser):
 
 def arguments(argv=None):
     parser = Options(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", metavar="RUN",
-                        help="a run, a weights file in one, an export, or org/name on the hub")
+    parser.add_argument("--checkpoint", metavar="RUN", help="a run, weights in one, an export, org/name of the hub")
     parser.add_argument("--model", choices=models.PAPERS, help="the paper whose authors released --checkpoint FILE")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
                         help="change fields of the configuration or the recipe that leave all tensor shapes alone")
@@ -704,21 +703,18 @@ def arguments(argv=None):
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the recipe's on cuda, fp32 on the cpu")
     score = parser.add_argument_group("scoring a dataset")
     score.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
-    score.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: as in training)")
-    score.add_argument("--refs", metavar="NAME", help="the pickle of --dataset refer")
-    score.add_argument("--split", default="test",
-                       help="one or several with commas (default test; on refcoco testA,testB; testA+testB as one)")
-    score.add_argument("--protocol", choices=models.CHOICES["protocol"],
-                       help="size masks are scored at (default: recipe)")
+    score.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: as in training, or data)")
+    score.add_argument("--refs", metavar="NAME", help="the pickle of --dataset refer (default: as in training)")
+    score.add_argument("--split", default="test", help="one or several with commas, testA+testB as one (default test)")
+    score.add_argument("--protocol", choices=models.CHOICES["protocol"], help="size that is scored (default: recipe)")
     score.add_argument("--empty", choices=models.CHOICES["empty"], help="IoU of empty on empty (default: recipe)")
     score.add_argument("--categories", choices=["all", "seen", "unseen"], default="all", help="COCO categories to keep")
     score.add_argument("--small", action="store_true", help="synthetic scenes: objects from 0.2 %% of the image")
     score.add_argument("--control", choices=["shuffled"], help="score with another picture's sentences instead")
     score.add_argument("--save-masks", action="store_true", help="one PNG (0/255) per sample, at the scored size")
-    score.add_argument("--rows", default="", help=f"of the sheet: {', '.join(ROWS)} (kinds of failure), or sample ids "
-                       "with commas (default: ten from the whole split)")
-    score.add_argument("--micro-batch", type=at_least(1), default=32, metavar="N",
-                       help="expressions at once per process (default 32)")
+    score.add_argument("--rows", default="", metavar="WHICH", help="samples of the sheet: their ids with commas, or "
+                       f"{', '.join(ROWS)} (why they failed); default: ten from the whole split")
+    score.add_argument("--micro-batch", type=at_least(1), default=32, help="expressions at once (default 32)")
     score.add_argument("-j", "--workers", type=at_least(0), default=min(8, max(1, os.cpu_count() // 2)), metavar="N",
                        help="loader processes per process")
     score.add_argument("--limit", type=at_least(0), default=0, metavar="N", help="first N samples of a split (0: all)")
@@ -727,12 +723,13 @@ def arguments(argv=None):
     own = parser.add_argument_group("segmenting own images")
     own.add_argument("--image", nargs="+", metavar="FILE", help="images to segment, or folders of them")
     own.add_argument("--text", nargs="+", metavar="SENTENCE", help="what to find in each of them")
-    own.add_argument("--tile", type=at_least(1), metavar="PIXELS", help="cut large scenes into overlapping tiles of so "
-                     "many pixels and blend their masks; a tile does not know where in the scene it lies")
+    own.add_argument("--tile", type=at_least(1), metavar="PIXELS", help="cut large scenes into overlapping tiles and "
+                     "blend their masks; a tile does not know where in the scene it lies (default: the whole at once)")
     own.add_argument("--overlap", type=at_least(0), default=128, metavar="PIXELS", help="of the tiles (default 128)")
     args = parser.parse_args(argv)
-    if bool(args.image) != bool(args.text):
-        parser.error("--image and --text go together")
+    for option, other in (("image", "text"), ("text", "image"), ("tile", "image"), ("side", "predictions")):
+        if getattr(args, option) and not getattr(args, other):
+            parser.error(f"--{option} goes with --{other}")
     if bool(args.predictions) == bool(args.checkpoint):
         parser.error("give --checkpoint RUN, or --predictions DIR")
     if (args.predictions or args.model) and not (args.dataset or args.image):
@@ -741,13 +738,12 @@ def arguments(argv=None):
 
 
 def load_model(args, device):
-    """(model, settings that it was trained with, folder for its scores, weights file that is not its usual one)."""
+    """(model, settings that it was trained with, folder for its scores, weights file if it is not the usual one)."""
     if args.model:
         paper = models.paper(args.model)
         config, _ = models.override(paper.Config(), paper.RECIPE, args.set)
         model = models.load_official(args.model, args.checkpoint, config=config, device=device)
-        own = {"dataset": args.dataset, "data_root": args.data_root or "data", "small": False, "limit": 0}
-        return model, {**own, **model.run}, Path(f"runs/{args.model}-official"), None
+        return model, {"dataset": args.dataset, **model.run}, Path(f"runs/{args.model}-official"), None
     model, (trained, folder) = models.load(args.checkpoint, args.set, device), models.run_settings(args.checkpoint)
     usual = next((one for name in ("best", "last") if (one := folder / f"{name}.safetensors").is_file()), folder)
     other = Path(args.checkpoint).is_file() and not usual.samefile(args.checkpoint)
@@ -762,27 +758,30 @@ def main(args):
             score_predictions(args)
         return
     model, trained, folder, weights = load_model(args, processes.device)
-    recipe = dict(model.run["recipe"])
+    recipe, small = dict(model.run["recipe"]), args.small or trained.get("small", False)
     precision = args.precision or (recipe["precision"] if processes.device.type == "cuda" else "fp32")
     if args.image:
         segment_files(model, args.image, args.text, args.output or "out", precision, args.tile, args.overlap)
         return
-    recipe |= {key: value for key in ("protocol", "empty") if (value := getattr(args, key))}
-    dataset, data_root = args.dataset or trained["dataset"], args.data_root or trained["data_root"]
-    small, same = args.small or trained["small"], dataset == trained["dataset"]
-    places = [str(Path(root).resolve()) for root in (data_root, trained["data_root"])]
+    dataset, usual_root = args.dataset or trained["dataset"], trained.get("data_root", "data")
+    data_root, refs = args.data_root or usual_root, args.refs or trained.get("refs")
+    same, moved = dataset == trained["dataset"], Path(data_root).resolve() != Path(usual_root).resolve()
+    asked = {key: value for key in ("protocol", "empty") if (value := getattr(args, key)) not in (None, recipe[key])}
+    recipe |= asked
+    asked |= {"small": small} if small != trained.get("small", False) else {}
+    asked |= {"limit": args.limit} if args.limit != trained.get("limit", 0) else {}
+    asked |= {"checkpoint": weights} if weights else {}
+    asked |= {"refs": refs} if same and refs != trained.get("refs") else {}
+    asked |= {"data_root": Path(data_root).resolve()} if same and moved and dataset != "synthetic" else {}
     changes = [one for one in args.set if not one.startswith(("pretrained=", "weights_dir="))]    # where, not what
-    changes += [f"{name}={value}" for name, value, own in (
-        ("checkpoint", weights, None), ("data_root", *(places if same and dataset != "synthetic" else (0, 0))),
-        *((key, recipe[key], {**trained["recipe"], **model.run["recipe"]}[key]) for key in ("protocol", "empty")),
-        ("small", small, trained["small"]), ("limit", args.limit, trained["limit"])) if value != own]
+    changes += [f"{name}={value}" for name, value in asked.items()]
     summaries = {split: score_split(
         model, processes, dataset=dataset, data_root=data_root, split=split, recipe=recipe,
         output=args.output or folder, tokenizer=model.tokenizer, precision=precision, micro_batch=args.micro_batch,
-        workers=args.workers, categories=args.categories, limit=args.limit, small=small, refs=args.refs, rows=args.rows,
+        workers=args.workers, categories=args.categories, limit=args.limit, small=small, refs=refs, rows=args.rows,
         control=args.control == "shuffled", save_masks=args.save_masks, checkpoint=args.checkpoint,
         prefix=[] if same else [dataset], changes=changes)
-        for split in data.split_names(dataset, args.split, data_root, args.refs)}
+        for split in data.split_names(dataset, args.split, data_root, refs)}
     if processes.first and len(summaries) > 1:
         print(metrics.rows(summaries))
 

@@ -1,6 +1,7 @@
 """evaluate.py: scoring, the control, pictures, own images. On the toy paper, trained for two short epochs."""
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -272,6 +273,33 @@ def test_wrong_input_is_named(run, tmp_path, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         score(run, tmp_path, *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "give --checkpoint RUN, or --predictions DIR"), (["--checkpoint", "run", "--predictions", "dir"], "give --"),
+    (["--checkpoint", "run", "--image", "a.png"], "--image goes with --text"),
+    (["--checkpoint", "run", "--text", "a ship"], "--text goes with --image"),
+    (["--checkpoint", "run", "--tile", "512"], "--tile goes with --image"),
+    (["--checkpoint", "run", "--side", "512"], "--side goes with --predictions"),
+    (["--predictions", "dir"], "--dataset is needed"), (["--model", "rs2sam2", "--checkpoint", "f"], "--dataset is"),
+    (["--checkpoint", "run", "--limit", "-1"], "must be at least 0"),
+    (["--checkpoint", "run", "--micro_batch=0"], "must be at least 1")])
+def test_options_that_do_not_go_together(capsys, words, message):
+    with pytest.raises(SystemExit):
+        evaluate.arguments(words)
+    assert message in capsys.readouterr().err
+
+
+def test_options_have_the_defaults_that_their_help_names(capsys):
+    args = evaluate.arguments(["--checkpoint", "run"])
+    with pytest.raises(SystemExit):
+        evaluate.arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (f"(default {args.split})", f"at once (default {args.micro_batch})", f"tiles (default {args.overlap})",
+                 *evaluate.ROWS):
+        assert part in text
+    assert (args.limit, args.categories, args.rows, args.small, args.save_masks) == (0, "all", "", False, False)
+    assert args.overlap == inspect.signature(evaluate.predict).parameters["overlap"].default == 128      # DESIGN's
 
 
 # ---------------------------------------------------------------------------------------------------------- faults

@@ -156,8 +156,6 @@ class Config:
             raise ValueError(f"dense=False leaves nothing to supervise: set alpha_dense=0, got {self.alpha_dense}")
         if self.image_size % 32:
             raise ValueError(f"image_size={self.image_size}: SAM's image encoder takes multiples of 32")
-        if self.attention_width % self.heads:
-            raise ValueError(f"attention_width={self.attention_width}: expected a multiple of heads={self.heads}")
 
     @classmethod
     def tiny(cls):
@@ -208,9 +206,9 @@ class LoRALinear(nn.Module):
 
 
 def adapt(tower, rank, *ends):
-    """Put a LoRALinear in the place of each linear layer whose path ends with one of `ends`."""
+    """Put a LoRALinear of a rank above zero in the place of each linear layer whose path ends so."""
     for path, module in list(tower.named_modules()):
-        if isinstance(module, nn.Linear) and path.endswith(ends):
+        if rank and isinstance(module, nn.Linear) and path.endswith(ends):
             parent, _, name = path.rpartition(".")
             setattr(tower.get_submodule(parent), name, LoRALinear(module, rank))
 
@@ -238,9 +236,8 @@ class CascadedPrompter(nn.Module):
             self.register_buffer("image_position", fourier_positions(side, vision_width))
         else:
             self.image_position = drawn_or_zero(c.image_positions == "learnable", side * side, vision_width)
-        self.decompose = ReferringSemanticDecomposition(
-            text_width, c.n_t, c.decomposition_blocks, subspaces, c.subspace_init, c.intra_attention,
-            c.inter_attention, **layer)
+        self.decompose = ReferringSemanticDecomposition(text_width, c.n_t, c.decomposition_blocks, subspaces,
+                                                        c.subspace_init, c.intra_attention, c.inter_attention, **layer)
         interaction = partial(TextVisualInteraction, text_width, vision_width, c.interaction_blocks,
                               cross_attention=c.cross_attention, **layer)
         if c.cascade:           # t'_1 leaves the first order only through v'_1
@@ -254,9 +251,9 @@ class CascadedPrompter(nn.Module):
                                       nn.BatchNorm1d(c.n_t), nn.Conv1d(c.n_t, 1, 1), nn.Flatten())      # -> (M,D_t)
         if c.dense:
             source = {"sent": vision_width, "t2": text_width, "t2_prime": text_width, "sparse": prompt_width}
-            self.dense = DensePromptGeneration(
-                vision_width, source[c.dense_text], size, c.dense_conv, c.dense_upsample, c.align_corners,
-                c.mlp_width if c.dense_soft_text else 0, c.dense_scale)
+            soft = c.mlp_width if c.dense_soft_text else 0
+            self.dense = DensePromptGeneration(vision_width, source[c.dense_text], size, c.dense_conv, c.dense_upsample,
+                                               c.align_corners, soft, c.dense_scale)
 
     def forward(self, v, words, text_mask, sentence):
         c = self.config
@@ -616,11 +613,9 @@ class RSRefSeg2(nn.Module):
         self.vision = SiglipVisionModel._from_config(clip.vision_config)
         self.text = SiglipTextModel._from_config(clip.text_config)
         self.sam = Sam2Model._from_config(sam)
-        for tower, rank, *ends in ((self.vision, c.lora_vision, "q_proj", "k_proj", "v_proj", "out_proj"),
-                                   (self.text, c.lora_text, "q_proj", "k_proj", "v_proj", "out_proj"),
-                                   (self.sam.vision_encoder, c.lora_sam, "attn.qkv", "attn.proj")):
-            if rank:
-                adapt(tower, rank, *ends)           # Silent: LoRA
+        adapt(self.vision, c.lora_vision, "q_proj", "k_proj", "v_proj", "out_proj")           # Silent: LoRA
+        adapt(self.text, c.lora_text, "q_proj", "k_proj", "v_proj", "out_proj")
+        adapt(self.sam.vision_encoder, c.lora_sam, "attn.qkv", "attn.proj")
         self.small = c.clip_size or clip.vision_config.image_size             # H_1
         D_v, D_t = clip.vision_config.hidden_size, clip.text_config.hidden_size
         self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
@@ -753,17 +748,13 @@ class RSRefSeg2(nn.Module):
     def criterion(self, outputs, batch, progress):
         """The terms of Eq. (9), weighted; their sum is the loss. Terms with weight zero are left out."""
         c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
-        side = masks.shape[-1]
-        logits = resize(outputs["logits"], side)
+        logits, dice = resize(outputs["logits"], masks.shape[-1]), partial(dice_loss, squared=True, eps=1e-3)
         images = {"v": lambda: outputs["v"][batch["image_index"]], "v2": lambda: outputs["v2"]}    # (M,D_v,g,g)
         texts = {"sent": lambda: outputs["sentence"], "t2": lambda: self.match_t2(outputs["t2"].mean(1))}
 
         def scale(name):
             s = self.scales[name].exp()
             return s if c.official_losses else s.clamp(max=100)
-
-        def dice(logits, masks):
-            return dice_loss(logits, masks, squared=True, eps=1e-3)
 
         def cross_entropy(logits, masks):           # of L_spat and L_dense
             logits = resize(logits, masks.shape[-1])
@@ -913,11 +904,12 @@ SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "end": 2}     # as SigLIP's: words [EO
 
 
 class SiglipWords:
-    """SigLIP's own tokenizer, padded right, cut to `length` with EOS kept: strings -> tokens, text_mask."""
+    """SigLIP's tokenizer: strings -> tokens (M,L) int64, padded right, cut with EOS kept, text_mask (M,L) bool."""
 
-    def __init__(self, tokenizer, length, lower_case=True):
-        self.tokenizer, self.length, self.lower_case = tokenizer, length, lower_case
+    def __init__(self, config):
+        self.tokenizer = from_hub(AutoTokenizer.from_pretrained, find_weights(config, config.clip))
         self.tokenizer.padding_side = "right"
+        self.length, self.lower_case = config.text_length, config.lower_case
 
     def __call__(self, expressions):
         texts = [text.lower() if self.lower_case else text for text in expressions]
@@ -926,10 +918,7 @@ class SiglipWords:
         return batch["input_ids"], batch["attention_mask"].bool()
 
 
-def tokenizer(config):
-    """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
-    words = from_hub(AutoTokenizer.from_pretrained, find_weights(config, config.clip))
-    return SiglipWords(words, config.text_length, config.lower_case)
+tokenizer = SiglipWords
 
 
 def find_weights(config, name):
@@ -1027,8 +1016,6 @@ def read_official(path):
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except Exception as error:                      # whatever a damaged file, or one that wants code run, provokes
         raise ValueError(f"{path}: not a whole file of plain tensors ({type(error).__name__})") from error
     for key in ("state_dict", "module"):
@@ -1071,24 +1058,23 @@ def read_official(path):
 #   (4)-(6)      each attention and MLP has a residual before its norm (code); none is printed
 #   (6) line 3   queries are what line 2 made of them ("sequentially"); printed with the query of line 2 again
 #   (7)          the 3x3 form of III-C, which IV-E8 calls 1x1; cosines, though the text speaks of a probability map
-#   (8)          SAM 2.1's own decoder: its order of tokens, an object-score token, a no-memory embedding on F_img,
-#                features at strides 4 and 8; logits come at H_2/4 and are enlarged bilinearly
+#   (8)          SAM 2.1's own: order of tokens, object-score token, no-memory embedding on F_img, features at strides 4
+#                and 8; logits come at H_2/4 and are enlarged bilinearly
 #   (12)         L_samp contrasts t_2 with v: Table XV's best row (code); printed with t_sent
 #   (13)         its N images are the expressions: each is a sample
-#   batch        L_samp and (7)'s batch norm see what is taken at once, --micro-batch times the processes for L_samp,
-#                not the 64 of IV-C2
+#   batch        L_samp sees --micro-batch times the processes, (7)'s batch norm too, not the 64 of IV-C2
 #   t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; an expression without words reads EOS
 #   t_sent       SigLIP has no feature at EOS: its text head reads the last of 64 positions, which it was trained on
 #   decoder      heads for IoU, object score and masks 2 to 4 stay frozen: no loss reaches them
 # Departs from the official code, even with all of ABLATIONS["official"]
 #   LoRA         not on SAM's neck and SigLIP's text head; read_official folds what theirs learned there
-#   training     BF16 holds the products, there also weights, statistics and losses; warm-up from 0.2 of a step's share,
-#                there from 0.01; the best epoch is chosen on validation, there on test
+#   BF16         of products only, there also of weights, statistics and losses
+#   training     the best epoch is chosen on validation, there on test; warm-up begins at a step's share, there at 0.01
 #   L_samp       without the constant on all its cosines, which no softmax sees
 #   text         cut to the tower's positions, there to 128, which it has not
-#   I_2          PIL's enlargement to 1024, there OpenCV's; a picture that is not square is squashed, there padded
-#   refsegrs     T_max of 1.8 times the epochs is read in another copy of their settings
-#   Pr@X         IoU >= X counts, there >
+#   I_2          enlarged by PIL, there by OpenCV; what is not square is squashed, there padded
+#   refsegrs     T_max is 2 times the epochs; a reading of another of their files says 1.8
+#   Pr@X         counts IoU >= X, there >
 # Silent (code: as the official code has it; unmarked: our choice)
 #   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout (code)
 #   start        PyTorch's own for the prompter (code); with pretrained=none Xavier for it and SAM's decoder
@@ -1100,22 +1086,21 @@ def read_official(path):
 #   LoRA         on q, k, v, out of every attention of the three towers, alpha = r (code); A starts at zero
 #   I_1          the H_2 image reduced bilinearly with antialiasing
 #   L_dice       squared denominator, epsilon 1e-3 above and below (code)
-#   L_samp       v averaged over the mask's area, so that no small object is lost to rounding; t_2 over its n_t vectors;
-#                a learnable factor on the cosines, from 1/0.07 (code), at most 100; gathered with gradient
-#   L_spat       cosines times such a factor (and plus a bias for CE); CE at the mask's size; MIL: -log of the softmax
-#                mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
-#   L_dense      like CE in L_spat, since a cosine as a logit cannot leave 0.27..0.73; p_dense itself with dense_scale.
-#                At the mask's size (IV-E10 may mean H_2/4)
+#   L_samp       v averaged over the mask's area, so that no small object is lost; t_2 over its n_t vectors; a learnable
+#                factor on the cosines, from 1/0.07 (code), at most 100; gathered over processes with gradient
+#   L_spat       cosines times such a factor, plus a bias for CE, which is taken at the mask's size; MIL: -log of the
+#                softmax mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
+#   L_dense      like CE in L_spat (a cosine as a logit stays in 0.27 .. 0.73), at the mask's size; IV-E10 may say H_2/4
 #   alphas       0.5 for every auxiliary term that a row of Table XV switches on
 #   text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
-#   training     warm-up 5 epochs, decay 0.05, clipping 3.0 (code)
+#   training     warm-up 5 epochs, decay 0.05, clipping 3.0, protocol original (code)
 #   Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
 #   Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
 #   Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
-#   Table XIII   T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent; official
-#                T-t2, T-t2': linear, GELU, convolution over n_t, batch norm, convolution to one (code; widths ours)
+#   Table XIII   T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
 #   Table XIV    other sizes through interpolated positions
 #   Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
 #   diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one
+#   official     the pooling of T-t2 and T-t2': linear, GELU, convolution over n_t, batch norm, convolution; widths ours
 # Omits
 #   ZeRO-2       one process holds all weights; they are few enough

@@ -91,7 +91,10 @@ def forward(model, batch, device, precision):
     batch = to_device(batch, device)
     with autocast(device, precision):
         outputs = model(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
-    return {key: value.float() if value.is_floating_point() else value for key, value in outputs.items()}, batch
+    outputs = {key: value.float() if value.is_floating_point() else value for key, value in outputs.items()}
+    if getattr(model.config, "enlarge_twice", False):           # its paper's code reaches any size by the square
+        outputs["logits"] = upsampled(outputs["logits"], batch["images"].shape[-2:])
+    return outputs, batch
 
 
 def load_batch(dataset, numbers):

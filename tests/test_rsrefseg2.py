@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GemmaTokenizer, Sam2Model, SiglipModel, SiglipTextModel, SiglipVisionModel
 
 import data
+import evaluate
 import losses
 import metrics
 import models
@@ -843,6 +844,19 @@ def test_weights_under_the_names_of_before_load():
     assert sum(key.startswith("prompter.decompose.words.") for key in tensors) == 2 * 2 * 16
     models.load_own_state(other, tensors, {}, "a run of before")
     assert torch.equal(other(*inputs())["logits"], model(*inputs())["logits"])
+
+
+def test_official_scores_are_taken_by_way_of_the_square():
+    images, tokens, text_mask, index = inputs()
+    batch = {"images": images, "tokens": tokens, "text_mask": text_mask, "image_index": index}
+    for twice in (False, True):
+        model = build(small(enlarge_twice=twice))
+        with torch.no_grad():
+            logits, expected = (evaluate.forward(model, batch, torch.device("cpu"), "fp32")[0]["logits"],
+                                model(*inputs())["logits"])
+        if twice:
+            expected = F.interpolate(expected, (S, S), mode="bilinear", align_corners=False)
+        assert torch.equal(logits, expected)
 
 
 def test_dynamic_multimask_is_off_unless_asked_for():

@@ -479,6 +479,23 @@ def test_rs2sam2_boundary_loss_by_loops(hard, cut):
         assert loss[m].item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
+def test_rs2sam2_boundary_loss_has_the_gradient_of_its_formula():
+    """RS2-SAM 2 Eq. (7): towards the logits and the weight, here written out in float64."""
+    logits, _, masks = example()
+    logits, weight = logits.double().requires_grad_(), torch.tensor([0.5, -2.0, 1.5]).double().requires_grad_()
+    difference = 0.0
+    for values, sign in ((logits.sigmoid(), 1), (masks.double(), -1)):
+        for axis in (2, 3):
+            first = torch.zeros_like(values.narrow(axis, 0, 1))
+            difference = difference + sign * torch.cat((first, values.diff(dim=axis).abs()), axis)
+    expected = (weight[:, None, None, None] * difference).square().mean((1, 2, 3))
+    ours = boundary_loss(logits.float(), masks, weight.float())
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(torch.autograd.grad(ours.sum(), (logits, weight)),
+                          torch.autograd.grad(expected.sum(), (logits, weight)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_rs2sam2_gradients_of_an_edge():
     """RS2-SAM 2 Eq. (7): the mask's own gradient is 1 along an edge, 2 at a corner and 0 elsewhere."""
     square = torch.zeros(1, 1, 4, 4)

@@ -7,10 +7,12 @@ import pickle
 import re
 import zlib
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
@@ -362,10 +364,73 @@ def test_eq05_pseudo_mask_of_class_token_and_patches(with_attention):
             torch.testing.assert_close(M_p[m, 0, n // 3, n % 3], 1 / (1 + torch.exp(-value[0])))
 
 
+def test_eq01_to_eq05_have_the_gradients_of_finite_differences():
+    """In float64, towards every input and parameter: what the formulas differentiate is not cut."""
+    def check(module, *inputs, call=None):
+        module = randomised(module, scale=0.4).double()
+        inputs = [x.double().requires_grad_() for x in inputs]
+        assert torch.autograd.gradcheck(
+            lambda *values: (call or module)(*values[:len(inputs)]), (*inputs, *module.parameters()), fast_mode=True)
+
+    generator = torch.Generator().manual_seed(0)
+    text_mask = torch.tensor([[True, True, False], [True, True, True]])
+    F_in, F_i, V = torch.randn(3, 2, 2, 3, 8, generator=generator)
+    T_i, V_cls = torch.randn(2, 3, 6, generator=generator), torch.randn(2, 1, 8, generator=generator)
+    norm, mlp = nn.LayerNorm(8).double(), nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 8)).double()
+    for structure, official in (("bi", False), ("bi", True), ("uni", False), ("linear", False)):
+        layer = BidirectionalHierarchicalFusion(8, 6, reduction=2, heads=2, structure=structure, official=official)
+        check(layer, F_in, F_i, T_i, call=lambda *values, own=layer: own(*values, text_mask, norm, mlp))
+    gate, feature = TextGate(6, 2), torch.randn(2, 6, 2, 2, generator=generator)
+    check(gate, feature, feature[:1], T_i, call=lambda F, positions, T: gate(F, positions, T, text_mask))
+    for with_attention in (True, False):
+        mpg = MaskPromptGenerator(8, heads=2, attention=with_attention)
+        check(mpg, V_cls, V.flatten(1, 2), call=lambda V_cls, V, own=mpg: own(V_cls, V, (2, 3)))
+    beit3 = BEiT3(size=4, patch=2, width=4, layers=2, heads=2, ffn=6, positions=5, vocab_size=6)
+    tokens = torch.tensor([[0, 5, 1], [0, 4, 2]])
+    check(beit3, torch.randn(2, 3, 4, 4, generator=generator),
+          call=lambda pixels: (beit3(pixels, tokens, text_mask)[0], beit3(pixels, tokens)[1]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"fusion": "uni", "official_fusion": True, "official_logits": True},
+                                     {"fusion": "none", "mpg_attention": False}], ids=str)
+def test_the_whole_model_has_the_gradient_of_finite_differences(changes):
+    """From every output to every part of the model, in float64: no wire between two parts is cut."""
+    model, generator = build(lively=True, freeze=False, **changes).double(), torch.Generator().manual_seed(4)
+    model.param_groups(RECIPE)
+    inputs = example()[:3]
+    probe = {name: torch.randn(value.shape, generator=generator, dtype=torch.double)
+             for name, value in model(*inputs).items()}
+    parts = [model.beit3, model.sam.vision_encoder.backbone, model.sam.vision_encoder.neck, model.sam.mask_decoder,
+             model.sam.prompt_encoder, model.gate, model.prompt_generator, model.token_mlp, model.text_projection,
+             model.text_weight, *(model.fusion if "fusion" in model._modules else [])]
+    for name, weights in probe.items():
+        def value(name=name, weights=weights):
+            return (model(*inputs)[name] * weights).mean()
+
+        learning = [p for p in model.parameters() if p.requires_grad]
+        gradients = dict(zip(map(id, learning), torch.autograd.grad(value(), learning, allow_unused=True), strict=True))
+        with torch.no_grad():
+            for part in parts:
+                own = [p for p in part.parameters() if p.requires_grad]
+                steps = [1e-8 * torch.randn(p.shape, generator=generator, dtype=torch.double) for p in own]
+                ends = []
+                for sign in (1, -2):
+                    for p, step in zip(own, steps, strict=True):
+                        p.add_(sign * step)
+                    ends.append(value().item())
+                for p, step in zip(own, steps, strict=True):
+                    p.add_(step)
+                expected = sum((gradients[id(p)] * step).sum().item() for p, step in zip(own, steps, strict=True)
+                               if gradients[id(p)] is not None)
+                assert (ends[0] - ends[1]) / 2 == pytest.approx(expected, rel=1e-4, abs=1e-16), (name, type(part))
+
+
 def test_eq06_terms_carry_the_papers_weights():
     model = build()
     generator = torch.Generator().manual_seed(0)
     logits, weight = torch.randn(M, 1, 16, 16, generator=generator), torch.randn(M, generator=generator)
+    logits.requires_grad_()
+    weight.requires_grad_()
     masks = example()[3]
     losses = model.criterion({"logits": logits, "text_weight": weight}, {"masks": masks}, 0.5)
     assert set(losses) == {"ce", "dice", "tbl"}
@@ -380,6 +445,9 @@ def test_eq06_terms_carry_the_papers_weights():
     torch.testing.assert_close(losses["ce"], 1.0 * ce)
     torch.testing.assert_close(losses["dice"], 0.1 * dice)
     torch.testing.assert_close(losses["tbl"], 0.2 * tbl)
+    for ours, theirs in zip(torch.autograd.grad(sum(losses.values()), (logits, weight)),
+                            torch.autograd.grad(ce + 0.1 * dice + 0.2 * tbl, (logits, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert set(build(boundary_loss=False).criterion({"logits": logits}, {"masks": masks}, 0.5)) == {"ce", "dice"}
 
 
@@ -411,8 +479,16 @@ def test_diagnose_reports_the_text_weight_and_the_pseudo_mask():
         ("text_weight", "boundary", "pseudo_mask_iou"), (M,))
     torch.testing.assert_close(figures["text_weight"], torch.tensor([0.5, 0.25, 0.0]))
     assert (figures["boundary"] < 1e-5).all() and (figures["pseudo_mask_iou"] > 0.7).all()
+    half = torch.tensor([[[[0.4, 0.6], [0.4, 0.6]]]]).expand(M, -1, -1, -1)   # above 0.5: the right half, 32 x 64
+    cells = masks[:, :, 32:].sum((1, 2))
+    expected = cells / (32 * 64 + masks.sum((1, 2)) - cells)
+    torch.testing.assert_close(model.diagnose({**outputs, "pseudo_mask": half}, masks)["pseudo_mask_iou"], expected)
+    assert model.diagnose({**outputs, "pseudo_mask": half * 0.5}, masks & False)["pseudo_mask_iou"].tolist() == [0] * M
     assert (model.diagnose({**outputs, "logits": -outputs["logits"]}, masks)["boundary"] < 1e-5).all()
     shifted = {**outputs, "logits": outputs["logits"].roll(9, 2)}
+    ones = torch.ones(M)                                                      # (7) at weight 1
+    torch.testing.assert_close(model.diagnose(shifted, masks)["boundary"],
+                               boundary_loss(shifted["logits"], masks[:, None], ones))
     assert (model.diagnose(shifted, masks)["boundary"] > 1e-3).all()
 
 
@@ -600,14 +676,36 @@ def test_pixels_of_the_two_encoders():
     assert sharp.min() >= -1 and sharp.max() <= 1                             # bicubic overshoot is cut as PIL cuts it
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("official", "small"), [(False, "BICUBIC"), (True, "BILINEAR")])
+def test_both_encoders_are_shown_what_pil_shrinks_without_aliasing(official, small):
+    model, seen = build(official_pixels=official), {}
+    model.beit3.register_forward_pre_hook(lambda _, args: seen.update(beit=args[0]))
+    model.sam.vision_encoder.backbone.patch_embed.register_forward_pre_hook(lambda _, args: seen.update(sam=args[0]))
+    images, tokens, text_mask, _ = example(size=144)
+    model(images, tokens, text_mask)
+    imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)    # SAM 2, official code
+    half = torch.full((2, 3, 1, 1), 0.5)                                      # BEiT-3's own
+    for name, side, how, (mean, std) in (("beit", 32, small, imagenet if official else half),
+                                         ("sam", 64, "BILINEAR", imagenet)):
+        for m in range(M):
+            picture = Image.fromarray(images[m].permute(1, 2, 0).numpy())
+            picture = picture.resize((side, side), getattr(Image.Resampling, how))
+            levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            assert ((seen[name][m] * std + mean) * 255 - levels).abs().max() < 9          # PIL rounds twice
+
+
 def test_checkpointing_leaves_outputs_and_gradients_as_they_are():
     images, tokens, text_mask, masks = example()
-    gradients = []
+    gradients, calls = [], []
     for checkpointing in (False, True):
         model = build(lively=True, checkpointing=checkpointing).train()
+        for part in (model.fusion[0].down, model.beit3.encoder.layers[0].ffn["A"].fc1):
+            part.register_forward_hook(lambda *_, on=checkpointing: calls.append(on))
         model.param_groups(RECIPE)
         sum(model.criterion(model(images, tokens, text_mask), {"masks": masks}, 0.0).values()).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert [calls.count(on) for on in (False, True)] == [2, 4]                # each is computed anew
     for name, gradient in gradients[0].items():
         assert (gradient is None) == (gradients[1][name] is None), name
         if gradient is not None:
@@ -685,12 +783,53 @@ def test_two_learning_rates_and_what_is_frozen():
 
 
 def test_recipes_are_the_papers():
-    expected = {"epochs": 40, "lr": 1e-5, "lr_modules": 5e-5, "batch_size": 8, "drop_epochs": 10, "drop_factor": 0.1,
-                "schedule": "step", "select": "mIoU+oIoU", "protocol": "resized", "weight_decay": 0.01}
-    assert {key: rs2sam2.RECIPE[key] for key in expected} == expected
-    assert rs2sam2.RECIPE_FOR == {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
+    assert rs2sam2.RECIPE == {
+        "epochs": 40, "lr": 1e-5, "lr_modules": 5e-5,                         # 4.2, RRSIS-D
+        "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,            # 4.2: "0.1 times ... the last 10 epochs"
+        "batch_size": 8, "micro_batch": 1,                                    # 4.2: a batch of 1 on each of 8 cards
+        "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16",          # official code
+        "black_boxes": 0.0,                                                   # the paper names no augmentation
+        "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU",  # official code
+        "phases": None}
+    assert rs2sam2.RECIPE_FOR == {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}       # 4.2
     fields = {field.name for field in dataclasses.fields(Config)}
     assert not fields & set(rs2sam2.RECIPE) and set(rs2sam2.RECIPE_TINY) <= set(rs2sam2.RECIPE)
+
+
+def test_configuration_is_the_papers():
+    assert dataclasses.asdict(Config()) == {
+        "image_size": 1024, "beit_size": 224, "sam_width": 256, "beit_width": 1024,                 # 4.2
+        "sam_backbone": "facebook/sam2-hiera-large", "beit_backbone": "beit3_large_patch16_224.pth",    # 4.2
+        "alpha_text": 0.2, "alpha_image": 0.5,                                # 4.2
+        "lambda_ce": 1.0, "lambda_dice": 0.1, "lambda_tbl": 0.2,              # 4.2
+        "freeze": True,                                                       # 1, 3.3: "the frozen SAM 2 image encoder"
+        "fusion": "bi", "gate": True, "mpg": True, "mpg_attention": True, "boundary_loss": True,    # 3.3 to 3.6
+        "background_weight": 0.9, "foreground_weight": 1.1,                   # [19], RMSIN's class weights
+        "beit_patch": 16, "beit_layers": 24, "beit_heads": 16, "beit_ffn": 4096, "beit_positions": 1024,
+        "vocab_size": 64010, "beit_words": "beit3.spm",                       # BEiT-3 large
+        "hiera_width": 144, "hiera_heads": 2, "hiera_blocks": (2, 6, 36, 4),  # Hiera-L
+        "hiera_windows": (8, 4, 16, 8),
+        "hiera_global": (23, 33, 43), "hiera_background": 7,
+        "sam_heads": 8, "sam_mlp": 2048, "sam_mask_channels": 16,             # SAM 2's decoder and mask prompt
+        "fusion_reduction": 4, "fusion_heads": 4, "gate_heads": 8, "mpg_heads": 8,      # official code
+        "text_length": 64, "pretrained": "hub", "weights_dir": "weights", "checkpointing": False,   # our choice
+        "official_fusion": False, "official_logits": False, "official_pixels": False, "official_unknown": False,
+        "official_precision": False, "official_dice": False, "hard_boundary": False}
+
+
+def test_sam2_is_the_published_large_one():
+    published = rs2sam2.sam2_config(Config())
+    trunk, vision = published.vision_config.backbone_config, published.vision_config
+    assert trunk.embed_dim_per_stage == [144, 288, 576, 1152] and trunk.num_attention_heads_per_stage == [2, 4, 8, 16]
+    assert trunk.blocks_per_stage == [2, 6, 36, 4] and trunk.window_size_per_stage == [8, 4, 16, 8]
+    assert trunk.global_attention_blocks == [23, 33, 43] and trunk.hidden_size == 144 and trunk.num_attention_heads == 2
+    assert trunk.window_positional_embedding_background_size == [7, 7]
+    assert vision.backbone_channel_list == [1152, 576, 288, 144] and vision.fpn_hidden_size == 256
+    prompts, decoder = published.prompt_encoder_config, published.mask_decoder_config
+    assert (prompts.hidden_size, prompts.image_size, prompts.mask_input_channels) == (256, 1024, 16)
+    assert (decoder.hidden_size, decoder.mlp_dim, decoder.num_attention_heads, decoder.iou_head_hidden_dim) == (
+        256, 2048, 8, 256)
+    assert decoder.dynamic_multimask_via_stability is False                   # token 0 in training and evaluation alike
 
 
 def test_ablations_are_the_thirteen_rows_of_tables_3_and_4():
@@ -706,10 +845,63 @@ def test_ablations_are_the_thirteen_rows_of_tables_3_and_4():
             sizes[table, row] = sum(parameter.numel() for parameter in model.parameters())
     assert len({sizes["3", row] for row in rs2sam2.ABLATIONS["3"]}) == 5       # each row builds a model of its own
     assert len(set(sizes.values())) == 5 + 8 - 4                              # the full model stands in four of them
+
+
+FULL = {"L_tbl", "MPG", "MHCA", "BL", "text to image", "image to text", "BC"}
+WORDS_OF_BL = {"text to image", "image to text"}
+ROWS = {        # of Tables 3 and 4: what each has; 4.4: "Linear ... without interacting with text", "Uni ... without
+                # back-propagating visual information", BC "after encoding", BL "the layer" in the encoder
+    ("3", "Baseline"): set(), ("3", "L_tbl"): {"L_tbl"}, ("3", "L_tbl+MMP"): {"L_tbl", "MPG", "MHCA"},
+    ("3", "L_tbl+DHF"): FULL - {"MPG", "MHCA"}, ("3", "L_tbl+MMP+DHF"): FULL,
+    ("4", "MPG w/o MHCA"): FULL - {"MHCA"}, ("4", "MPG w MHCA"): FULL,
+    ("4", "Linear"): FULL - WORDS_OF_BL, ("4", "Uni"): FULL - {"image to text"}, ("4", "Bi"): FULL,
+    ("4", "w/o BC"): FULL - {"BC"}, ("4", "w/o BL"): FULL - WORDS_OF_BL - {"BL"}, ("4", "w BC&BL"): FULL}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("table", "row"), ROWS)
+def test_rows_of_tables_3_and_4_have_what_the_paper_says(table, row):
+    """Found in what the model does: which part an output depends on, and on which it does not."""
+    changes = rs2sam2.ABLATIONS[table][row]
+    model = build(lively=True, **changes)
+    images, tokens, text_mask, masks = example()
+    got = {}
+    model.sam.mask_decoder.register_forward_pre_hook(lambda _, args, kwargs: got.update(kwargs), with_kwargs=True)
+    outputs = model(images, tokens, text_mask)
+    pixels, generator = torch.randn(M, 3, 64, 64), torch.Generator().manual_seed(0)
+    words, others = torch.randn(2, M, L, 16, generator=generator)
+    given = []
+    for layer in model.fusion if "fusion" in model._modules else ():
+        layer.register_forward_pre_hook(lambda _, args: given.append(args[2]))
+    features = model.encode_image(pixels, words, text_mask)
+    stock = model.sam.vision_encoder(pixels).fpn_hidden_states
+    has = {"image to text"} if given and not torch.equal(given[0], given[-1]) else set()
+    has |= {"L_tbl"} if "tbl" in model.criterion(outputs, {"masks": masks}, 0.0) else set()
+    if not torch.allclose(features[2], stock[2], atol=1e-4):
+        has.add("BL")
+    if not torch.equal(features[2], model.encode_image(pixels, others, text_mask)[2]):
+        has.add("text to image")
+    ungated = build(lively=True, **changes | {"gate": False})
+    ungated.load_state_dict(model.state_dict(), strict=False)
+    plain = {}
+    ungated.sam.mask_decoder.register_forward_pre_hook(lambda _, args, kwargs: plain.update(kwargs), with_kwargs=True)
+    ungated(images, tokens, text_mask)
+    if not torch.equal(got["image_embeddings"], plain["image_embeddings"]):
+        has.add("BC")
+    empty = model.sam.prompt_encoder(None, None, None, None)[1]
+    if not torch.equal(got["dense_prompt_embeddings"], empty):
+        has.add("MPG")
+        if model.prompt_generator.attention is not None:
+            has.add("MHCA")
+    assert has == ROWS[table, row]
+    assert ("pseudo_mask" in outputs) == ("MPG" in has) and ("text_weight" in outputs) == ("L_tbl" in has)
+
+
+def test_rows_with_everything_are_the_full_model():
     full = Config()
-    assert dataclasses.replace(full, **rs2sam2.ABLATIONS["3"]["L_tbl+MMP+DHF"]) == full
-    for row in ("MPG w MHCA", "Bi", "w BC&BL"):
-        assert dataclasses.replace(full, **rs2sam2.ABLATIONS["4"][row]) == full
+    for (table, row), has in ROWS.items():
+        assert (dataclasses.replace(full, **rs2sam2.ABLATIONS[table][row]) == full) == (has == FULL), row
+    assert set(ROWS) == {(table, row) for table in ("3", "4") for row in rs2sam2.ABLATIONS[table]}
     baseline = build(**rs2sam2.ABLATIONS["3"]["Baseline"])                     # SAM 2 and the union encoder
     assert {name for name, _ in baseline.named_children()} == {"beit3", "sam", "token_mlp"}
 
@@ -1225,6 +1417,30 @@ def test_official_losses_are_the_codes():
     each = boundary_loss(2 * m - 1, masks[:, None], weight, hard=True, cut=-1.0)
     torch.testing.assert_close(losses["tbl"], 0.2 * each.mean())
     assert (boundary_loss(2 * m - 1, masks[:, None], weight, hard=True) - each).abs().min() > 1e-3
+
+
+def test_starts_are_those_of_the_notes():
+    torch.manual_seed(0)
+    beit3 = BEiT3(size=32, patch=4, width=64, layers=1, heads=2, ffn=96, positions=64, vocab_size=64)
+    for table, std in ((beit3.encoder.embed_positions["A"], 0.02), (beit3.encoder.embed_positions["B"], 0.02),
+                       (beit3.text_embed, 1.0)):
+        assert table.weight.std().item() == pytest.approx(std, rel=0.1)
+    assert not beit3.vision_embed.cls_token.any()
+    layer = BidirectionalHierarchicalFusion(64, 48)
+    for linear_layer in (layer.down, layer.up, layer.text_in, layer.text_out, layer.side[0], layer.side[2]):
+        for values in (linear_layer.weight, linear_layer.bias):               # PyTorch's: uniform, 1/sqrt(fan in)
+            bound = linear_layer.in_features ** -0.5
+            assert 0.8 * bound < values.abs().max() <= bound
+    scratch = RS2SAM2(Config.tiny())
+    for linear_layer in (scratch.token_mlp[0], scratch.gate.attention.to_q,
+                         scratch.beit3.encoder.layers[0].ffn["A"].fc1,
+                         scratch.sam.mask_decoder.transformer.layers[0].mlp.proj_in):
+        bound = (6 / (linear_layer.in_features + linear_layer.out_features)) ** 0.5     # Xavier's
+        assert 0.95 * bound < linear_layer.weight.abs().max() <= bound and not linear_layer.bias.any()
+    for convolution in (scratch.sam.prompt_encoder.mask_embed.conv1, scratch.sam.mask_decoder.upscale_conv1,
+                        scratch.beit3.vision_embed.proj):
+        fan_in = convolution.weight[0].numel()
+        assert 0.5 * fan_in ** -0.5 < convolution.weight.abs().max() <= fan_in ** -0.5 and convolution.bias.any()
 
 
 def test_tiny_builds_small():

@@ -219,8 +219,11 @@ def test_eq04_tokens_and_the_first_mask():
     model = build()
     F_IS, positions = torch.randn(2, 16, 4, 4), torch.randn(1, 16, 4, 4)
     P_mask, P_point, P_text = torch.randn(2, 16, 4, 4), torch.randn(2, 1, 16), torch.randn(2, 8, 16)
+    sam, seen = model.sam.mask_decoder, {}
+    sam.register_forward_pre_hook(lambda module, _, given: seen.update(given), with_kwargs=True)
     S = model.decode(F_IS, positions, P_mask, P_point, P_text)
-    sam = model.sam.mask_decoder
+    assert torch.equal(seen["sparse_prompt_embeddings"][:, 0, 0], P_point[:, 0])             # the point before the words
+    assert torch.equal(seen["sparse_prompt_embeddings"][:, 0, 1:], P_text)
     for m in range(2):
         tokens = torch.cat((sam.iou_token.weight, sam.mask_tokens.weight, P_point[m], P_text[m]))
         out, image = sam.transformer(point_embeddings=tokens[None, None], image_positional_embeddings=positions,

@@ -204,7 +204,7 @@ class TinyDecoder(nn.Module):
         F_I_new, F_T_new = self.to_image(image, words, words, text_mask), self.to_text(words, image, image)  # Eq. (1)
         eos = text_mask.sum(1) - 1
         t_g = F_T_new[torch.arange(len(F_T), device=F_T.device), eos]                       # (M,D_C)
-        S_coarse = (F_I_new.float() * t_g.float()[:, None]).sum(2) / math.sqrt(t_g.shape[1])  # Departs: (2)  # Eq. (2)
+        S_coarse = (F_I_new.float() * t_g[:, None]).sum(2) / math.sqrt(t_g.shape[1])  # Departs: (2)  # Eq. (2)
         return rearrange(S_coarse, "m (h w) -> m 1 h w", h=grid[0])
 
 
@@ -433,7 +433,7 @@ class PromptRIS(nn.Module):
             F_S = self.sam.vision_encoder(pixels).last_hidden_state                         # (N,D_S,H_S,W_S)
         F_S = F_S[index]                                                                    # (M,D_S,H_S,W_S)
         S_C = resize(S_coarse, 4 * self.sam_grid)  # Silent: S_C                            # (M,1,4H_S,4W_S)
-        positions = self.sam.get_image_wide_positional_embeddings().detach()                # (1,D_S,H_S,W_S)
+        positions = self.sam.get_image_wide_positional_embeddings()                         # (1,D_S,H_S,W_S)
 
         P_point, point = self.point_prompt(S_C)                                             # (M,1,D_S)
         features, places = (rearrange(maps, "m c h w -> m (h w) c") for maps in (F_S, positions))
@@ -454,7 +454,6 @@ class PromptRIS(nn.Module):
             F_T, F_I = cmp(F_T, F_I, text_layer, image_layer, text_mask)
         return self.clip_text.final_layer_norm(F_T), self.clip_image.post_layernorm(F_I[:, 1:])  # Silent: F_T, F_I
 
-    @torch.no_grad()
     def encoded_cells(self):
         """E (4H_S*4W_S,D_S): SAM's encoding of the centres of the point map's cells, row by row."""
         side = 4 * self.sam_grid

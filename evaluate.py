@@ -237,10 +237,10 @@ def write_mask(mask, path, **options):
 
 
 def unfinished(outputs):
-    """(M,) bool: of which expressions some output is not finite."""
+    """(M,) bool: of which expressions some output is not finite, or too large to be summed up."""
     M = len(outputs["logits"])
-    rows = [values.reshape(M, -1) for values in outputs.values() if values.is_floating_point() and len(values) == M]
-    return ~torch.stack([torch.isfinite(values).all(1) for values in rows]).all(0)
+    values = [output for output in outputs.values() if output.is_floating_point() and len(output) == M]
+    return ~torch.stack([one.reshape(M, -1).sum(1).isfinite() for one in values]).all(0)
 
 
 @torch.no_grad()

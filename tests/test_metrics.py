@@ -115,6 +115,7 @@ def test_records_hold_what_the_numbers_are_made_of():
     assert first == {"id": "s0", "image": "i0", "expression": "expression 0", "instance": "o0", "category": "ship",
                      "category_source": "file", "intersection": 3, "union": 4, "iou": 0.75, "spread": 0.5}
     assert (second["id"], second["iou"], second["spread"], second["category"]) == ("s2", 0.0, None, None)
+    assert [type(first[name]) for name in ("intersection", "union", "iou")] == [int, int, float]
     assert records(samples, merged, empty="one")[1]["iou"] == 1.0
     assert records(samples, merged, empty="skip")[1]["iou"] is None
     json.dumps([first, second], allow_nan=False)
@@ -167,6 +168,7 @@ def test_policies_for_an_empty_union():
     assert [found[empty]["oIoU"] for empty in found] == [75.0, 75.0, 75.0]
     assert [found[empty]["Pr@0.9"] for empty in found] == [0.0, 50.0, 0.0]
     assert [found[empty]["samples"] for empty in found] == [2, 2, 1]
+    assert summarize(lines_of([(1, 1), (0, 1)]))["mIoU"] == 50.0            # the smallest union that is none
     assert summarize(lines_of([(0, 0)]), empty="zero")["oIoU"] == 0.0
     assert summarize(lines_of([(0, 0)]), empty="one")["oIoU"] == 100.0
     assert summarize(lines_of([(0, 0), (0, 0)]), empty="one")["intervals"]["oIoU"] == [100.0, 100.0]
@@ -263,7 +265,7 @@ def test_intervals_hold_the_value_repeat_and_narrow_with_the_images():
     for key in ("oIoU", "mIoU"):
         low, high = summary["intervals"][key]
         assert low < summary[key] < high
-    assert summarize(lines)["intervals"] == summary["intervals"]
+    assert summarize(lines, empty="zero", bootstrap=1000, seed=0)["intervals"] == summary["intervals"]
     assert summarize(lines, seed=1)["intervals"] != summary["intervals"]
     assert summarize(lines, bootstrap=0)["intervals"] == {}
     iou = np.array([row["iou"] for row in lines])
@@ -372,6 +374,8 @@ def test_compare_is_paired_by_id():
     wins = [x["iou"] < y["iou"] for x, y in zip(a, b, strict=True)]
     assert result["wins"]["B"] == pytest.approx(100 * sum(wins) / 400)
     assert sum(result["wins"].values()) == pytest.approx(100)
+    assert compare(a, b) == compare(a, b, empty="zero", bootstrap=1000, seed=0)
+    assert compare(a, b, seed=1)["mIoU"]["interval"] != compare(a, b)["mIoU"]["interval"]
     same = compare(a, a)
     assert same["wins"] == {"A": 0.0, "B": 0.0, "equal": 100.0} and same["mIoU"]["interval"] == [0.0, 0.0]
 

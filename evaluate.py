@@ -169,6 +169,10 @@ def one_line_errors():
 # --------------------------------------------------------------------------------------------------------- scoring
 
 
+class NoControl(ValueError):
+    """The split has no picture with a sentence that another lacks."""
+
+
 def shuffled(samples, seed=0):
     """The samples with sentences of another picture: the next one, in one random cycle, that says what this one does
     not, case and stops aside. Left out are the samples of a picture that holds all sentences there are.
@@ -188,8 +192,8 @@ def shuffled(samples, seed=0):
                     result[number] = dataclasses.replace(samples[number], expression=sentence, kind=None)
                 break
     if not result:
-        raise ValueError("--control shuffled: each picture of the split holds all sentences that there are; the "
-                         "control takes at least two images, one with a sentence that the other lacks")
+        raise NoControl("--control shuffled: each picture of the split holds all sentences that there are; the "
+                        "control takes at least two images, one with a sentence that the other lacks")
     return [result[number] for number in sorted(result)]
 
 

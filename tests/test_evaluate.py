@@ -217,6 +217,27 @@ def test_other_weights_and_other_data_have_folders_of_their_own(tmp_path, monkey
     assert scored(run, "--data-root", "other") == [evaluate.in_file_name(f"test-data_root={tmp_path / 'other'}")]
 
 
+def test_the_authors_weights_score_into_a_folder_of_their_own(run, photo, tmp_path, monkeypatch):
+    """models.load_official gives a model without a data set; what is asked with --set is in the Config that it gets."""
+    asked = []
+
+    def load_official(name, path, config=None, device="cpu"):
+        asked.append((name, path, config))
+        model = models.load(run)
+        model.run = {key: model.run[key] for key in ("model", "config", "recipe")}
+        return model
+
+    monkeypatch.setattr(models, "load_official", load_official, raising=False)
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "rs2sam2", "--checkpoint", "authors.pth", "--device", "cpu", "--set", "pretrained=DIR"]
+    evaluate.main(evaluate.arguments([*words, "--dataset", "synthetic", "--limit", "12", "--workers", "0"]))
+    assert len(metrics.read_records("runs/rs2sam2-official/test-limit=12")) == 12
+    evaluate.main(evaluate.arguments([*words, "--image", str(photo), "--text", "a ship"]))
+    assert Path("out/photo-mask.png").is_file()
+    wanted = dataclasses.replace(models.paper("rs2sam2").Config(), pretrained="DIR")
+    assert asked == [("rs2sam2", "authors.pth", wanted)] * 2
+
+
 def test_a_name_that_is_too_long_for_a_file_is_cut_and_stays_its_own():
     names = {evaluate.in_file_name("x" * 300 + end) for end in "ab"}
     assert len(names) == 2 and all(len(name) <= 160 for name in names)
@@ -273,6 +294,14 @@ def test_wrong_input_is_named(run, tmp_path, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         score(run, tmp_path, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_is_named_before_anything_is_scored(run, photo, monkeypatch):
+    monkeypatch.setattr(evaluate, "forward", None)
+    for words in ([], ["--image", str(photo), "--text", "a ship"]):
+        for output in (photo, photo / "below"):
+            with pytest.raises(OSError, match="photo.png"):
+                score(run, output, *words)
 
 
 @pytest.mark.parametrize("words, message", [

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel, BertTokenizer, ConvNextForImageClassification, ConvNextModel
 
@@ -901,6 +902,10 @@ def test_settings_reach_the_parts():
     assert rates == pytest.approx([0.05 * k for k in range(1, 7)])            # from 0 in the first to 0.3 in the last
     dropouts = {part.p for part in model.bert.modules() if isinstance(part, nn.Dropout)}
     assert dropouts == {0.2} and model.bert.encoder.layer[0].attention.self.dropout.p == 0.2
+    bert = model.bert.config
+    assert (bert.vocab_size, bert.hidden_size, bert.num_hidden_layers, bert.num_attention_heads,
+            bert.intermediate_size) == (40, 20, 1, 2, 24)
+    assert model.bert.pooler is None and isinstance(model.convnext.layernorm, nn.Identity)
     assert model.fusion.proj[1].p == 0.2 and model.fusion.attention.heads == config.heads == 2
     scales = [p for name, p in model.named_parameters() if name.endswith("layer_scale_parameter")]
     assert len(scales) == 7 and all(torch.equal(p, torch.full_like(p, 0.7)) for p in scales)
@@ -1049,6 +1054,21 @@ def test_wrong_weights_are_refused(published):
         build(replace(config, bert_width=32)).load_pretrained()
     with pytest.raises(ValueError, match="vocab_size=40"):
         tokenizer(replace(config, vocab_size=40))
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_a_published_folder_with_other_tensors_is_refused(published, change):
+    """Neither is a tensor that the folder lacks filled with random numbers, nor one that it has left out."""
+    config, folder, _, _ = published
+    file = folder / "bert-base-uncased" / "model.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
+    tensors[first + "x"] = tensors[first].clone()
+    if change == "missing":
+        del tensors[first + "x"], tensors[first]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit bert_width.*1 of .*intermediate.dense.weight"):
+        build(config).load_pretrained()
 
 
 def test_missing_weights_are_named_with_their_public_place(published, tmp_path):

@@ -233,7 +233,7 @@ class Bench:
                         np.asarray(mask.resize((side, side), Image.Resampling.NEAREST))
 
             self.report("bare decode and resize / loader",
-                        [bare, lambda: data.collate([dataset[numbers] for numbers in dataset.images])],
+                        [bare, lambda: data.collate([dataset[(number,)] for number in range(len(samples))])],
                         ("bare", "loader"), count_flops=False)
 
     def metrics(self):

@@ -51,9 +51,8 @@ class Sample:
     category: str | None
     category_source: str | None  # "file" | "parsed" from the expression | None
     size: tuple[int, int] | None = None  # (H, W) of the image, filled in when it is loaded
-    # Equal = the same picture, which may stand under many names; all that goes by images goes by this.
-    picture: str = ""                    # image_id where the data set gives each picture one name
-    kind: str | None = None              # of a synthetic sentence: attribute, place, extreme, size, relation, nearest
+    picture: str = ""            # equal = the same picture, whatever its names; all that goes by images goes by it
+    kind: str | None = None      # of a synthetic sentence: attribute, place, extreme, size, relation, nearest
 
     def __post_init__(self):
         if not self.picture:
@@ -264,7 +263,6 @@ def read_datainfo(benchmark: Benchmark, root: Path):
 
 class _PlainUnpickler(pickle.Unpickler):
     """A pickle may name any function to be called while it is read. Here none is: plain containers need none."""
-
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; a genuine one holds plain lists and dicts")
 
@@ -378,7 +376,7 @@ def _custom_samples(folder: Path, row) -> list[Sample]:
     if isinstance(mask, str):
         name, instance, mask = Path(mask).stem, _one_name(folder, mask), folder / mask
     else:
-        name, instance = Path(image).stem, f"{stable_number(json.dumps(mask)):x}"
+        name, instance = Path(image).stem, hashlib.blake2b(json.dumps(mask).encode(), digest_size=8).hexdigest()
         parts = mask if isinstance(mask, list) else [mask]
         if not all({"size", "counts"} <= set(part) if isinstance(part, dict) else isinstance(part, list)
                    and len(part) % 2 == 0 and all(isinstance(x, int | float) for x in part) for part in parts):
@@ -461,13 +459,12 @@ DATASETS = {benchmark.name: benchmark for benchmark in (
 )}
 
 # OVR-CNN's division of COCO's one-word categories, which CGFormer and Prompt-RIS use; the 15 others are in no part.
-CATEGORIES = {"all": set(), "seen": set(words("""
-    person bicycle car motorcycle train truck boat bench bird horse sheep bear zebra giraffe backpack handbag suitcase
-    frisbee skis kite surfboard bottle fork spoon bowl banana apple sandwich orange broccoli carrot pizza donut chair
-    bed toilet tv laptop mouse remote microwave oven toaster refrigerator book clock vase toothbrush
-    """)), "unseen": set(words("""
-    airplane bus cat dog cow elephant umbrella tie snowboard skateboard cup knife cake couch keyboard sink scissors
-    """))}
+CATEGORIES = {"all": set(), "seen": set(words(
+    "person bicycle car motorcycle train truck boat bench bird horse sheep bear zebra giraffe backpack handbag "
+    "suitcase frisbee skis kite surfboard bottle fork spoon bowl banana apple sandwich orange broccoli carrot pizza "
+    "donut chair bed toilet tv laptop mouse remote microwave oven toaster refrigerator book clock vase toothbrush")),
+    "unseen": set(words("airplane bus cat dog cow elephant umbrella tie snowboard skateboard cup knife cake couch "
+                        "keyboard sink scissors"))}
 
 
 def _read_layout(benchmark: Benchmark, root: Path):
@@ -519,7 +516,6 @@ def _benchmark(dataset: str, refs: str | None = None) -> Benchmark:
 
 class NoSplit(ValueError):
     """The data set is there, the split is not."""
-
     def __init__(self, dataset: str, data_root, wanted: str, splits):
         hint = "; its tests are those of refcoco, refcoco+ and refcocog-umd" if dataset == "refcoco-union" else ""
         super().__init__(f"{dataset} has no split {wanted!r} in {data_root}; it has {', '.join(splits)}{hint}")
@@ -668,7 +664,7 @@ def read_image(path, upright: bool = True) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image as RGB: gray is repeated, transparency laid over white.
+    """A PIL image as RGB. Gray is repeated, transparency laid over white.
 
     16-bit gray is stretched from its 2nd to its 98th percentile, as GIS viewers show it; what GDAL's tag calls no data
     gets black. The fourth band of a TIFF is left out: it is often infrared, whatever its tag says.
@@ -769,10 +765,9 @@ def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool; `size` is that of the image, which the mask must have, or None where it is not known."""
     if isinstance(sample.mask, int):
         return _drawn(sample.image, sample.size)[1][sample.mask]
-    if isinstance(sample.mask, Path):
-        mask = _mask_from_file(sample.mask)
-    elif "file" in sample.mask:
-        mask = _mask_from_file(sample.mask["file"], sample.mask["value"])
+    stored = {"file": sample.mask} if isinstance(sample.mask, Path) else sample.mask
+    if "file" in stored:
+        mask = _mask_from_file(stored["file"], stored.get("value"))
     else:
         try:
             mask = _mask_from_parts(sample.mask["parts"], sample.mask["size"] or size)
@@ -805,8 +800,8 @@ def distractors(sample: Sample, size: tuple[int, int]) -> np.ndarray:
 
 
 def picture_of(sample: Sample) -> Image.Image:
-    drawn = isinstance(sample.image, int)
-    return Image.fromarray(_drawn(sample.image, sample.size)[0]) if drawn else read_image(sample.image, upright=False)
+    is_file = isinstance(sample.image, Path)
+    return read_image(sample.image, upright=False) if is_file else Image.fromarray(_drawn(sample.image, sample.size)[0])
 
 
 def load(samples: list[Sample]) -> tuple[Image.Image, list[np.ndarray]]:
@@ -858,8 +853,9 @@ class ReferringDataset(torch.utils.data.Dataset):
         self.samples, self.image_size, self.tokenizer, self.original = samples, image_size, tokenizer, original
         self.repeat_mask, self.draw = repeat_mask, draw
         self.images = by_picture(samples, range(len(samples)))
-        pictures = sorted((stable_number(f"{draw[0]} {picture}"), picture) for picture in {s.picture for s in samples})
-        self.blackened = {picture for _, picture in pictures[:int(black_boxes * len(pictures))]}
+        rng = np.random.default_rng((draw[0], 0, 0, 0, 1))  # with zeros alone it would be the sampler's first order
+        pictures = rng.permutation(sorted({sample.picture for sample in samples}))
+        self.blackened = set(pictures[:int(black_boxes * len(pictures))].tolist())
 
     def __len__(self):
         return len(self.samples)
@@ -873,7 +869,7 @@ class ReferringDataset(torch.utils.data.Dataset):
                 samples[place] = replace(samples[place], expression=text)
         image, masks = load(samples)
         if (picture := samples[0].picture) in self.blackened:
-            add_black_boxes(image, np.random.default_rng((*self.draw, stable_number(picture))))
+            add_black_boxes(image, np.random.default_rng((*self.draw, *picture.encode())))
         pixels = np.array(image.resize(square, Image.Resampling.BILINEAR))
         resized = [np.asarray(Image.fromarray(mask).resize(square, Image.Resampling.NEAREST)) for mask in masks]
         tokens, text_mask = self.tokenizer([sample.expression for sample in samples])
@@ -887,13 +883,9 @@ class ReferringDataset(torch.utils.data.Dataset):
         return item
 
 
-def stable_number(name: str) -> int:
-    """63 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
-
-
 def instance_number(sample: Sample) -> int:
-    return stable_number(sample.instance)
+    """63 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(sample.instance.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def collate(items: list[dict]) -> dict:
@@ -1134,8 +1126,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--split", help="one split or several with commas (default: all)")
     parser.add_argument("--categories", default="all", choices=CATEGORIES, help="of the RefCOCO sets (default: all)")
     parser.add_argument("--list", metavar="FILE", help="write a JSON line per sample: id, image, expression, split")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser.parse_args([re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in arguments])
+    args = parser.parse_args([re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word)
+                              for word in arguments or sys.argv[1:]])
     try:
         sys.exit(0 if check(args.dataset, args.data_root, args.split, args.categories, args.refs, args.list) else 1)
     except (ValueError, OSError, ImportError) as error:
@@ -1151,8 +1143,7 @@ def main(arguments: list[str] | None = None):
 SCENES = {"train": 400, "val": 24, "test": 120}                     # of training: per epoch, always new ones
 FIRST_SCENE = {"val": 0, "test": 1_000_000, "train": 2_000_000}     # training has no end, so it comes last
 SMALL_SCENES = 1 << 40                                              # from this number on objects are smaller
-REFERRED, EXPRESSIONS = 4, 3                    # objects of a scene that are referred to; sentences for each
-SIDE, SEED = 96, 20250711                       # of a picture, in pixels; of all that is drawn
+REFERRED, EXPRESSIONS, SIDE, SEED = 4, 3, 96, 20250711          # objects that are referred to, sentences each; pixels
 COLOURS = {"red": (205, 40, 40), "orange": (245, 135, 20), "yellow": (245, 220, 50), "green": (40, 205, 85),
            "blue": (40, 80, 230), "white": (238, 238, 238)}
 GROUNDS = {"grass": (98, 116, 70), "soil": (136, 112, 84), "sand": (180, 162, 124), "concrete": (128, 127, 122),

@@ -1256,7 +1256,7 @@ def test_black_boxes_fall_on_a_fixed_share_of_the_pictures_and_leave_masks_alone
     for number in range(40):
         picture(tmp_path / f"{number}.png", (400, 300), value=200)
     mask = {"size": (300, 400), "parts": [layouts.rle(box(300, 400))], "resize": False}
-    samples = [data.replace(sample(f"i{k}", f"i{k}", k, mask=mask), image=tmp_path / f"{k}.png") for k in range(40)]
+    samples = [data.replace(sample(f"i{k:02d}", f"i{k}", k, mask=mask), image=tmp_path / f"{k}.png") for k in range(40)]
 
     def dataset(seed=1, epoch=0, share=0.2):
         return data.ReferringDataset(samples, 400, tokenizer, black_boxes=share, draw=(seed, epoch))
@@ -1268,6 +1268,8 @@ def test_black_boxes_fall_on_a_fixed_share_of_the_pictures_and_leave_masks_alone
     assert ((later > 0) == (first > 0)).all() and (later != first).sum() == 8         # the same pictures, other places
     assert ((boxes(dataset(seed=2), range(40)) > 0) != (first > 0)).any()
     assert (boxes(dataset(share=1.0), range(40)) > 0).all()
+    sampler = data.TrainSampler(samples, batch_size=8, micro_batch=8, per_image=1, seed=1)
+    assert set(np.flatnonzero(first)) != set(flat(sampler.plan(0, 0)))         # not those that an epoch begins with
     item, plain = dataset(share=1.0)[(3,)], dataset(share=0.0)[(3,)]
     assert torch.equal(item["masks"], plain["masks"]) and (plain["image"] == 200).all()
     assert set(item["image"].unique().tolist()) <= set(range(201))                    # black squares, resized

@@ -291,6 +291,12 @@ def test_eq07_cheap_norm_equals_upsampling_all_channels(g, size, align_corners):
     close(ours, theirs, 1e-4)
 
 
+def test_eq07_lengths_below_a_millionth_count_as_one():
+    """Our choice, so that a cell of zeros has no direction and no gradient that is not finite."""
+    short = torch.full((1, 4, 2, 2), 1e-8)                      # of length 2e-8
+    close(rsrefseg2.cosine_maps(short, torch.ones(1, 4), 3), torch.full((1, 1, 3, 3), 0.02))
+
+
 def test_eq07_cells_of_zeros_stay_finite():
     features = torch.zeros(1, 4, 3, 3, requires_grad=True)
     maps = rsrefseg2.cosine_maps(features.relu(), torch.ones(1, 4), 8)
@@ -592,13 +598,19 @@ def test_what_learns_is_lora_the_prompter_and_sams_decoder(model):
     assert (group["lr"], group["weight_decay"]) == (1e-4, 0.05)
 
 
-def test_lora_of_rank_zero_freezes_a_tower():
-    model = build(small(lora_vision=0))
-    model.param_groups(RECIPE)
+@pytest.mark.parametrize("frozen", ["vision", "text", "sam"])
+def test_lora_of_rank_zero_freezes_a_tower(frozen):
+    """It stays in eval mode, and no graph is made of it."""
+    model, seen = build(small(**{f"lora_{frozen}": 0})), {}
+    model.sam.mask_decoder.conv_s0.register_forward_pre_hook(lambda module, given: seen.update(feature=given[0]))
     outputs = model.train()(*inputs())
-    assert not outputs["v"].requires_grad and outputs["sentence"].requires_grad
-    assert not model.vision.training and not model.sam.prompt_encoder.training
-    assert model.text.training and model.sam.mask_decoder.training and model.prompter.training
+    needs = {"vision": outputs["v"], "text": outputs["sentence"], "sam": seen["feature"]}
+    towers = {"vision": model.vision, "text": model.text, "sam": model.sam.vision_encoder}
+    assert {name: value.requires_grad for name, value in needs.items()} == {name: name != frozen for name in needs}
+    assert {name: tower.training for name, tower in towers.items()} == {name: name != frozen for name in towers}
+    assert model.prompter.training and model.sam.mask_decoder.training and not model.sam.prompt_encoder.training
+    assert not any(module.training for module in model.eval().modules())
+    assert build(small(train_prompt_encoder=True)).train().sam.prompt_encoder.training
 
 
 def test_prompt_encoder_may_learn():
@@ -982,14 +994,39 @@ def test_starts():
     assert dense.logit_scale.item() == pytest.approx(math.log(10)) and dense.logit_bias.item() == -10       # SigLIP's
     for part in (prompter, model.sam.mask_decoder, model.sam.prompt_encoder):
         for module in part.modules():
-            if isinstance(module, torch.nn.Linear):
-                bound = (6 / (module.in_features + module.out_features)) ** 0.5         # Xavier
-                assert module.weight.abs().max() <= bound and not module.bias.any()
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+                out, into, *window = module.weight.shape
+                bound = (6 / (out + into) / math.prod(window)) ** 0.5                   # Xavier
+                assert module.weight.abs().max() <= bound and (module.bias is None or not module.bias.any())
                 assert module.weight.numel() < 200 or module.weight.abs().max() > 0.9 * bound
+    tokens = torch.cat([model.sam.mask_decoder.mask_tokens.weight, model.sam.prompt_encoder.point_embed.weight])
+    assert 0.8 < tokens.std() < 1.2
     for module in model.sam.vision_encoder.modules():
-        if type(module) is torch.nn.Linear:
-            assert 0.8 < module.weight.abs().max() * module.in_features ** 0.5 <= 1     # by fan-in, PyTorch's own
+        if type(module) in (torch.nn.Linear, torch.nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            assert 0.8 < module.weight.abs().max() * fan_in ** 0.5 <= 1                 # by fan-in, PyTorch's own
             assert module.bias.any()
+
+
+def test_special_tokens_of_the_towers_built_here_are_those_of_the_word_tokenizer():
+    text = rsrefseg2.tower_configs(small())[0].text_config
+    assert (text.pad_token_id, text.eos_token_id, text.bos_token_id) == (0, 2, 2)
+    assert rsrefseg2.SPECIAL_TOKENS == {"pad": 0, "unknown": 1, "end": 2}
+
+
+def test_maps_of_almost_no_range_and_prompts_of_almost_no_mass():
+    """Our choice: ranges and sums below a millionth count as one, so that nothing is divided by zero."""
+    model = build()
+    flat = torch.zeros(M, 1, S // 4, S // 4)
+    flat[:, :, 3, 3] = 2e-7
+    hook = model.prompter.register_forward_hook(lambda module, given, prompts: prompts | {"p_dense": flat})
+    outputs = model(*inputs())
+    hook.remove()
+    close(outputs["dense_prompt"].amax((1, 2, 3)), [0.2] * M)
+    mass = torch.zeros(1, 1, 4, 4)
+    mass[0, 0, 1, 1] = 1e-7
+    got = model.diagnose({"dense_prompt": mass, "logits": torch.ones(1, 1, 4, 4)}, torch.ones(1, 4, 4).bool())
+    close(got["dense_mass"], [0.1])
 
 
 def test_images_are_normalised_as_each_tower_was_trained():
@@ -1351,6 +1388,13 @@ def test_missing_weights_are_named(published, tmp_path):
         RSRefSeg2(small(pretrained="hub", clip="nobody/nothing-of-this-name"))
     with pytest.raises(ValueError, match="text_length=17: any/clip has positions for 16 tokens"):
         RSRefSeg2(small(pretrained=str(published), clip="any/clip", sam="any/sam", text_length=17))
+
+
+def test_a_folder_of_something_else_is_refused(published, tmp_path):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/config.json").write_text("{")
+    with pytest.raises(ValueError, match="clip: not a folder as transformers saves it, or of another architecture"):
+        RSRefSeg2(small(pretrained=str(tmp_path), clip="any/clip"))
 
 
 def test_a_file_with_other_weights_is_refused(published, tmp_path):

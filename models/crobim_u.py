@@ -574,7 +574,7 @@ class CroBIMU(nn.Module):
 
 def auroc(scores, positive):
     """scores, positive (B,1,H,W) -> (B,): area under the ROC curve, ties counting half; NaN where a class is absent."""
-    scores, positive = scores.flatten(1).contiguous(), positive.flatten(1)
+    scores, positive = scores.flatten(1), positive.flatten(1)
     ordered = scores.sort(1).values
     rank = (torch.searchsorted(ordered, scores) + torch.searchsorted(ordered, scores, right=True) + 1).double() / 2
     n1, n0 = positive.sum(1).double(), (~positive).sum(1)

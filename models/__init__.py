@@ -8,12 +8,15 @@ keeps the source and a hash of each tensor, and loading checks them.
 
 import ast
 import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import math
 import os
+import re
 import sys
 import typing
 from pathlib import Path
@@ -31,6 +34,7 @@ PAPERS = {
     "rs2sam2": "RS2SAM2",
     "prompt_ris": "PromptRIS",
 }
+EXPORTED = ("*.json", "*.safetensors", "*.txt", "*.spm", "*.model")        # what an export holds: text and tensors
 
 
 # ---------------------------------------------------------------------------------------------- names and settings
@@ -209,13 +213,20 @@ def load_own_state(model, tensors, left_out, origin):
 def put_in_place(path):
     """The name of a file to write beside `path`: synced and moved there at the end, gone if the write fails."""
     part = Path(f"{path}.part")
+    umask = os.umask(0)
+    os.umask(umask)
     try:
         yield part
+        os.chmod(part, 0o666 & ~umask)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError, SafetensorError) as error:       # RuntimeError: torch.save of a write that failed
+        raise ValueError(f"{path} could not be written ({str(error).splitlines()[0]}): is the disk full, the place not "
+                         "yours? What stood there is whole; make room and begin the command again") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def save(model, path):
@@ -240,15 +251,17 @@ def read_weights(path):
         raise ValueError(f"{path} is truncated or not a safetensors file of ours ({error}); copy it again") from None
 
 
-def run_settings(run):
-    """config.json of a run folder, or of the folder that a weights file lies in -> (dict, folder)."""
-    run = Path(run)
+def run_settings(run, option="--checkpoint"):
+    """config.json of a run folder, an export, here or on the hub, or that beside a weights file -> (dict, folder)."""
+    run, name = Path(run), str(run)
+    if not run.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not run.parent.exists():
+        run = from_hub(name, option)
     folder = run if run.is_dir() else run.parent
     if not run.exists():
-        raise FileNotFoundError(f"--checkpoint {run}: no such run folder or weights file")
+        raise FileNotFoundError(f"{option} {run}: no such run folder or weights file")
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"--checkpoint {run}: no config.json in {folder}; give a folder that train.py wrote, "
+        raise FileNotFoundError(f"{option} {run}: no config.json in {folder}; give a folder that train.py wrote, "
                                 "or a weights file inside one")
     try:
         values = json.loads(path.read_text())
@@ -259,6 +272,25 @@ def run_settings(run):
     if lacking := [key for key, kind in kinds.items() if type(values.get(key)) is not kind]:
         raise ValueError(f"{path} holds no {', '.join(lacking)}, as train.py writes it; copy it from the run anew")
     return values, folder
+
+
+def from_hub(name, option):
+    """An export in the repository `name` of the hub: the folder that its files are kept in."""
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=EXPORTED))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{option} {name}: no such folder here, and not reached on the hub "
+                                f"({str(error).strip().splitlines()[0]})") from error
+
+
+def weights_file(run, folder):
+    """The weights that `run` stands for: itself, or the best, the last or the exported ones in its folder."""
+    files = [folder / f"{name}.safetensors" for name in ("best", "last", "model")]
+    path = Path(run) if Path(run).is_file() else next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no best.safetensors or last.safetensors; has its first epoch ended?")
+    return path
 
 
 def word_tokenizer(name, config, words):
@@ -286,22 +318,141 @@ def read_tokenizer(name, config, folder):
 def load(run, settings=(), device="cpu"):
     """A trained model in eval mode, `model.tokenizer` and `model.run` (config.json) attached.
 
-    run: a run folder (best.safetensors, else last.safetensors) or a weights file in one. settings: `field=value`
-    strings that change no tensor's shape. Raises FileNotFoundError or ValueError naming the file or the field.
+    run: a run folder (best.safetensors, else last.safetensors), a weights file in one, an export or `org/name` on the
+    hub; a path that exists comes first. settings: `field=value` strings that change no tensor's shape. Raises
+    FileNotFoundError or ValueError naming the file or the field.
     """
+    check_device(device)
     values, folder = run_settings(run)
     name = values["model"]
     config, recipe = override(*settings_from(name, values["config"], values["recipe"]), settings)
     check_recipe(recipe)
-    candidates = [Path(run)] if Path(run).is_file() else [folder / "best.safetensors", folder / "last.safetensors"]
-    path = next((file for file in candidates if file.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder} holds no best.safetensors or last.safetensors; has its first epoch ended?")
+    path = weights_file(run, folder)
     tensors, left_out = read_weights(path)
     model = build(name, config)
     if left_out:
         model.load_pretrained()
     load_own_state(model, tensors, left_out, path)
-    model.tokenizer = read_tokenizer(name, config, folder)
-    model.run = {**values, "recipe": recipe}
+    exported = path.name == "model.safetensors" and config.pretrained != "none"
+    own = dataclasses.replace(config, pretrained=str(folder)) if exported else config
+    return ready(model, read_tokenizer(name, own, folder), {**values, "recipe": recipe}, device)
+
+
+def check_device(device):
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch sees no CUDA device here; use device=\"cpu\"")
+
+
+def ready(model, tokenizer, run, device):
+    model.tokenizer, model.run = tokenizer, run
     return model.eval().requires_grad_(False).to(device)
+
+
+def export(run, folder):
+    """Write the weights of `run` to `folder`, complete in itself: config.json, every tensor, the tokenizer's files."""
+    model, folder = load(run), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config, tokenizer, files = model.config, model.tokenizer, {}
+    if config.pretrained == "none":
+        files["tokenizer.json"] = json.dumps({"words": tokenizer.words}).encode()
+    elif hasattr(tokenizer, "pieces"):                      # sentencepiece
+        files[Path(config.beit_words).name] = tokenizer.pieces.serialized_model_proto()
+    else:
+        published = next(value for value in vars(tokenizer).values() if hasattr(value, "save_pretrained"))
+        published.save_pretrained(folder / Path(published.name_or_path).name)
+    files["config.json"] = json.dumps({**model.run, "data_root": "data"}, indent=1).encode()
+    for name, content in files.items():
+        with put_in_place(folder / name) as part:
+            part.write_bytes(content)
+    model.unchanged = {}                                    # nothing is left out
+    save(model, folder / "model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------- weights of others
+
+
+def is_official(path):
+    """Whether `path` is a file as the authors' code writes it, and none of ours."""
+    return Path(path).is_file() and Path(path).suffix != ".safetensors"
+
+
+def read_official(name, path):
+    """The authors' released weights under our names."""
+    if not hasattr(paper(name), "read_official"):
+        raise ValueError(f"{path}: the authors of {name} have released no trained weights that could be read; "
+                         "train the model, or give a run of train.py")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; it takes the authors' released weights of {name}")
+    return paper(name).read_official(path)
+
+
+class LaterTokenizer:
+    """The published tokenizer, whose files are looked for when the first text is given."""
+
+    def __init__(self, make, length):
+        self.make, self.length = functools.lru_cache(make), length
+
+    def __call__(self, expressions):
+        tokenizer = copy.copy(self.make())
+        tokenizer.length = self.length
+        return tokenizer(expressions)
+
+
+def load_official(name, path, config=None, device="cpu"):
+    """The authors' released weights in the authors' forms, in eval mode, `model.tokenizer` and `model.run` attached.
+
+    config: another Config for the sizes; every field of ABLATIONS["official"]["all"] is set in it.
+    """
+    check_device(device)
+    tensors, module = read_official(name, path), paper(name)
+    config, recipe = config or module.Config(), dict(module.RECIPE)
+    for field, value in module.ABLATIONS["official"]["all"].items():
+        if hasattr(config, field):
+            config = dataclasses.replace(config, **{field: value})
+        else:
+            recipe[field] = value
+    model = build(name, dataclasses.replace(config, pretrained="none"))
+    load_own_state(model, tensors, {}, path)
+    published = dataclasses.replace(config, pretrained="hub") if config.pretrained == "none" else config
+    tokenizer = LaterTokenizer(lambda: module.tokenizer(published), config.text_length)
+    run = {"model": name, "config": dataclasses.asdict(config), "recipe": recipe}
+    return ready(model, tokenizer, run, device)
+
+
+def starting_weights(name, path):
+    """({name: tensor}, {name: (source, hash)} left out, word list or None) of a run, an export or the authors' file."""
+    if is_official(path):
+        return read_official(name, path), {}, None
+    values, folder = run_settings(path, "--start")
+    config, _ = settings_from(values["model"], values["config"], values["recipe"])
+    words = read_tokenizer(values["model"], config, folder).words if config.pretrained == "none" else None
+    return *read_weights(weights_file(path, folder)), words
+
+
+def start_from(model, start, path, words):
+    """Take into `model` what fits of `starting_weights` -> a line that says what was taken and what is new.
+
+    words: the model's own list, None with a published tokenizer; the embedding of a word goes to the same word.
+    """
+    (tensors, left_out, their_words), own, taken = start, model.state_dict(), {}
+    if left_out and model.config.pretrained == "none":
+        source = next(iter(left_out.values()))[0]
+        raise ValueError(f"--start {path} leaves out {len(left_out)} tensors of {source}; say --set pretrained=hub")
+    tables = {f"{name}.weight" for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Embedding) and module.num_embeddings == model.config.vocab_size}
+    for name, tensor in tensors.items():
+        if name in tables and words and their_words and tensor.shape[1] == own[name].shape[1]:
+            special, numbers = len(own[name]) - len(words), {word: k for k, word in enumerate(their_words)}
+            taken[name] = own[name].clone()
+            taken[name][:special] = tensor[:special]
+            for row, word in enumerate(words, special):
+                if word in numbers:
+                    taken[name][row] = tensor[special + numbers[word]]
+        elif name in own and own[name].shape == tensor.shape:
+            taken[name] = tensor
+    new = sorted(set(own) - set(taken) - set(left_out))
+    if not taken:
+        raise ValueError(f"--start {path}: none of its {len(tensors)} tensors fits this model; is it of another model?")
+    model.load_state_dict({**own, **taken})
+    return (f"{path}: {len(taken)} of its {len(tensors)} tensors taken; {len(new)} of the model's are new"
+            + (f" ({', '.join(new[:5])}{', ...' if len(new) > 5 else ''})" if new else ""))

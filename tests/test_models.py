@@ -1,7 +1,12 @@
 """models/__init__.py: settings by name, exports that leave out only what a named source can give back."""
 
+import dataclasses
 import json
+import os
+import resource
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import toy
@@ -193,6 +198,171 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(models, "save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match="best.safetensors could not be written .disk full.*What stood there is whole"):
         models.save(models.build("toy", toy.Config()), path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == ["best.safetensors"]
+
+
+@pytest.mark.parametrize("write", [
+    lambda part: torch.save({"a": torch.zeros(100_000)}, part), lambda part: part.write_text("a" * 100_000),
+    lambda part: save_file({"a": torch.zeros(100_000)}, part)], ids=["resume", "text", "export"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, write):
+    (tmp_path / "kept").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with (pytest.raises(ValueError, match="kept could not be written"),
+              models.put_in_place(tmp_path / "kept") as part):
+            write(part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "kept").read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["kept"]
+
+
+def test_files_are_synced_before_they_are_in_place_and_readable_as_the_umask_says(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("sync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
+    before = os.umask(0o027)
+    try:
+        models.save(models.build("toy", toy.Config()), tmp_path / "best.safetensors")
+    finally:
+        os.umask(before)
+    assert order == ["sync", "replace"]
+    assert (tmp_path / "best.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_export_is_complete_in_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "Toy", Pretrained)
+    model = models.build("toy", toy.Config())
+    sources = model.load_pretrained()
+    model.param_groups(toy.RECIPE)
+    models.remember_sources(model, sources)
+    written_run(tmp_path / "run", model)
+    models.export(tmp_path / "run", tmp_path / "out")
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert there == {"config.json", "model.safetensors", "tokenizer.json"}
+    monkeypatch.setattr(Pretrained, "load_pretrained", lambda self: pytest.fail("the export is not complete"))
+    for place in (tmp_path / "out", tmp_path / "out/model.safetensors"):
+        loaded = models.load(place)
+        assert loaded.tokenizer.words == list(WORDS) and loaded.config == model.config
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def published_words(folder):
+    """A folder as BERT's tokenizer is published, with a hundred words."""
+    folder.mkdir(parents=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ship", *(f"w{k}" for k in range(94))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+
+
+def test_an_export_takes_the_published_tokenizer_with_it(tmp_path):
+    published_words(tmp_path / "hub/bert-base-uncased")
+    tiny = models.paper("crobim_u").Config.tiny()
+    config = dataclasses.replace(tiny, pretrained=str(tmp_path / "hub"), vocab_size=100)
+    model = models.build("crobim_u", config)
+    written_run(tmp_path / "run", model)
+    values = json.loads((tmp_path / "run/config.json").read_text())
+    values |= {"model": "crobim_u", "recipe": models.paper("crobim_u").RECIPE}
+    (tmp_path / "run/config.json").write_text(json.dumps(values))
+    models.export(tmp_path / "run", tmp_path / "out")
+    shutil.rmtree(tmp_path / "hub")
+    with pytest.raises(FileNotFoundError, match="bert-base-uncased"):
+        models.load(tmp_path / "run")
+    tokens, text_mask = models.load(tmp_path / "out").tokenizer(["Ship w3"])
+    assert tokens[0, :4].tolist() == [2, 5, 9, 3] and text_mask.sum() == 4
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".part")]
+
+
+def test_a_model_on_the_hub_is_loaded_by_its_name_unless_a_folder_has_it(tmp_path, monkeypatch):
+    written_run(tmp_path / "run", models.build("toy", toy.Config(width=3)))
+    models.export(tmp_path / "run", tmp_path / "hub")
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "org/none":
+            raise OSError("offline\nand more")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert models.load("org/name").config.width == 3
+    assert asked == [("org/name", models.EXPORTED)] and not any("bin" in one or "pt" in one for one in models.EXPORTED)
+    with pytest.raises(FileNotFoundError, match="org/none: no such folder here, and not reached on the hub .offline.$"):
+        models.load("org/none")
+    written_run(tmp_path / "org", models.build("toy", toy.Config(width=5)))
+    (tmp_path / "org").rename(tmp_path / "name")
+    (tmp_path / "org").mkdir()
+    (tmp_path / "name").rename(tmp_path / "org/name")
+    assert models.load("org/name").config.width == 5
+    with pytest.raises(FileNotFoundError, match="no such run folder"):
+        models.load("org/typo")
+    assert len(asked) == 2
+
+
+def test_authors_weights_load_in_their_forms_without_a_tokenizer(tmp_path):
+    model = models.build("toy", toy.Config(width=6, text_length=5))
+    torch.save({f"theirs.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "theirs.pth")
+    loaded = models.load_official("toy", tmp_path / "theirs.pth", config=toy.Config(text_length=5, width=9))
+    assert not loaded.training and loaded.config.width == 6 and loaded.tokenizer.length == 5
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert loaded.run["recipe"] == {**toy.RECIPE, "black_boxes": 0.5} and loaded.run["model"] == "toy"
+    with pytest.raises(FileNotFoundError, match="on no hub"):
+        loaded.tokenizer(["a ship"])
+    with pytest.raises(FileNotFoundError, match="nowhere.pth: no such file"):
+        models.load_official("toy", tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="not of this model"):
+        models.load_official("toy", save_without(tmp_path, model, "words.weight"))
+    for name in ("icipnet", "crobim_u", "prompt_ris"):
+        with pytest.raises(ValueError, match=f"authors of {name} have released no trained weights"):
+            models.load_official(name, tmp_path / "theirs.pth")
+
+
+def save_without(folder, model, missing):
+    torch.save({name: one for name, one in model.state_dict().items() if name != missing}, folder / "less.pth")
+    return folder / "less.pth"
+
+
+def test_a_card_that_is_not_there_is_named(tmp_path):
+    written_run(tmp_path / "run", models.build("toy", toy.Config()))
+    with pytest.raises(ValueError, match="device=cuda: torch sees no CUDA device"):
+        models.load(tmp_path / "run", device="cuda")
+
+
+def test_a_start_takes_what_fits_and_each_word_its_own_vector(tmp_path):
+    old = models.build("toy", toy.Config(vocab_size=5))
+    written_run(tmp_path / "run", old, ["ship", "red", "plane"])
+    start = models.starting_weights("toy", tmp_path / "run")
+    model = models.build("toy", toy.Config(vocab_size=4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    said = models.start_from(model, start, "run", ["tank", "red"])
+    state, theirs = model.state_dict(), old.state_dict()
+    assert said == f"run: {len(theirs)} of its {len(theirs)} tensors taken; 0 of the model's are new"
+    assert torch.equal(state["words.weight"][[0, 1, 3]], theirs["words.weight"][[0, 1, 3]])     # marks and "red"
+    assert torch.equal(state["words.weight"][2], before["words.weight"][2])                     # "tank" is new
+    wide = models.build("toy", toy.Config(vocab_size=5, width=9))
+    assert models.start_from(wide, start, "run", ["ship", "red", "plane"]) == (
+        "run: 3 of its 7 tensors taken; 4 of the model's are new "
+        "(image.0.bias, image.0.weight, second.weight, words.weight)")
+    with pytest.raises(ValueError, match="run: none of its 1 tensors fits"):
+        models.start_from(wide, ({"strange": torch.zeros(1)}, {}, None), "run", None)
+    with pytest.raises(ValueError, match="leaves out 1 tensors of hub/frozen; say --set pretrained=hub"):
+        models.start_from(wide, (start[0], {"frozen.weight": ("hub/frozen", "0")}, None), "run", None)
+
+
+@pytest.mark.parametrize("name", [name for name in models.PAPERS if name != "toy"])
+def test_an_exported_program_gives_the_same_numbers(name):
+    torch.manual_seed(0)
+    model = models.build(name, models.paper(name).Config.tiny()).eval()
+    side, length = model.config.image_size, model.config.text_length
+    text_mask = torch.arange(length) < torch.tensor([[length], [4], [5]])
+    inputs = (torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8),
+              torch.randint(4, 60, (3, length)) * text_mask, text_mask, torch.tensor([0, 1, 1]))
+    with torch.no_grad():
+        outputs = model(*inputs)
+        again = torch.export.export(model, inputs).module()(*inputs)
+    assert outputs.keys() == again.keys()
+    for key, value in outputs.items():
+        torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-4 * max(1.0, value.float().abs().max().item()))

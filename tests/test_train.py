@@ -1,8 +1,12 @@
 """train.py: settings, schedules, resume bit for bit, stops, several processes, wrong input. On the toy paper."""
 
+import dataclasses
 import json
 import math
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +28,7 @@ import models
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ("seconds", "images_per_second", "peak_gib")
 ONE = evaluate.Processes(0, 1, torch.device("cpu"))
 
 
@@ -65,7 +70,7 @@ def assert_same(a, b, path=""):
 
 def log_of(output):
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 # -------------------------------------------------------------------------------------------------- settings, schedule
@@ -121,6 +126,8 @@ def test_factor_of_each_schedule():
     assert train.factor(poly, 30, 40) == pytest.approx(0.25 ** 0.9)
     cosine = {"epochs": 4, "schedule": "cosine", "warmup": 1}
     assert train.factor(cosine, 0, 40) == pytest.approx(0.1)
+    short = [train.factor({**cosine, "epochs": 40, "warmup": 0.5}, step, 40) for step in range(3)]
+    assert short[0] == 1 and short == sorted(short, reverse=True)          # a warm-up shorter than a step
     assert train.factor(cosine, 9, 40) == 1
     assert train.factor(cosine, 25, 40) == pytest.approx(0.5)
     assert train.factor(cosine, 39, 40) == pytest.approx(0.5 * (1 + math.cos(math.pi * 29 / 30)))
@@ -320,7 +327,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
     with models.put_in_place(tmp_path / "resume.pt") as part:
         torch.save({"epoch": 1}, part)
-    with pytest.raises(OSError, match="disk full"), models.put_in_place(tmp_path / "resume.pt") as part:
+    with pytest.raises(ValueError, match="disk full"), models.put_in_place(tmp_path / "resume.pt") as part:
         torch.save({"epoch": 2, "bad": Refuses()}, part)
     assert train.load_resume(tmp_path / "resume.pt") == {"epoch": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["resume.pt"]
@@ -416,7 +423,7 @@ def test_wrong_input_is_named(tmp_path, words, message):
 def test_wrong_input_ends_in_one_line_and_a_nonzero_exit(tmp_path):
     command = [sys.executable, ROOT / "train.py", "--dataset", "risbench", "--data-root", tmp_path / "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1 and [line.split()[0] for line in done.stdout.splitlines()] == ["config", "recipe"]
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
@@ -424,33 +431,37 @@ def test_wrong_input_ends_in_one_line_and_a_nonzero_exit(tmp_path):
 # ---------------------------------------------------------------------------------------------------- real processes
 
 
-def start(output, *words, processes=1, **environment):
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29631"]
+def start(output, *words, processes=1, machines=(), **environment):
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29631", *machines]
     return subprocess.Popen(
-        [sys.executable, *(launch if processes > 1 else []), ROOT / "tests/toy.py", "--model", "toy", "--device", "cpu",
-         "--limit", "60", "--workers", "1", "--output", output, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *(launch if processes > 1 or machines else []), ROOT / "tests/toy.py", "--model", "toy",
+         "--device", "cpu", "--limit", "60", "--workers", "1", "--output", output, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(tmp_path):
-    words = ("--epochs", "60", "--set", "batch_size=4", "dropout=0.3")
-    process = start(tmp_path / "run", *words)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "log.jsonl").exists() and time.monotonic() < deadline:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_the_whole_group_saves_and_resume_ends_as_if_nothing_had_been(tmp_path, processes):
+    """As schedulers, `timeout` and torchrun send it: the loader's workers get it too. In the first epoch."""
+    words = ("--epochs", "2", "--limit", "360", "--workers", "2", "--set", "batch_size=4", "dropout=0.3")
+    process = start(tmp_path / "run", *words, processes=processes)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/config.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "go on with --resume" in errors
-    stopped = state_of(tmp_path / "run")["epoch"]
-    assert 0 < stopped < 60
-    process = start(tmp_path / "run", *words, "--resume")
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "go on with --resume" in errors and "DataLoader worker" not in errors, errors
+    assert "Traceback" not in errors or processes > 1, errors               # torchrun's own, of its agent
+    stopped = state_of(tmp_path / "run")
+    assert (stopped["epoch"], stopped["step"]) < (2, 0)
+    process = start(tmp_path / "run", *words, "--resume", "auto", processes=processes)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    torch.set_num_threads(1)
-    run_to_end(tmp_path / "whole", *words)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "run"))
+    if processes == 1:
+        torch.set_num_threads(1)
+        run_to_end(tmp_path / "whole", *words)
+        assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "run"))
 
 
 def gradients(rank, world, folder, words, explode):
@@ -513,11 +524,14 @@ def test_an_infinite_loss_on_one_process_stops_both(tmp_path):
     assert state_of(tmp_path / "run2")["step"] == 0
 
 
-def test_two_processes_train_and_score_like_one(tmp_path):
+def test_two_machines_train_and_score_like_one_process(tmp_path):
+    """Two agents of torchrun, as on two machines that share the run folder."""
     words = ("--epochs", "2", "--set", "dropout=0", "batch_size=6", "per_image=0")
-    process = start(tmp_path / "two", *words, processes=2)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    agents = [start(tmp_path / "two", *words, machines=("--nnodes", "2", "--node-rank", rank, "--master-addr",
+                                                        "127.0.0.1")) for rank in "01"]
+    for agent in agents:
+        _, errors = agent.communicate(timeout=120)
+        assert agent.returncode == 0 and "Grad strides" not in errors, errors
     torch.set_num_threads(1)
     run_to_end(tmp_path / "one", *words)
     for name, tensor in state_of(tmp_path / "one")["model"].items():
@@ -535,3 +549,314 @@ def test_two_processes_train_and_score_like_one(tmp_path):
 def test_fewer_samples_than_processes_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="process"):
         train.begin(options(tmp_path / "run", "--limit", "1"), evaluate.Processes(0, 2, torch.device("cpu")))
+
+
+# ------------------------------------------------------------------------------------------------- the same to the bit
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", [name for name in models.PAPERS if name != "toy"])
+def test_two_threads_give_the_same_gradient_every_time(name, two_threads):
+    """Seven sentences of an image: the two threads meet in the gradient of x[index], which they share at one image."""
+    paper = models.paper(name)
+    samples = data.read("synthetic", "", "train", limit=12)
+    tokenizer = models.word_tokenizer(name, paper.Config.tiny(), data.vocabulary("synthetic", samples))
+    torch.manual_seed(0)
+    model = models.build(name, dataclasses.replace(paper.Config.tiny(), vocab_size=len(tokenizer))).train()
+    if hasattr(model, "start_phase"):
+        model.start_phase("joint")
+    model.param_groups({**paper.RECIPE, **paper.RECIPE_TINY})
+    batch = data.collate([data.ReferringDataset(samples, model.config.image_size, tokenizer)[tuple(range(7))]])
+    gradients = []
+    with train.repeatable(ONE.device):
+        for _ in range(3):
+            torch.manual_seed(1)
+            outputs, batch = evaluate.forward(model, batch, ONE.device, "fp32")
+            sum(model.criterion(outputs, batch, 0.5).values()).backward()
+            gradients.append([one.grad.clone() for one in model.parameters() if one.requires_grad])
+            model.zero_grad()
+    assert_same(gradients[0], gradients[1])
+    assert_same(gradients[0], gradients[2])
+
+
+def test_a_run_is_repeatable_throughout_and_leaves_torch_as_it_was(tmp_path, monkeypatch, two_threads):
+    seen, real = [], toy.Toy.forward
+
+    def watched(self, *inputs):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return real(self, *inputs)
+
+    monkeypatch.setattr(toy.Toy, "forward", watched)
+    for run in ("one", "two"):
+        run_to_end(tmp_path / run, "--set", "per_image=7", "batch_size=14")
+    assert_same(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
+    assert seen and all(seen) and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+# ---------------------------------------------------------------------------------------------- faults, nothing lost
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_part(tmp_path, capsys):     # what is printed takes no file
+    words = ("--epochs", "3", "--set", "batch_size=4")
+    run_to_end(tmp_path / "run", *words)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    state = state_of(tmp_path / "run")
+    (tmp_path / "run/resume.pt").unlink()
+    with models.put_in_place(tmp_path / "run/resume.pt") as part:
+        torch.save({**state, "epoch": 2}, part)
+    kept = (tmp_path / "run/resume.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.safetensors"]) - 100, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="last.safetensors could not be written"):
+            run_to_end(tmp_path / "run", *words, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "run/resume.pt").read_bytes() == kept
+    assert (tmp_path / "run/last.safetensors").read_bytes() == before["last.safetensors"]
+    assert not list((tmp_path / "run").glob("*.part"))
+    run_to_end(tmp_path / "run", *words, "--resume")
+
+
+def test_weights_that_are_not_finite_are_never_scored(tmp_path):
+    with pytest.raises(ValueError, match="not finite"):
+        run_to_end(tmp_path / "run", "--epochs", "1", "--limit", "12", "--batch-size", "12", "--lr", "1e30")
+    assert not (tmp_path / "run/best.safetensors").exists() and not (tmp_path / "run/test").exists()
+
+
+@pytest.mark.parametrize("output, reason", [("file", "File exists"), ("file/below", "Not a directory"),
+                                            ("x" * 300, "File name too long")])
+def test_an_output_that_cannot_be_a_folder_is_named(tmp_path, output, reason):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=f"--output .* can't be a folder .{reason}"):
+        run_to_end(tmp_path / output)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def custom(folder, word="zebra"):
+    layouts.write("custom", folder, splits={"train": 3, "val": 2})
+    head, *lines = (folder / "samples.csv").read_text().splitlines()
+    said = [re.sub(r"(truth/\S+?\.png),", rf"\1,{word} ", line) for line in lines]
+    (folder / "samples.csv").write_text("\n".join([head, *said]))
+    return ("--dataset", "custom", "--data-root", str(folder), "--preset", "tiny", "--epochs", "1", "--batch-size", "4")
+
+
+def test_resume_with_another_precision_other_data_or_other_words_is_refused(tmp_path):
+    words = custom(tmp_path / "data")
+    run_to_end(tmp_path / "run", *words)
+    with pytest.raises(ValueError, match="begun with precision fp32, now bf16 is asked for"):
+        run_to_end(tmp_path / "run", *words, "--resume", "--precision", "bf16")
+    other = custom(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"begun with data_root \S+data, now \S+other is asked for"):
+        run_to_end(tmp_path / "run", *other, "--resume")
+    shutil.rmtree(tmp_path / "data")
+    custom(tmp_path / "data", "quark")
+    with pytest.raises(ValueError, match=r"tokenizer.json has other words than the data now \(quark, zebra\)"):
+        run_to_end(tmp_path / "run", *words, "--resume")
+
+
+def test_a_lost_log_is_said_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(StopAt, "steps", 4)                         # at the end of the first epoch
+    monkeypatch.setattr(train, "StopRequest", StopAt)
+    words = ("--epochs", "2", "--set", "batch_size=4", "per_image=4")
+    for damage in (lambda log: log.unlink(), lambda log: log.write_bytes(log.read_bytes()[:-10])):
+        with pytest.raises(train.Stopped, match="stopped"):
+            run_to_end(tmp_path / "run", *words, "--overwrite")
+        while state_of(tmp_path / "run")["epoch"] < 1:
+            with pytest.raises(train.Stopped):
+                run_to_end(tmp_path / "run", *words, "--resume")
+        damage(tmp_path / "run/log.jsonl")
+        monkeypatch.setattr(StopAt, "steps", 1000)
+        run_to_end(tmp_path / "run", *words, "--resume")
+        monkeypatch.setattr(StopAt, "steps", 4)
+        assert "log.jsonl has lost lines of before" in capsys.readouterr().out
+        assert [line["epoch"] for line in log_of(tmp_path / "run")] == [2]
+
+
+# ---------------------------------------------------------------------------------------- to begin, to see, to plan
+
+
+def test_a_new_run_starts_from_the_weights_of_another(tmp_path, capsys):
+    run_to_end(tmp_path / "old", "--epochs", "1")
+    run_to_end(tmp_path / "new", "--epochs", "1", "--lr", "0", "--start", str(tmp_path / "old"))
+    assert "start    " in (said := capsys.readouterr().out) and "7 of its 7 tensors taken" in said
+    old, new = (models.read_weights(tmp_path / name / "last.safetensors")[0] for name in ("old", "new"))
+    assert_same(old, new)
+    assert json.loads((tmp_path / "new/config.json").read_text())["start"] == str(tmp_path / "old")
+    run_to_end(tmp_path / "new", "--epochs", "1", "--lr", "0", "--start", str(tmp_path / "gone"), "--resume")
+    with pytest.raises(FileNotFoundError, match="--start .*gone: no such run folder"):
+        run_to_end(tmp_path / "third", "--start", str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=f"now epochs=3 .* train on from its weights: --start {tmp_path / 'new'}"):
+        run_to_end(tmp_path / "new", "--epochs", "3", "--resume")
+
+
+def test_a_run_from_the_authors_file_takes_their_forms(tmp_path):
+    theirs = models.build("toy", toy.Config(width=6, vocab_size=7))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    args = train.arguments(["--model", "toy", "--start", str(tmp_path / "theirs.pth"), "--dataset", "rrsisd"])
+    config, recipe, _ = train.settle(args)
+    assert (config.width, recipe["black_boxes"], args.output) == (6, 0.5, Path("runs/toy-rrsisd-official_all"))
+    torch.save({"strange": torch.zeros(1)}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="odd.pth: none of its 1 tensors fits"):
+        run_to_end(tmp_path / "run", "--start", str(tmp_path / "odd.pth"))
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--init", "--weights"])
+def test_other_names_of_start_are_answered_with_it(option, capsys):
+    with pytest.raises(SystemExit):
+        train.arguments(["--model", "toy", option, "run"])
+    assert "begins with the weights of another by --start RUN|FILE" in capsys.readouterr().err
+
+
+def test_resume_auto_begins_a_run_or_goes_on_with_it(tmp_path):
+    words = ("--epochs", "1", "--resume", "auto")
+    assert not options(tmp_path / "run", *words).resume
+    run_to_end(tmp_path / "run", *words)
+    assert options(tmp_path / "run", *words).resume is True
+    run_to_end(tmp_path / "run", *words)
+    assert len(log_of(tmp_path / "run")) == 1
+
+
+def test_tables_of_ablations_are_listed_and_rows_of_one_trained_model_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "toy", "--list-ablations"])
+    train.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "toy, table 1" and lines[1].split() == ["1/wide", "71.3", "oIoU", "width=12"]
+    assert lines[2].split() == ["1/slow", "lr=0.0001"] and lines[3].startswith("toy, table 2   (of one trained model")
+    with pytest.raises(ValueError, match="2/dry: no training of its own; .* python evaluate.py .* --set dropout=0.0"):
+        run_to_end(tmp_path / "run", "--ablation", "2/dry")
+
+
+def test_settings_cut_sentences_speed_and_memory_are_said(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError):
+        run_to_end(tmp_path / "run", "--dataset", "rrsisd", "--data-root", str(tmp_path / "none"))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["config", "recipe"]
+    run_to_end(tmp_path / "run", "--epochs", "1", "--set", "text_length=3")
+    assert " of 60 sentences are longer than 3 tokens and are cut" in capsys.readouterr().out
+    (line,) = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert 0.05 < line["peak_gib"] < 16 and line["images_per_second"] > 0
+    assert train.pace({"images": 5, "seconds": 2.0}, ONE.device)["images_per_second"] == 2.5
+
+
+def test_the_images_of_an_epoch_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(StopAt, "steps", 2)
+    monkeypatch.setattr(train, "StopRequest", StopAt)
+    with pytest.raises(train.Stopped):
+        run_to_end(tmp_path / "run", "--limit", "100")
+    sampler = data.TrainSampler(data.read("synthetic", "", "train", limit=100), batch_size=8, micro_batch=8,
+                                per_image=2, seed=0)
+    images = sum(len(micro) for step in range(2) for rank in sampler.plan(0, step) for micro in rank)
+    assert state_of(tmp_path / "run")["images"] == images > 4
+
+
+def test_the_control_of_own_data_and_the_black_boxes_of_the_recipe(tmp_path, monkeypatch, capsys):
+    given, real = [], data.ReferringDataset.__init__
+
+    def watched(self, *args, **options):
+        given.append(options.get("black_boxes"))
+        real(self, *args, **options)
+
+    monkeypatch.setattr(data.ReferringDataset, "__init__", watched)
+    monkeypatch.setattr(toy, "RECIPE", {**toy.RECIPE, "black_boxes": 0.25})
+    words = custom(tmp_path / "data")
+    run_to_end(tmp_path / "run", *words)
+    assert 0.25 in given and (tmp_path / "run/val-shuffled/metrics.json").is_file()
+    assert "val: mIoU" in (said := capsys.readouterr().out) and "control, every image with another image's" in said
+
+
+class Writer(list):
+    """Stands for tensorboard's."""
+
+    every = []
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add_scalar(self, name, value, epoch):
+        self.every.append((self.folder.name, name, value, epoch))
+
+    def add_image(self, name, image, epoch, dataformats):
+        self.every.append((name, image.ndim, dataformats, epoch))
+
+
+def test_tensorboard_gets_losses_rates_scores_and_the_sheet(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        run_to_end(tmp_path / "run", "--tensorboard")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run_to_end(tmp_path / "run", "--tensorboard", "--epochs", "2")
+    names = [entry[1] for entry in Writer.every if entry[0] == "tensorboard"]
+    assert {"loss", "seg", "lr", "val_mIoU", "test_mIoU"} <= set(names) and names.count("loss") == 2
+    assert ("test", 3, "HWC", 2) in Writer.every
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", [name for name in models.PAPERS if name != "toy"])
+def test_the_plan_counts_what_a_step_keeps(name, precision):
+    paper = models.paper(name)
+    config, recipe = dataclasses.replace(paper.Config.tiny(), pretrained="none"), {**paper.RECIPE, **paper.RECIPE_TINY}
+    model = models.build(name, config).train()
+    if recipe["phases"]:
+        model.start_phase(list(recipe["phases"])[-1])
+    model.param_groups(recipe)
+    text_mask, side = torch.ones(8, config.text_length, dtype=torch.bool), config.image_size
+    batch = {"images": torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8), "tokens": text_mask.long() * 4,
+             "text_mask": text_mask, "image_index": torch.arange(8) // 4, "masks": torch.rand(8, side, side) > 0.5,
+             "instance": torch.arange(8)}
+    real = train.kept_for_backward(model, batch, precision)
+    every, learn, fixed, kept = train.count(name, config, recipe, precision, 8)
+    assert kept == pytest.approx(real, rel=0.05)
+    learning = [one for one in model.parameters() if one.requires_grad]
+    assert (every, learn) == (sum(one.numel() for one in model.parameters()), sum(one.numel() for one in learning))
+    held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    assert fixed == held + 3 * sum(one.nbytes for one in learning)          # gradients, AdamW's two moments
+    if name == "prompt_ris":
+        table = train.memory(SimpleNamespace(model=name, precision=precision), config, recipe)[2]
+        assert table[8] == pytest.approx((fixed + kept) / 2 ** 30, rel=0.02) and table[32] > table[16] > table[4]
+
+
+def test_the_plan_of_a_command_needs_neither_data_nor_weights(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "crobim_u", "--dataset", "rrsisd", "--plan",
+                                      "--data-root", "nowhere"])
+    train.main()
+    said = capsys.readouterr().out
+    assert "crobim_u (paper) on rrsisd" in said and "steps per epoch: not known" in said
+    rows = [line.split() for line in said.splitlines() if line.strip()[:1].isdigit()]
+    assert [(int(row[0]), int(row[2])) for row in rows] == [(1, 32), (2, 16), (4, 8), (8, 4), (16, 2), (32, 1)]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "toy", "--plan", "--limit", "60"])
+    train.main()
+    assert "60 training expressions: 2 steps per epoch, 4 in 2 epochs" in capsys.readouterr().out
+
+
+def test_a_card_that_is_too_small_is_answered_with_the_micro_batch_that_fits(tmp_path, monkeypatch):
+    def explode(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(toy.Toy, "criterion", explode)
+    monkeypatch.setattr(train, "memory", lambda *_: (1, 1, {1: 1.0, 2: 3.0, 4: 7.0, 8: 15.0}))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "toy", "--device", "cpu", "--limit", "60",
+                                      "--workers", "0", "--output", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="of memory: 0.0 GiB, --micro-batch 8 in fp32.*no smaller micro-batch fits$"):
+        train.main()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=6 * 2 ** 30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "6.0 GiB, --micro-batch 8 in fp32; by the count of --plan say --micro-batch 2, the same gradient" in \
+        train.out_of_memory(options(tmp_path / "run"))
+    checkpointing = dataclasses.make_dataclass("Config", [("checkpointing", bool, False)])
+    monkeypatch.setattr(train, "settle", lambda _: (checkpointing(), toy.RECIPE, set()))
+    assert "; --set checkpointing=True keeps less and takes longer" in train.out_of_memory(options(tmp_path / "run"))

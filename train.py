@@ -45,7 +45,7 @@ import data
 import evaluate
 import metrics
 import models
-from evaluate import PRECISIONS, Options, at_least, in_file_name, start_processes, write_text
+from evaluate import PRECISIONS, Options, at_least, autocast, in_file_name, start_processes, to_device, write_text
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
@@ -427,8 +427,11 @@ def train_step(job, learner, position, sampler, batches, stop):
     random, statistics = random_state(processes.device), batch_norm_buffers(model)
     sums, losses, ids = {}, [], []
     for left in reversed(range(len(plan[processes.rank]))):
+        batch = to_device(next(batches), processes.device)
         with network.no_sync() if processes.world > 1 and left else contextlib.nullcontext():
-            outputs, batch = evaluate.forward(network, next(batches), processes.device, job.args.precision)
+            with autocast(processes.device, job.args.precision):
+                outputs = network(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
+            outputs = {key: value.float() if value.is_floating_point() else value for key, value in outputs.items()}
             terms = model.criterion(outputs, batch, done / total)
             loss, count = sum(terms.values()), len(batch["samples"])
             scaler.scale(loss * (count * processes.world / expressions)).backward()
@@ -591,7 +594,9 @@ def kept_for_backward(model, batch, precision):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs, batch = evaluate.forward(model, batch, torch.device("cpu"), precision)
+        with autocast(torch.device("cpu"), precision):
+            outputs = model(batch["images"], batch["tokens"], batch["text_mask"], batch["image_index"])
+        outputs = {key: value.float() if value.is_floating_point() else value for key, value in outputs.items()}
         sum(model.criterion(outputs, batch, 0.5).values())
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -593,7 +593,7 @@ class ICIPNet(nn.Module):
         embeddings = [] if c.bert_embeddings else [self.bert.embeddings]
         return [*embeddings, *self.bert.encoder.layer[c.bert_trained_layers:]]
 
-    def train(self, mode=True):
+    def train(self, mode=True):                                                 # Departs: BERT
         super().train(mode)
         for part in self.frozen():
             part.eval()
@@ -632,7 +632,7 @@ class ICIPNet(nn.Module):
         """Cross-entropy and Dice of the logits, resized to masks (M,S,S) -> weighted scalars; their sum is L_total."""
         c, masks = self.config, batch["masks"][:, None]                         # (M,1,S,S)
         logits = resize(outputs["logits"], masks)                               # (M,1,S,S)
-        ce = binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight).mean()
+        ce = binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight).mean()   # Departs: CE
         dice = dice_loss(logits, masks, eps=1e-6).mean()
         if c.dice_sum:                                                          # Departs: Dice
             dice = RECIPE["batch_size"] * (dice + dice_loss(-logits, ~masks, eps=1e-6).mean())
@@ -766,7 +766,6 @@ def load_published(module, source, fields):
 
 
 # Notes
-#
 # Departs from the paper
 #   network      the text names ICIP, BIF and a "lightweight", a "standard" decoder; Table III's base is RMSIN, so its
 #                parts are on: intra_scale, cross_scale, rotated; all three False: the text's, with LAVT's decoder
@@ -781,7 +780,8 @@ def load_published(module, source, fields):
 # Departs from the official code (where a switch is named, --ablation official/all turns it)
 #   width        D per half of Q and K at every stage, as the paper's 768, and D in H and O; bif_width="stage" with
 #                value_mult=2: C and 2C, as there
-#   (4)          T_o joins the words; raw_prompts=True: the raw T does, as there, and no f is built, which is idle there
+#   (1)          8 prompts (IV-B), also in official/all; there the number is missing, comments say 5
+#   (4)          T_o joins the words; raw_prompts=True: the raw T does, as there, without the f that is idle there
 #   (7)          std 0.1, as in [16]; there 1, with which exp() overflows in 1 of 200 draws at width 1024
 #   (8)          padded words are left out; there a score of -1e4 does it, and K and H are zero at them: the same
 #   (10)-(13)    built once and learned; there built, with random weights, in every forward
@@ -790,9 +790,9 @@ def load_published(module, source, fields):
 #   logits       a quarter of S, enlarged with align_corners=False by who reads them; align_corners=True: as there
 #   decoder      batch norms, the base's; decoder_norm="tanh": DyT, as there
 #   stage 4      no gates and no intra-scale interaction: what they feed is not read (4,194,342 weights there)
-#   BERT         no dropout in the layers that do not learn
+#   BERT         no dropout in what does not learn
 #   text         a sentence longer than 20 tokens keeps its [SEP], which the cut takes there
-#   images       as they are; black_boxes=0.2: 20 to 60 black squares on a fifth of the training images, as there
+#   images       as they are; black_boxes=0.2: 20 to 60 black squares on a fifth of the images, there of the objects
 #   precision    mixed; precision="fp32": as there
 #   selection    on all expressions of the validation split; there on one of each object, drawn at random
 # Departs from RMSIN's code

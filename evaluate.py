@@ -240,7 +240,7 @@ def write_mask(mask, path, **options):
     Image.fromarray(mask.astype(np.uint8) * 255).save(path, **options)
 
 
-def unfinished(outputs):
+def not_finite(outputs):
     """(M,) bool: of which expressions some output is not finite, or too large to be summed up."""
     M = len(outputs["logits"])
     values = [output for output in outputs.values() if output.is_floating_point() and len(output) == M]
@@ -264,10 +264,10 @@ def evaluate(model, samples, processes, *, tokenizer, protocol, empty="zero", pr
         outputs, batch = forward(model, batch, processes.device, precision)
         diagnostics = model.diagnose(outputs, batch["masks"]) if hasattr(model, "diagnose") else {}
         scores.add(torch.tensor([number for image in images for number in image]), **diagnostics,
-                   **counts(outputs, batch, save_masks), unfinished=unfinished(outputs))
+                   **counts(outputs, batch, save_masks), not_finite=not_finite(outputs))
     model.train(training)
     merged = scores.merged(expected=len(samples))
-    if (bad := np.flatnonzero(merged.pop("unfinished"))).size:
+    if (bad := np.flatnonzero(merged.pop("not_finite"))).size:
         raise ValueError(f"sample {samples[bad[0]].id}, {len(bad)} of {len(samples)} samples: {NOT_FINITE}")
     return metrics.records(samples, merged, empty)
 
@@ -385,15 +385,15 @@ def score_predictions(args):
     """Score DIR/ID.png of each sample as `args` says; whatever cannot be scored is listed, and then nothing written."""
     if not Path(args.predictions).is_dir():
         raise FileNotFoundError(f"--predictions {args.predictions}: no such folder")
-    found, ids, empty, root = [], set(), args.empty or "zero", args.data_root or "data"
+    found, empty, root = [], args.empty or "zero", args.data_root or "data"
     for split in data.split_names(args.dataset, args.split, root, args.refs):
         samples, about = read_split(args.dataset, root, split, args.rows, args.categories, args.limit, args.small,
                                     args.refs)
         with ThreadPool() as pool:
             rows = list(tqdm(pool.imap(functools.partial(score_file, args), samples), split, len(samples), leave=False))
         found.append((samples, about, rows))
-        ids |= {sample.id for sample in samples}
     faults = [str(row) for _, _, rows in found for row in rows if isinstance(row, Exception)]
+    ids = {sample.id for samples, _, _ in found for sample in samples}
     extra = sorted(file.name for file in Path(args.predictions).glob("*.png") if file.stem not in ids)
     for line in [*faults, *(f"{name}: no sample of {args.split} has this name" for name in extra)]:
         print(line, file=sys.stderr)
@@ -579,7 +579,7 @@ def segment(model, picture, texts, precision, tile, overlap, with_maps):
             pixels = np.array(part.resize((side, side), Image.Resampling.BILINEAR))
             batch["images"] = torch.from_numpy(pixels).permute(2, 0, 1)[None]
             outputs, _ = forward(model, batch, device, precision)
-            if (bad := unfinished(outputs)).any():
+            if (bad := not_finite(outputs)).any():
                 raise ValueError(f"'{texts[int(bad.int().argmax())]:.200}': {NOT_FINITE}")
             window = torch.from_numpy(down[:, None] * across)                                           # (h,w)
             for name in ("logits", *(models.maps(model) if with_maps else ())):
@@ -613,13 +613,13 @@ def windows(length, tile, overlap):
 
 def pictures_in(names):
     """The files among `names`, and the pictures in the folders among them."""
-    if absent := [str(name) for name in names if not Path(name).exists()]:
-        raise FileNotFoundError(f"--image: no such file {', '.join(absent)}")
-    files = [sorted(file for file in Path(name).iterdir() if file.suffix.lower() in SUFFIXES) if Path(name).is_dir()
-             else [Path(name)] for name in names]
-    if not all(files):
-        raise FileNotFoundError(f"--image: no picture ({', '.join(SUFFIXES)}) in {names[files.index([])]}")
-    return sum(files, [])
+    files = []
+    for path in map(Path, names):
+        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not path.exists() or not inside:
+            raise FileNotFoundError(f"--image: no such file, or no picture ({', '.join(SUFFIXES)}) in {path}")
+        files += inside
+    return files
 
 
 def segment_files(model, names, texts, output, precision, tile=None, overlap=128):
@@ -650,16 +650,13 @@ def segment_files(model, names, texts, output, precision, tile=None, overlap=128
 
 def georeference(file):
     """The georeferencing tags of a TIFF as PIL writes them; empty for any other file."""
+    kept = ImageFileDirectory_v2()
     with Image.open(file) as image:
         tags = getattr(image, "tag_v2", {})
-        kept = {tag: tags[tag] for tag in GEOREFERENCE_TAGS if tag in tags}
-        if not kept:
-            return {}
-        directory = ImageFileDirectory_v2()
-        for tag, value in kept.items():
-            directory.tagtype[tag] = tags.tagtype[tag]
-            directory[tag] = value
-        return directory
+        for tag in (tag for tag in GEOREFERENCE_TAGS if tag in tags):
+            kept.tagtype[tag] = tags.tagtype[tag]
+            kept[tag] = tags[tag]
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -361,9 +361,9 @@ def test_an_output_that_is_not_finite_is_refused_by_the_name_of_its_sample(name,
 def test_one_expression_that_is_not_finite_is_named():
     outputs = {"logits": torch.zeros(3, 1, 2, 2), "text_weight": torch.tensor([0.0, math.inf, 0.0]),
                "image_index": torch.zeros(3, dtype=torch.long), "v": torch.full((1, 4), math.nan)}
-    assert evaluate.unfinished(outputs).tolist() == [False, True, False]            # v is of images, not of expressions
+    assert evaluate.not_finite(outputs).tolist() == [False, True, False]            # v is of images, not of expressions
     outputs["logits"][2, 0, 1, 0] = math.nan
-    assert evaluate.unfinished(outputs).tolist() == [False, True, True]
+    assert evaluate.not_finite(outputs).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("fails", ["table", "sheet"])
@@ -444,6 +444,16 @@ def test_workers_outlast_a_stop_of_the_whole_group():
     found = list(evaluate.batches(Stopped(), [[(0, 1)], [(2, 3)]], workers=1, device=ONE.device))
     assert [[sample.id for sample in batch["samples"]] for batch in found] == [
         [sample.id for sample in samples[:2]], [sample.id for sample in samples[2:]]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_random_state_alone(workers):
+    """Dropout after a validation is what it is without one."""
+    samples = data.read("synthetic", "", "val", limit=2)
+    dataset = data.ReferringDataset(samples, 16, data.WordTokenizer(["ship"], 4, toy.SPECIAL_TOKENS))
+    before = torch.get_rng_state()
+    assert len(list(evaluate.batches(dataset, [[(0,)], [(1,)]], workers, ONE.device))) == 2
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_corrupt_image_ends_in_one_line_that_names_it(run, tmp_path):

@@ -217,7 +217,7 @@ def test_diagnostics_leave_out_what_is_not_a_number():
 @pytest.mark.parametrize(("intersection", "mask", "truth", "kind"), [
     (10, 15, 15, "none"), (10, 16, 15, "boundary"),         # IoU 10/20 and 10/21
     (0, 0, 9, "nothing"), (0, 0, 0, "nothing"),
-    (9, 100, 40, "wrong"), (10, 100, 40, "spill"), (0, 5, 0, "wrong"),
+    (9, 91, 40, "wrong"), (9, 90, 46, "boundary"), (10, 100, 40, "spill"), (0, 5, 0, "wrong"),
     (30, 80, 40, "boundary"), (30, 81, 40, "spill"), (4, 4, 40, "boundary"), (0, 1, 40, "wrong")])
 def test_failures_by_hand(intersection, mask, truth, kind):
     union = mask + truth - intersection

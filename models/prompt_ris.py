@@ -428,9 +428,8 @@ class PromptRIS(nn.Module):
         outputs = {"logits": S_coarse, "coarse": S_coarse.sigmoid(), "coarse_logits": S_coarse, "image_index": index}
         if self.coarse_only:
             return outputs
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
-            pixels = normalised(images, self.config.image_size, SAM_MEAN, SAM_STD)          # (N,3,H,W)
-            F_S = self.sam.vision_encoder(pixels).last_hidden_state                         # (N,D_S,H_S,W_S)
+        pixels = normalised(images, self.config.image_size, SAM_MEAN, SAM_STD)              # (N,3,H,W)
+        F_S = self.sam.vision_encoder(pixels).last_hidden_state                             # (N,D_S,H_S,W_S)
         F_S = F_S[index]                                                                    # (M,D_S,H_S,W_S)
         S_C = resize(S_coarse, 4 * self.sam_grid)  # Silent: S_C                            # (M,1,4H_S,4W_S)
         positions = self.sam.get_image_wide_positional_embeddings()                         # (1,D_S,H_S,W_S)

@@ -322,6 +322,15 @@ def test_prompt_ris_instance_contrast_repels_masks_that_coincide():
     assert apart < loss
 
 
+def test_prompt_ris_instance_contrast_of_masks_without_any_mass_is_finite():
+    """Prompt-RIS Eq. (7) is 0 / 0 there; w is 0."""
+    logits = torch.full((2, 1, 4, 4), -90.0, requires_grad=True)
+    for instance in (torch.tensor([1, 1]), torch.tensor([1, 2])):
+        loss = instance_contrastive_loss(logits, torch.ones(2, 1, 4, 4) > 0, torch.zeros(2), instance)
+        gradient, = torch.autograd.grad(loss.sum(), logits)
+        assert loss.tolist() == [0, 0] and gradient.abs().max() == 0
+
+
 def test_prompt_ris_instance_contrast_weighs_by_a_detached_iou():
     """Prompt-RIS Eq. (8): a mask that misses its truth is silent, one alone costs nothing, w has no gradient."""
     logits = torch.full((2, 1, 4, 4), -2.0)

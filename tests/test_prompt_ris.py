@@ -429,6 +429,17 @@ def test_each_tower_sees_the_image_at_its_size_in_its_colours():
         torch.testing.assert_close(seen["clip"][:, channel], (smaller[:, channel] - mean) / std)
 
 
+def test_every_part_has_the_size_that_its_field_says():
+    model = build(cmp_heads=4, decoder_heads=2, text_heads=8, text_blocks=3, decoder_ffn=20, text_ffn=28, prompts=5)
+    heads = {name: {part.heads for part in module.modules() if isinstance(part, prompt_ris.Attention)}
+             for name, module in model.named_children() if name in ("cmp", "decoder", "text_prompts")}
+    assert heads == {"cmp": {4}, "decoder": {2}, "text_prompts": {8}}
+    assert len(model.text_prompts.self_attentions) == len(model.text_prompts.cross_blocks) == 3
+    assert model.decoder.to_image.ffn[0].out_features == model.decoder.to_text.ffn[0].out_features == 20
+    assert {block.ffn[0].out_features for block in model.text_prompts.cross_blocks} == {28}
+    assert [tuple(prompter.tokens.shape) for prompter in (model.cmp[0].v2l, model.cmp[0].l2v)] == [(5, 16), (5, 12)]
+
+
 def test_start_of_what_is_not_loaded():
     """Xavier's bounds for every linear layer, PyTorch's for SAM's convolutions, prompt tokens of deviation 0.02."""
     torch.manual_seed(0)
@@ -1073,7 +1084,8 @@ def test_missing_weights_are_named_with_the_remedy(tmp_path):
     (tmp_path / "clip-vit-base-patch16").mkdir()
     with pytest.raises(ValueError, match="not a folder as transformers saves it.*vocab.json"):
         prompt_ris.tokenizer(small(pretrained=str(tmp_path)))
-    with pytest.raises(ValueError, match="must be multiples of"):
-        small(clip_size=25)
+    for field in ("clip_size", "image_size"):
+        with pytest.raises(ValueError, match=rf"{field}=25\b.*must be multiples of"):
+            small(**{field: 25})
     with pytest.raises(ValueError, match="text_length=11"):
         small(text_length=11)

@@ -748,11 +748,12 @@ def load_model(args, device):
         config, _ = models.override(paper.Config(), paper.RECIPE, args.set)
         model = models.load_official(args.model, args.checkpoint, config=config, device=device)
         return model, {"dataset": args.dataset, **model.run}, Path(f"runs/{args.model}-official"), None
+    if models.is_official(args.checkpoint):
+        raise ValueError(f"--checkpoint {args.checkpoint}: weights as a paper's authors released them take --model too")
     model, (trained, folder) = models.load(args.checkpoint, args.set, device), models.run_settings(args.checkpoint)
-    usual = next((one for name in ("best", "last") if (one := folder / f"{name}.safetensors").is_file()), folder)
-    other = Path(args.checkpoint).is_file() and not usual.samefile(args.checkpoint)
+    weights, usual = (models.weights_file(one, folder) for one in (args.checkpoint, folder))
     folder = folder if Path(args.checkpoint).exists() else Path("runs", Path(args.checkpoint).name)     # of the hub
-    return model, trained, folder, Path(args.checkpoint).stem if other else None
+    return model, trained, folder, None if weights.samefile(usual) else weights.stem
 
 
 def main(args):

@@ -227,7 +227,7 @@ def test_the_authors_weights_score_into_a_folder_of_their_own(run, photo, tmp_pa
         model.run = {key: model.run[key] for key in ("model", "config", "recipe")}
         return model
 
-    monkeypatch.setattr(models, "load_official", load_official, raising=False)
+    monkeypatch.setattr(models, "load_official", load_official)
     monkeypatch.chdir(tmp_path)
     words = ["--model", "rs2sam2", "--checkpoint", "authors.pth", "--device", "cpu", "--set", "pretrained=DIR"]
     evaluate.main(evaluate.arguments([*words, "--dataset", "synthetic", "--limit", "12", "--workers", "0"]))
@@ -236,6 +236,12 @@ def test_the_authors_weights_score_into_a_folder_of_their_own(run, photo, tmp_pa
     assert Path("out/photo-mask.png").is_file()
     wanted = dataclasses.replace(models.paper("rs2sam2").Config(), pretrained="DIR")
     assert asked == [("rs2sam2", "authors.pth", wanted)] * 2
+    Path("authors.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="authors.pth: weights as a paper's authors released them take --model"):
+        score("authors.pth", tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="the authors of icipnet have released no trained weights"):
+        score(tmp_path / "authors.pth", tmp_path, "--model", "icipnet", "--dataset", "synthetic")
 
 
 def test_a_name_that_is_too_long_for_a_file_is_cut_and_stays_its_own():
@@ -386,7 +392,8 @@ def write_custom(folder, texts):
     entries = []
     for number, text in enumerate(texts):
         Image.fromarray(masks[number].astype(np.uint8) * 255).save(folder / f"m{number}.png")
-        entries.append({"image": "a.png", "mask": f"m{number}.png", "expression": text, "split": "test"})
+        entries += [{"image": "a.png", "mask": f"m{number}.png", "expression": text, "split": split}
+                    for split in ("train", "test")]
     (folder / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -400,6 +407,14 @@ def test_sentences_that_no_font_holds_or_no_terminal_shows_are_scored(run, tmp_p
     folder = tmp_path / "out/custom-test-limit=24"
     assert [len(line["expression"]) for line in metrics.read_records(folder)] == [13 * 80_000 - 1, 14, 5]
     assert Image.open(folder / "sheet.png").height > 3 * 160
+
+
+def test_a_run_on_data_that_allow_no_control_says_so_and_ends_well(tmp_path, capsys):
+    write_custom(tmp_path / "data", ["the red ship", "a car"])
+    words = ["--model", "toy", "--dataset", "custom", "--data-root", str(tmp_path / "data"), "--device", "cpu"]
+    train.train(train.arguments([*words, "--workers", "0", "--epochs", "1", "--output", str(tmp_path / "run")]), ONE)
+    assert "sentences: none, --control shuffled: each picture" in capsys.readouterr().out
+    assert [path.parent.name for path in tmp_path.glob("run/*/metrics.json")] == ["test"]
 
 
 def test_a_terminal_that_cannot_show_the_sentence_gets_both_masks(run, photo, tmp_path):

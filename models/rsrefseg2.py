@@ -508,7 +508,7 @@ class DensePromptGeneration(nn.Module):
 
     vision_width D_v, text_width D; size: (H,W), or H of a square; conv: "relu", "none", "official"; upsample: "pre",
     "post"; soft: hidden width of an MLP on the text, 0 for none; scale: SigLIP's factor and bias on the cosines.
-    Brings one_of, expect, mlp, matching, resize, cosine_maps.
+    Brings one_of, expect, mlp, resize, cosine_maps.
     """
 
     def __init__(self, vision_width, text_width, size, conv="relu", upsample="pre", align_corners=False, soft=0,
@@ -526,7 +526,7 @@ class DensePromptGeneration(nn.Module):
         else:
             self.conv = nn.Identity()
         self.soft = mlp(text_width, soft) if soft else nn.Identity()
-        self.match = matching(text_width, D)
+        self.match = nn.Identity() if text_width == D else nn.Linear(text_width, D)
         self.logit_scale, self.logit_bias = (
             nn.Parameter(torch.tensor([value])) if scale else None for value in (math.log(10), -10.0))
 
@@ -540,11 +540,6 @@ class DensePromptGeneration(nn.Module):
         if self.logit_scale is not None:
             p_dense = p_dense * self.logit_scale.exp() + self.logit_bias
         return resize(p_dense, self.size, self.align_corners)
-
-
-def matching(width, to):
-    """Nothing where the widths agree, as in all so400m towers; else a linear layer."""
-    return nn.Identity() if width == to else nn.Linear(width, to)
 
 
 def sine_positions(side, width):
@@ -561,9 +556,6 @@ def fourier_positions(side, width):
     centres = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)             # (side^2,2), x and y
     angles = 2 * math.pi * centres @ torch.randn(2, width // 2)
     return torch.cat((angles.sin(), angles.cos()), -1)
-
-
-# ------------------------------------------------------------------------------------------------------------- model
 
 
 def tower_configs(config):
@@ -620,7 +612,7 @@ class RSRefSeg2(nn.Module):
         D_v, D_t = clip.vision_config.hidden_size, clip.text_config.hidden_size
         self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
                                          self.small // clip.vision_config.patch_size, c.image_size // 4, c)
-        self.match_t2 = matching(D_t, D_v) if "t2" in c.aligned else nn.Identity()
+        self.match_t2 = nn.Linear(D_t, D_v) if "t2" in c.aligned and D_t != D_v else nn.Identity()
         used = {"samp": c.alpha_samp, "spat": c.alpha_spat, "dense": c.alpha_dense and not c.dense_scale}
         self.scales = nn.ParameterDict({name: torch.tensor(1 / 0.07).log() for name in used if used[name]})
         self.biases = nn.ParameterDict({name: torch.zeros(()) for name in self.scales
@@ -692,7 +684,7 @@ class RSRefSeg2(nn.Module):
         c, side = self.config, self.prompter.side
         index = torch.arange(len(images), device=images.device) if image_index is None else image_index
         I_1, I_2 = self.two_sizes(images)                                     # (N,3,H_1,H_1), (N,3,H_2,H_2)
-        v, words, read, sentence = self.encode(I_1, tokens, text_mask)        # (N,g*g,D_v), ...
+        v, words, read, sentence = self.encode(I_1, tokens, text_mask)        # F: (N,g*g,D_v), (M,L,D_t), .., (M,D_v)
         P = self.prompter(v[index], words, read, sentence)
         logits = self.generate(I_2, index, P["p_sparse"], P.get("p_dense"))  # Eq. (1)
         outputs = {"logits": logits, "sentence": sentence, "v": rearrange(v, "n (y x) d -> n d y x", y=side)}
@@ -751,10 +743,10 @@ class RSRefSeg2(nn.Module):
         logits, dice = resize(outputs["logits"], masks.shape[-1]), partial(dice_loss, squared=True, eps=1e-3)
         images = {"v": lambda: outputs["v"][batch["image_index"]], "v2": lambda: outputs["v2"]}    # (M,D_v,g,g)
         texts = {"sent": lambda: outputs["sentence"], "t2": lambda: self.match_t2(outputs["t2"].mean(1))}
+        most = math.inf if c.official_losses else 100
 
         def scale(name):
-            s = self.scales[name].exp()
-            return s if c.official_losses else s.clamp(max=100)
+            return self.scales[name].exp().clamp(max=most)
 
         def cross_entropy(logits, masks):           # of L_spat and L_dense
             logits = resize(logits, masks.shape[-1])
@@ -774,9 +766,8 @@ class RSRefSeg2(nn.Module):
             return cross_entropy(coarse + self.biases["spat"], target)
 
         def dense():
-            p_dense = outputs["p_dense"]
-            logits = p_dense if c.dense_scale else p_dense * scale("dense") + self.biases["dense"]
-            return cross_entropy(logits, masks)
+            p = outputs["p_dense"]
+            return cross_entropy(p if c.dense_scale else p * scale("dense") + self.biases["dense"], masks)
 
         def weighted(**terms):
             alphas = {name: getattr(c, f"alpha_{name}") for name in terms}
@@ -981,10 +972,10 @@ def their_names():
     for stack, attention, who, n, ours in LAYERS:
         stack, ours = rf"^prompter\.{stack}_attn_layers\.(\d+)\.", "prompter." + ours.replace("#", r"\1")
         inner = ours if attention.startswith("self") else f"{ours}.attention"
-        rules |= {f"{stack}{attention}": inner, f"{stack}norm_{who}_{n}": f"{inner}.norm"}
+        own = {attention: inner, f"norm_{who}_{n}": f"{inner}.norm"}
         if inner != ours:
-            mlp_, norm_ = f"{stack}mlp_{who}_{n // 2 + 1}", f"{stack}norm_{who}_{n + 1}"
-            rules |= {mlp_: f"{ours}.mlp.mlp", norm_: f"{ours}.mlp.norm"}
+            own |= {f"mlp_{who}_{n // 2 + 1}": f"{ours}.mlp.mlp", f"norm_{who}_{n + 1}": f"{ours}.mlp.norm"}
+        rules |= {stack + theirs: name for theirs, name in own.items()}
     rules |= {r"\.base_layer\.bias": ".bias", r"^decode_head\.logit_scale2": "scales.samp",
               r"^clip_text_encoder\.base_model\.model\.(logit_\w+)": r"prompter.dense.\1",
               r"^clip_(text|vision)_encoder\.base_model\.model\.model": r"\1",

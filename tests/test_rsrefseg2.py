@@ -1252,7 +1252,7 @@ def test_the_log_says_what_accumulation_does_to_the_contrast(capsys):
 def copied(tmp_path_factory):
     """The prompter's modules with the helpers that their docstrings name, in a file of their own."""
     parts = [getattr(rsrefseg2, name) for name in (
-        "one_of", "expect", "repeated", "drawn_or_zero", "mlp", "matching", "resize", "cosine_maps", "AttentionLayer",
+        "one_of", "expect", "repeated", "drawn_or_zero", "mlp", "resize", "cosine_maps", "AttentionLayer",
         "MlpLayer", "CrossLayer", "LoRALinear", "ReferringSemanticDecomposition", "TextVisualInteraction",
         "SparsePromptGeneration", "DensePromptGeneration")]
     imports = ("import math\nimport torch\nfrom einops import rearrange\nfrom torch import nn\n"

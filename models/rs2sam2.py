@@ -36,7 +36,6 @@ Where the paper is departed from or silent: Notes, at the end of this file.
 """
 
 import argparse
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +205,7 @@ class BEiT3Layer(nn.Module):
 
 def run(function, *inputs, checkpointing):
     """function(*inputs); with `checkpointing` its inner activations are computed anew in the backward pass."""
-    if checkpointing and torch.is_grad_enabled():
+    if checkpointing:
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(*inputs)
 
@@ -548,9 +547,10 @@ class RS2SAM2(nn.Module):
         F = feature16 + sam.no_memory_embedding.view(1, -1, 1, 1)             # (M,C,S/16,S/16)
         positions = sam.get_image_wide_positional_embeddings()                # (1,C,S/16,S/16)
         F_en = self.gate(F, positions, words, text_mask) if self.config.gate else F
+        mask_prompt = None
         if M_p is not None:
-            M_p = resize(M_p, sam.prompt_encoder.mask_input_size)             # (M,1,S/4,S/4); Departs: M_p
-        _, dense_prompt = sam.prompt_encoder(None, None, None, M_p)           # (M,C,S/16,S/16), without M_p (1,...)
+            mask_prompt = resize(M_p, sam.prompt_encoder.mask_input_size)     # (M,1,S/4,S/4); Departs: M_p
+        _, dense_prompt = sam.prompt_encoder(None, None, None, mask_prompt)   # (M,C,S/16,S/16), or (1,...)
         return decoder(image_embeddings=F_en, image_positional_embeddings=positions,
                        sparse_prompt_embeddings=sparse_prompts[:, None], dense_prompt_embeddings=dense_prompt,
                        multimask_output=False,
@@ -569,9 +569,7 @@ class RS2SAM2(nn.Module):
         if image_index is not None:
             sam_pixels, beit_pixels = sam_pixels[image_index], beit_pixels[image_index]
 
-        seen = text_mask
-        if c.official_unknown:                                                # Departs: <unk>
-            seen = text_mask & (tokens != SPECIAL_TOKENS["unknown"])
+        seen = text_mask & (tokens != SPECIAL_TOKENS["unknown"]) if c.official_unknown else text_mask  # Departs: <unk>
         image_tokens, T = self.beit3(beit_pixels, tokens, seen)               # (M,1+N_p,D), (M,L,D)
         V_cls, V = image_tokens[:, :1], image_tokens[:, 1:]                   # (M,1,D), (M,N_p,D)
         words = self.text_projection(T) if c.reads_text else None             # (M,L,C); Silent: T_i
@@ -598,7 +596,7 @@ class RS2SAM2(nn.Module):
         logits = resize(outputs["logits"], masks.shape[-2:])
         losses = {"ce": binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight),
                   "dice": dice_loss(logits, masks, squared=True)}
-        if c.official_dice:                                                   # Departs: Dice
+        if c.official_dice:                                                   # Departs: (6)
             losses["dice"] = dice_loss(logits, masks, eps=1e-6) + dice_loss(-logits, ~masks, eps=1e-6)
         if c.boundary_loss:
             cut = -1.0 if c.official_logits else 0.0                          # m > 0; Departs: (7)
@@ -641,7 +639,7 @@ class RS2SAM2(nn.Module):
     def diagnose(self, outputs, masks):
         """masks (M,S,S) -> figures (M,). text_weight: |Linear(T_s)|, 0 is (7)'s trivial optimum; boundary: (7) at
         weight 1; pseudo_mask_iou: of M_p, cut at 0.5, with the mask."""
-        masks, figures = masks[:, None], {}
+        masks, figures = masks[:, None], {}                                   # (M,1,S,S)
         if "text_weight" in outputs:
             figures["text_weight"] = outputs["text_weight"].abs()
         logits = resize(outputs["logits"], masks.shape[-2:])
@@ -706,9 +704,9 @@ class BEiT3Words:
 
 def tokenizer(config):
     """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
-    source = find_weights(config, config.beit_words)
-    words, expected = BEiT3Words(source, config.text_length), config.vocab_size - UNUSED_WORDS
-    if (found := words.pieces.get_piece_size() + 2) != expected:              # <pad> and <mask> are not in the file
+    words = BEiT3Words(source := find_weights(config, config.beit_words), config.text_length)
+    found, expected = words.pieces.get_piece_size() + 2, config.vocab_size - UNUSED_WORDS       # with <pad>, <mask>
+    if found != expected:
         raise ValueError(f"{source}: {found} tokens, expected vocab_size - {UNUSED_WORDS} = {expected}; take the file "
                          f"beit3.spm from {BEIT3_PLACE}")
     return words
@@ -747,8 +745,7 @@ def read_file(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError, AttributeError,
-            TypeError) as error:
+    except Exception as error:                      # a flipped bit raises anything from AssertionError to struct.error
         raise ValueError(f"{path}: damaged or no PyTorch weights file of plain tensors; one that asks to run code is "
                          "not opened") from error
 
@@ -853,8 +850,8 @@ def read_official(path):
 #   (4)          the query is F + SAM 2's dense positions, as in the code; T is `words`, the one projection from D to C
 #   (5)          ends in a sigmoid, and "MLP layers" is one Linear, as in the code; V'_cls is multiplied by V_cls, as
 #                3.4's text and the code have it and the formula has not
-#   (6)          lambda_ce is 0.9 in the code (lambda_ce)
-#   Dice         of [22], V-Net's, with squares; the code's sums both classes, without squares, eps 1e-6 (official_dice)
+#   (6) Dice     of [22], V-Net's, with squares; the code's sums both classes, without squares, eps 1e-6
+#                (official_dice); lambda_ce is 0.9 in the code (lambda_ce)
 #   (7)          M_pre is the soft probability; the code cuts m at 0, though its mask is m > 0.5: no gradient reaches
 #                the logits, only the text weight learns (hard_boundary; without official_logits both cut m at 0)
 #   M_p          is resized at once to 4 * S/16, the prompt encoder's input; by way of S x S it differs by <= 0.02

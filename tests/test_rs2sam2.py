@@ -520,6 +520,17 @@ def test_docstring_names_arguments_and_what_is_taken_along(module):
     assert all(re.search(rf"\b{name}\b", text) for name in arguments), arguments
 
 
+def test_copied_modules_start_with_the_papers_numbers():
+    for module, expected in (
+            (BidirectionalHierarchicalFusion, {"alpha_text": 0.2, "alpha_image": 0.5,              # 4.2
+                                               "reduction": 4, "heads": 4, "structure": "bi", "official": False}),
+            (MaskPromptGenerator, {"heads": 8, "attention": True}),
+            (BEiT3, {"size": 224, "patch": 16, "width": 1024, "layers": 24, "heads": 16, "ffn": 4096, "positions": 1024,
+                     "vocab_size": 64010, "checkpointing": False})):
+        parameters = inspect.signature(module.__init__).parameters.values()
+        assert {p.name: p.default for p in parameters if p.default is not p.empty} == expected
+
+
 @torch.no_grad()
 def test_copied_modules_run_on_maps_of_any_sides_and_with_bfloat16_weights(copied):
     torch.manual_seed(0)
@@ -1275,6 +1286,13 @@ def test_files_that_are_not_theirs_are_refused_in_one_line(tmp_path):
              r"1 unknown as \['visual_model\.mask_decoder\.x'\]"),
             (without("vmtoken"), None), (without("mm_extractor"), r"none of \['beit3\.'\]; found .*, vmtoken"),
             (without("visual_model"), r"none of \['fusion\.', 'gate\.', 'sam\.vision_encoder\."),
+            *((without(begin), r"none of \['" + re.escape(part)) for begin, part in (
+                ("text_hidden_fcs", "token_mlp."),
+                ("text_feat_linear", "text_projection."), ("text2one_linear", "text_weight."),
+                ("visual_model.sam_mask_decoder.vlfusion_module", "gate."),
+                ("visual_model.no_mem_embed", "sam.no_memory_embedding"),
+                ("visual_model.sam_prompt_encoder.mask_downscaling", "sam.prompt_encoder.mask_embed."),
+                ("visual_model.sam_prompt_encoder.point_embeddings", "sam.prompt_encoder.point_embeddings."))),
             (without("visual_model.sam_prompt_encoder.pe_layer"), r"none of \['sam\.prompt_encoder\.shared_embedding"),
             (lambda tensors: {"backbone.model.x": torch.ones(1), "prompter.y": torch.ones(1)},
              r"2 unknown as .*found backbone\.model, prompter$")):

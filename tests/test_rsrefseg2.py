@@ -207,13 +207,17 @@ def test_eq03_first_subspace_then_second(model):
     assert P["p_sparse"].shape == (M, 4, C) and P["p_dense"].shape == (M, 1, S // 4, S // 4)
 
 
-def test_eq04_decomposition(model):
+@pytest.mark.parametrize("start", ["textpool", "zero", "learnable"])
+def test_eq04_decomposition(start):
+    model = build(small(subspace_init=start))
     module = model.prompter.decompose
     words, n = torch.randn(1, L, D_T), 7
     mask = torch.arange(L)[None] < n
     pe1, pe2 = (array(pe) for pe in model.prompter.text_positions)
     W, read = array(words[0]), [k < n for k in range(L)]
     t1 = t2 = np.stack([W[0:3].mean(0), W[2:5].mean(0), W[4:7].mean(0)])     # three runs of seven words: 0-2, 2-4, 4-6
+    if start != "textpool":                                                  # Table IX
+        t1, t2 = array(module.queries)[:, 0] if start == "learnable" else np.zeros((2, 3, D_T))
     for k in range(2):
         t1, t2 = self_layer(module.intra[k][0], t1, pe1), self_layer(module.intra[k][1], t2, pe2)
         t1 = cross_layer(module.cross[k][0], t1, W, pe1, 0, read)
@@ -234,25 +238,34 @@ def test_eq04_runs_of_few_words(model, n, runs):
     close(pooled[0], adaptive)
 
 
-@pytest.mark.parametrize("order", ["first", "second"])
-def test_eq05_interaction(model, order):
+@pytest.mark.parametrize("order, changes", [
+    ("first", {}), ("second", {}), ("second", {"self_attention": False}), ("first", {"cross_attention": False}),
+    ("second", {"cross_attention": False})])
+def test_eq05_interaction(order, changes):
+    """Table XII: what is switched off leaves its block; without cross-attention t'_1 is not needed, v passes an MLP."""
+    model = build(small(**changes))
     module, which = getattr(model.prompter, order), int(order == "second")
     pe_t, pe_v = model.prompter.text_positions[which], model.prompter.image_position
     t, v = torch.randn(1, 3, D_T), torch.randn(1, G * G, D_V)
     stages = module(t, v, pe_t, pe_v)
     t, v = array(t[0]), array(v[0])
     for k, stage in enumerate(stages):
-        t = self_layer(module.intra[k], t, array(pe_t))
-        v = cross_layer(module.cross[k], v, t, array(pe_v), array(pe_t))
+        if not changes or changes == {"cross_attention": False} and order == "second":
+            t = self_layer(module.intra[k], t, array(pe_t))
+        v = mlp_layer(module.cross[k], v) if "cross_attention" in changes else cross_layer(
+            module.cross[k], v, t, array(pe_v), array(pe_t))
         close(stage[0][0], t)
         close(stage[1][0], v)
 
 
-def test_eq06_sparse_prompts(model):
+@pytest.mark.parametrize("changes", [{}, {"prompt_init": "zero"}, {"prompt_positions": False}])
+def test_eq06_sparse_prompts(changes):
+    model = build(small(**changes))
     module, pe_t, pe_v = model.prompter.sparse, model.prompter.text_positions[1], model.prompter.image_position
     t, v = torch.randn(1, 3, D_T), torch.randn(1, G * G, D_V)
     got = module([(t, v)] * 2, pe_t, pe_v)
-    p, position = array(module.queries), array(module.position)
+    p = np.zeros((4, C)) if "prompt_init" in changes else array(module.queries)                 # Table IX
+    position = 0 if "prompt_positions" in changes else array(module.position)
     for k in range(2):
         p = self_layer(module.intra[k], p, position)
         p = cross_layer(module.cross_text[k], p, array(t[0]), position, array(pe_t))
@@ -276,6 +289,17 @@ def test_eq07_dense_prompt(model):
     t_sent = array(text[0]) / np.linalg.norm(array(text[0]))
     close(module(v, text)[0, 0], F_dense @ t_sent)
     assert module(v, text).abs().max() <= 1
+
+
+def test_eq07_variants_of_table_xiii():
+    """w/ T-soft, w/o V-soft and post-up: an MLP on the text, no convolution, the cosines upsampled."""
+    v, text, module = torch.randn(2, 6, 3, 3), torch.randn(2, 5), rsrefseg2.DensePromptGeneration
+    dense = module(6, 5, 8, conv="none", upsample="post", soft=4).eval()
+    mapped = dense.match(dense.soft(text))
+    assert dense.soft[0].weight.shape == (4, 5) and not torch.allclose(mapped, dense.match(text))
+    cosines = F.cosine_similarity(v, mapped[:, :, None, None], dim=1)[:, None]
+    close(dense(v, text), F.interpolate(cosines, (8, 8), mode="bilinear", align_corners=False))
+    assert not torch.allclose(module(6, 5, 8, conv="none").eval()(v, text), dense(v, text), atol=1e-2)
 
 
 @pytest.mark.parametrize("g, size", [(4, 16), (3, 32), (5, 8), (4, 4)])
@@ -819,6 +843,18 @@ def test_each_variant_has_the_layers_that_the_paper_gives_it(changes, parts):
     assert len(prompter.text_positions) == (2 if changes.get("cascade", True) else 1)
 
 
+def test_a_query_more_where_the_dense_prompt_takes_its_text_from_the_sparse_ones():
+    """Table XIII, T-sparse: a "dedicated additional token"; SAM is given n_p all the same."""
+    for changes, count in (({}, 4), ({"dense_text": "sparse"}, 5), ({"dense_text": "sparse", "dense": False}, 4)):
+        assert len(build(small(**changes)).prompter.sparse.queries) == count
+    prompter, _, prompts = prompts_of(dense_text="sparse")
+    seen = {}
+    prompter.sparse.register_forward_hook(lambda module, given, out: seen.update(sparse=out))
+    prompter.dense.register_forward_hook(lambda module, given, out: seen.update(text=given[1]))
+    prompts = prompter(torch.randn(M, G * G, D_V), torch.randn(M, L, D_T), torch.ones(M, L).bool(), torch.randn(M, D_V))
+    assert torch.equal(seen["text"], seen["sparse"][:, 4]) and torch.equal(prompts["p_sparse"], seen["sparse"][:, :4])
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"interleave": True, "prompt_blocks": 1}, "must be equal"), ({"cascade": False}, "set alpha_ortho=0"),
     ({"dense_text": "t3"}, "expected sent or t2"), ({"dense": False, "alpha_dense": 1.0}, "set alpha_dense=0"),
@@ -1175,10 +1211,15 @@ def test_padding_to_the_longest_makes_neighbours_matter():
 
 @torch.no_grad()
 def test_half_precision_stays_near_and_cosines_in_float32(model):
+    positions = []
+    hook = model.sam.mask_decoder.register_forward_pre_hook(
+        lambda module, given, options: positions.append(options["image_positional_embeddings"]), with_kwargs=True)
     full = model(*inputs())
     with torch.autocast("cpu", torch.bfloat16):
         half = model(*inputs())
     assert half["p_dense"].dtype == torch.float32
+    hook.remove()
+    assert torch.equal(*positions)                              # SAM's sines need more than eight bits
     for name in ("logits", "p_dense", "t2", "sentence"):
         assert (half[name].float() - full[name]).norm() < 0.05 * full[name].norm(), name
 
@@ -1243,6 +1284,8 @@ def test_the_log_says_what_accumulation_does_to_the_contrast(capsys):
     assert capsys.readouterr().out == ""
     model.param_groups({**RECIPE, "batch_size": 64, "micro_batch": 8})
     assert "contrasts the 8 expressions" in capsys.readouterr().out
+    build(small(alpha_samp=0.0)).param_groups({**RECIPE, "batch_size": 64, "micro_batch": 8})
+    assert capsys.readouterr().out == ""
 
 
 # -------------------------------------------------------------------------------------------------------- copying out
@@ -1339,7 +1382,7 @@ def published(tmp_path_factory):
     clip, sam = rsrefseg2.tower_configs(source)
     clip.vision_config.vision_use_head = True
     torch.manual_seed(5)
-    SiglipModel(clip).save_pretrained(folder / "clip")
+    SiglipModel(clip).bfloat16().save_pretrained(folder / "clip")                  # float32 is asked for all the same
     Sam2Model(sam).save_pretrained(folder / "sam")
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{k:02X}>" for k in range(256)), "▁",
               *"abcdefghijklmnopqrstuvwxyz"]
@@ -1357,7 +1400,9 @@ def test_published_towers_are_loaded_whole(published, capsys):
     assert sources == {"vision.": str(published / "clip"), "text.": str(published / "clip"),
                        "sam.": str(published / "sam")}
     assert capsys.readouterr().out.count("tensors loaded") == 2
-    clip, sam = SiglipModel.from_pretrained(published / "clip"), Sam2Model.from_pretrained(published / "sam")
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    clip = SiglipModel.from_pretrained(published / "clip", dtype=torch.float32)
+    sam = Sam2Model.from_pretrained(published / "sam")
     pixels = torch.randn(1, 3, G * 8, G * 8)
     close(model.vision(pixels).last_hidden_state, clip.vision_model(pixels).last_hidden_state)
     assert torch.equal(model.prompter.dense.logit_scale, clip.logit_scale)
@@ -1379,6 +1424,8 @@ def test_published_tokenizer_lower_case_right_padding_eos_kept(published):
     assert tokens.shape == (2, L) and text_mask.sum(1).tolist() == [3, L]
     assert tokens[0, 2] == 1 and tokens[1, -1] == 1 and not tokens[0, 3:].any()
     assert torch.equal(tokens[:1], tokenizer(["aB"])[0])
+    theirs = rsrefseg2.tokenizer(small(pretrained=str(published), clip="any/clip", lower_case=False))
+    assert torch.equal(tokens[:1], theirs(["ab"])[0]) and not torch.equal(tokens[:1], theirs(["aB"])[0])
 
 
 def test_missing_weights_are_named(published, tmp_path):
@@ -1424,6 +1471,10 @@ def test_diagnose_tells_where_from_how(model):
     assert got["localisation_error"].tolist() == [0, 1, 0, 0]
     assert got["boundary_error"].tolist() == [0, 0, 1, 1]
     close(got["dense_mass"], [1, 0, 1, 2 / 3], 1e-3)
+    half = torch.full((4, 1, S, S), 0.0)                        # a logit of zero is background
+    half[:, :, 16:32, 16:24] = 1                                # half of the object: an IoU of 0.5 is not below 0.5
+    edge = model.diagnose({"dense_prompt": dense, "logits": half}, masks)
+    assert not edge["localisation_error"].any() and not edge["boundary_error"].any()
     nothing = model.diagnose({"dense_prompt": dense, "logits": logits}, torch.zeros_like(masks))
     assert all(value.isnan().all() for value in nothing.values())
     assert build(small(dense=False)).diagnose({}, masks) == {}

@@ -1079,9 +1079,9 @@ def check(dataset: str, data_root, split: str | None, categories: str, refs: str
     if absent := [name for name in DATASETS[dataset].splits if name not in every]:
         print(f"not there: {', '.join(absent)}{' (without val the last epoch is kept)' if 'val' in absent else ''}")
     wanted = split_names(dataset, split, data_root, refs) if split else every
-    splits = {name: list(itertools.chain(*(every[part] for part in name.split("+")))) for name in wanted}
-    splits = {name: _by_content(samples) if dataset == "refsegrs" else _select(dataset, samples, categories)
-              for name, samples in splits.items()}
+    splits = {name: _select(dataset, list(itertools.chain(*(every[part] for part in name.split("+")))), categories)
+              for name in wanted}
+    splits = {name: _by_content(samples) if dataset == "refsegrs" else samples for name, samples in splits.items()}
     if file:
         lines = [json.dumps({"id": s.id, "image": str(s.image), "expression": s.expression, "split": name},
                             ensure_ascii=False) + "\n" for name, samples in splits.items() for s in samples]

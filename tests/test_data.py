@@ -420,6 +420,15 @@ def test_wrong_data_root_says_what_was_looked_for_and_found(tmp_path):
         data.read("rrsisd", tmp_path, "train")
 
 
+def test_at_most_twelve_names_of_a_folder_are_shown(tmp_path):
+    for count, shown in ((12, "f00, .*, f10, f11. Give"), (13, "f00, .*, f10, f11, .... Give")):
+        (tmp_path / f"f{count - 1:02d}").touch()
+        for number in range(count):
+            (tmp_path / f"f{number:02d}").touch()
+        with pytest.raises(FileNotFoundError, match=f"holds {shown}"):
+            data.read("rrsisd", tmp_path, "train")
+
+
 def test_a_folder_of_another_set_is_not_taken_for_the_one_asked_for(tmp_path):
     layouts.write("refcoco", tmp_path, splits={"train": 1})
     with pytest.raises(FileNotFoundError, match=r"refcoco\+: no refs"):
@@ -1298,6 +1307,39 @@ def test_black_boxes_are_20_to_60_squares_of_32_pixels_within_the_picture():
     small = Image.new("RGB", (20, 10), "white")
     data.add_black_boxes(small, np.random.default_rng(0))
     assert not np.asarray(small).any()
+    painted = Painted()
+    painted.size = (33, 32)                                    # one place down, two across
+    data.add_black_boxes(painted, np.random.default_rng(0))
+    assert {place[:2] for place in painted.pasted} == {(0, 0), (1, 0)}
+    painted.size, painted.pasted = (31, 20), []
+    data.add_black_boxes(painted, np.random.default_rng(0))
+    assert {place[:2] for place in painted.pasted} == {(0, 0)}
+
+
+def test_each_draw_of_a_picture_has_its_own_seed(tmp_path):
+    """Boxes by seed, epoch and picture, lost words by seed, epoch, sample and count of the repeat."""
+    mask = {"size": (90, 120), "parts": [layouts.rle(box(90, 120))], "resize": False}
+    path = picture(tmp_path / "a.png", (120, 90), value=200)
+    one = data.replace(sample("ä", mask=mask, expression="a b c d e f g h"), image=path)
+    dataset = data.ReferringDataset([one], 120, tokenizer, black_boxes=1.0, repeat_mask=0.5, draw=(5, 3))
+    expected = Image.open(path)
+    data.add_black_boxes(expected, np.random.default_rng((5, 3, *"ä".encode())))
+    item = dataset[(0, 0, 0)]
+    assert (item["image"].permute(1, 2, 0).numpy() == np.asarray(expected.resize((120, 120), 2))).all()
+    assert [shown.expression for shown in item["samples"]] == [one.expression, *(
+        data.masked(one.expression, 0.5, np.random.default_rng((5, 3, 0, count))) for count in (1, 2))]
+    plain = data.ReferringDataset([one], 120, tokenizer)
+    assert (plain[(0,)]["image"] == 200).all() and plain.draw == (0, 0) and not plain.original
+    assert [shown.expression for shown in plain[(0, 0)]["samples"]] == [one.expression] * 2
+
+
+def test_word_tokenizer():
+    words = data.WordTokenizer(["red", "ship"], 5, {"pad": 1, "begin": 0, "end": 3, "unknown": 2})
+    tokens, real = words(["Red ship", "a red red ship", ""])
+    assert tokens.tolist() == [[0, 4, 5, 3, 1], [0, 2, 4, 4, 3], [0, 3, 1, 1, 1]] and tokens.dtype == torch.int64
+    assert torch.equal(real, tokens != 1) and len(words) == 6
+    plain = data.WordTokenizer(["red", "ship"], 3, {"pad": 0, "unknown": 1})
+    assert plain(["ship ship ship red", "blue"])[0].tolist() == [[3, 3, 3], [1, 0, 0]]
 
 
 def test_sentences_that_are_cut_are_counted():
@@ -1426,6 +1468,26 @@ def test_draws_depend_on_seed_epoch_and_step_alone():
     assert len(drawn) > 0.95 * len(samples)  # every expression has its turn
     whole = list(sampler.batches(2, 0))
     assert list(sampler.batches(2, 0, first_step=2)) == whole[sum(len(plan[0]) for plan in first[:2]):]
+
+
+def test_an_epoch_by_hand():
+    """7 images in steps of at most 3: the order from (seed, epoch, 0), a step's draws from (seed, epoch, step + 1)."""
+    samples, settings = many([1] * 7, expressions=3), {"batch_size": 3, "micro_batch": 3, "seed": 4}
+    sampler = data.TrainSampler(samples, per_image=0, **settings)
+    order = np.array_split(np.random.default_rng((4, 9, 0)).permutation(7), 3)
+    for step, units in enumerate(order):
+        rng = np.random.default_rng((4, 9, step + 1))
+        assert flat(sampler.plan(9, step)) == [3 * unit + rng.integers(3) for unit in units]
+    assert sampler.steps == 3 and sampler.world == 1
+    samples = many([2] * 7, expressions=3)                     # image i: numbers 6 i to 6 i + 5, three of each object
+    sampler = data.TrainSampler(samples, per_image=3, **{**settings, "batch_size": 9})
+    for step, images in enumerate(order):
+        rng, expected = np.random.default_rng((4, 9, step + 1)), []
+        for image in images:
+            turns = [(turn, rng.random(), number) for first in (6 * image, 6 * image + 3)
+                     for turn, number in enumerate(rng.permutation([first, first + 1, first + 2]))]
+            expected += [number for _, _, number in sorted(turns)[:3]]
+        assert flat(sampler.plan(9, step)) == expected
 
 
 def test_order_and_each_step_have_random_numbers_of_their_own():
@@ -1603,6 +1665,8 @@ def test_check_says_what_of_val_and_test_is_in_train(capsys, tmp_path):
     assert "4 different pictures, 1 of val's 2 are in train too, 0 of test's 1 are in train too;" in out
     assert "train  8 expressions (published 2172: differs by -2164), of 8 objects in 2 pictures" in out
     assert "the paper counts 151, 31 and 103 scenes" in out and code == 1
+    code, _, _ = check(capsys, "--dataset", "refsegrs", "--data-root", tmp_path, "--categories", "seen")
+    assert "refsegrs takes only 'all'" in code
     layouts.write("rrsisd", tmp_path / "r", splits={"train": [0], "val": [1], "test": [0]})  # under other numbers
     _, out, _ = check(capsys, "--dataset", "rrsisd", "--data-root", tmp_path / "r")
     assert "2 different pictures, 0 of val's 1 are in train too, 1 of test's 1 are in train too;" in out
@@ -1658,6 +1722,46 @@ def test_check_says_ok_where_counts_are_the_published_ones(capsys, tmp_path, mon
     monkeypatch.setitem(data.DATASETS["refcoco"].published, "val", {"refs": 4, "images": 1, "expressions": 13})
     _, out, _ = check(capsys, "--dataset", "refcoco", "--data-root", tmp_path)
     assert "4 refs (published 4: OK), 1 images (published 1: OK), 12 expressions (published 13: differs by -1)" in out
+
+
+PUBLISHED = {  # expressions, or refs, images and expressions, as the papers and the sets' own READMEs count them
+    "refsegrs": {"train": (2172,), "val": (431,), "test": (1817,)},
+    "rrsisd": {"train": (12181,), "val": (1740,), "test": (3481,)},
+    "risbench": {"train": (26300,), "val": (10013,), "test": (16159,)},
+    "refcoco": {"train": (42404, 16994, 120624), "val": (3811, 1500, 10834), "testA": (1975, 750, 5657),
+                "testB": (1810, 750, 5095)},
+    "refcoco+": {"train": (42278, 16992, 120191), "val": (3805, 1500, 10758), "testA": (1975, 750, 5726),
+                 "testB": (1798, 750, 4889)},
+    "refcocog-umd": {"train": (42226, 21899, 80512), "val": (2573, 1300, 4896), "test": (5023, 2600, 9602)},
+    "refcocog-google": {"train": (44822, 24698, 85474), "val": (5000, 4650, 9536)}}
+WHOLE = {"refsegrs": 4420, "rrsisd": 17402, "risbench": 52472, "refcoco": 142210, "refcoco+": 141564,
+         "refcocog-umd": 95010, "refcocog-google": 95010}
+SEEN = {"refcoco": ((35473, 3175, 3200), (445, 394)), "refcoco+": ((35375, 3171, 3189), (444, 394)),   # CGFormer's
+        "refcocog-umd": ((33093, 2000, 3935), (386, 759)), "refcocog-google": ((35105, 3923), (760,))}
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_published_numbers(dataset):
+    """Those of the splits add up to those of the whole, where that is published by itself."""
+    benchmark = data.DATASETS[dataset]
+    assert {split: tuple(counts.values()) for split, counts in benchmark.published.items()} == PUBLISHED[dataset]
+    assert benchmark.splits == tuple(PUBLISHED[dataset])
+    assert all(list(counts) in (["expressions"], ["refs", "images", "expressions"])
+               for counts in benchmark.published.values())
+    assert sum(counts[-1] for counts in PUBLISHED[dataset].values()) == WHOLE[dataset]
+    if dataset in SEEN:
+        seen, unseen = SEEN[dataset]
+        assert benchmark.reference == {"all": {"train": PUBLISHED[dataset]["train"][0]}, "seen": dict(zip(
+            ("train", "val", "test"), seen, strict=False)), "unseen": dict(zip(("val", "test"), unseen, strict=False))}
+
+
+def test_seen_and_unseen_are_the_division_of_ovr_cnn():
+    """48 and 17 of COCO's 80, all of one word."""
+    assert sorted(data.CATEGORIES["unseen"]) == sorted(
+        ["airplane", "bus", "cat", "dog", "cow", "elephant", "umbrella", "tie", "snowboard", "skateboard", "cup",
+         "knife", "cake", "couch", "keyboard", "sink", "scissors"])
+    assert {"person", "car", "boat", "bench", "kite", "toothbrush"} < data.CATEGORIES["seen"]
+    assert data.CATEGORIES["all"] == set() and list(data.CATEGORIES) == ["all", "seen", "unseen"]
 
 
 def test_check_prints_reference_counts_of_categories(capsys, tmp_path):

@@ -190,6 +190,57 @@ def test_objects_cover_one_to_six_percent_and_keep_apart(drawn):
         assert not any(mask[[0, -1]].any() or mask[:, [0, -1]].any() for mask in masks)
 
 
+def test_outline_and_fill_of_a_category_give_the_area_that_was_drawn(drawn):
+    ratios = {}
+    for scene, _, masks in drawn:
+        for one, mask in zip(scene.things, masks, strict=True):
+            ratios.setdefault(one.category, []).append(mask.mean() / one.area)
+    assert {category: pytest.approx(np.mean(ratio), abs=0.03) for category, ratio in ratios.items()} == dict.fromkeys(
+        NAMES.values(), 1)
+
+
+def test_sizes_of_a_category(drawn):
+    """Our choice: between 1.6 and 5.5 % of the picture, drawn evenly in the logarithm; length over width, +-20 %."""
+    areas = {"building": (0.019, 0.055), "storage tank": (0.018, 0.045), "ship": (0.018, 0.040),
+             "airplane": (0.016, 0.028), "vehicle": (0.017, 0.034), "tennis court": (0.020, 0.048),
+             "bridge": (0.018, 0.040), "windmill": (0.016, 0.023)}
+    aspects = {"building": 1.4, "ship": 2.8, "vehicle": 1.9, "tennis court": 1.8, "bridge": 4.0}
+    for category, (low, high) in areas.items():
+        things = [one for scene, _, _ in drawn for one in scene.things if one.category == category]
+        places = np.log([one.area / low for one in things]) / np.log(high / low)
+        assert 0 <= places.min() < 0.05 and 0.95 < places.max() <= 1 and abs(places.mean() - 0.5) < 0.1
+        stretch = np.log([one.length / one.width / aspects.get(category, 1) for one in things]) / np.log(1.2)
+        if category in aspects:
+            assert -1 <= stretch.min() < -0.9 and 0.9 < stretch.max() <= 1
+        else:
+            assert abs(stretch).max() < 1e-9
+
+
+def test_colours_are_those_named_but_for_a_little_chance(drawn):
+    named = {"red": (205, 40, 40), "orange": (245, 135, 20), "yellow": (245, 220, 50), "green": (40, 205, 85),
+             "blue": (40, 80, 230), "white": (238, 238, 238)}
+    for colour, rgb in named.items():
+        off = np.array([one.rgb for scene, _, _ in drawn for one in scene.things if one.colour == colour]) - rgb
+        assert off.min() == -8 and off.max() in (6, 7)                     # 16 times -0.5 to 0.5, cut to an integer
+
+
+def test_the_scenes_of_the_tables_are_these():
+    """The figures of the README stand on these sentences and objects: to change them is to change the data set."""
+    chosen = {"val": data.synthetic_samples("val"), "test": data.synthetic_samples("test"),
+              "train": data.synthetic_samples("train", epoch=1, scenes=10),
+              "small": data.synthetic_samples("val", scenes=10, small=True)}
+    sums = {}
+    for name, samples in chosen.items():
+        lines = []
+        for sample in samples:
+            one = data.scene(sample.image).things[sample.mask]
+            numbers = (one.x, one.y, one.angle, one.length, one.width, one.area)
+            lines.append(" ".join([sample.id, sample.expression, one.category, one.colour, str(one.rgb),
+                                   *(f"{number:.3f}" for number in numbers)]))
+        sums[name] = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+    assert sums == {"val": "5969ad32", "test": "23511793", "train": "20e4cf44", "small": "cf853f2e"}
+
+
 def test_masks_lie_where_the_objects_are(drawn):
     for scene, _, masks in drawn:
         for one, mask in zip(scene.things, masks, strict=True):

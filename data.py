@@ -1029,9 +1029,8 @@ def look(samples: list[Sample]) -> tuple[list[tuple[str, str]], str, list[float]
 
     image = tried(picture_of, samples[0])
     for sample in {sample.instance: sample for sample in samples}.values():
-        if image is None and not isinstance(sample.mask, Path):  # what it is drawn on must be known
-            continue
-        if (mask := tried(read_mask, sample, image and image.size[::-1])) is None:
+        unknown = image is None and not isinstance(sample.mask, Path)  # the size on which a mask is drawn
+        if unknown or (mask := tried(read_mask, sample, image and image.size[::-1])) is None:
             continue
         size = sample.mask.get("size") if isinstance(sample.mask, dict) else None
         shares.append(mask.mean())
@@ -1128,6 +1127,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--list", metavar="FILE", help="write a JSON line per sample: id, image, expression, split")
     args = parser.parse_args([re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word)
                               for word in arguments or sys.argv[1:]])
+    sys.stdout.reconfigure(errors="replace")  # where a terminal cannot show a file's name
     try:
         sys.exit(0 if check(args.dataset, args.data_root, args.split, args.categories, args.refs, args.list) else 1)
     except (ValueError, OSError, ImportError) as error:

@@ -445,6 +445,12 @@ def test_missing_image_is_found_before_training(tmp_path):
     assert [s.image for s in data.read("rrsisd", tmp_path, "train", limit=1)] == [first]
 
 
+def test_samples_cannot_be_changed_in_place():
+    with pytest.raises(AttributeError, match="expression"):
+        sample().expression = "another"
+    assert data.replace(sample(image="x"), expression="y").picture == "x" and sample().kind is None
+
+
 def test_limit_and_empty_selection(tmp_path):
     layouts.write("refcoco", tmp_path, splits={"train": 1})
     assert [s.id for s in data.read("refcoco", tmp_path, "train", limit=5)] == [
@@ -1211,6 +1217,15 @@ def test_synthetic_reads_like_a_data_set():
         data.read("synthetic", None, "testA")
 
 
+def test_a_limit_draws_no_more_scenes_than_it_needs(monkeypatch):
+    drawn, real = [], data.scene
+    monkeypatch.setattr(data, "scene", lambda number, **size: (drawn.append(number), real(number, **size))[1])
+    for limit, scenes in ((12, 1), (13, 2), (288, 24), (1000, 24)):       # 12 sentences a scene, 24 scenes of val
+        drawn.clear()
+        assert len(data.read("synthetic", None, "val", limit=limit)) == min(limit, 288) and len(drawn) == scenes
+    assert len(data.read("synthetic", None, "val", limit=20, scenes=1)) == 12
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Dataset and collate
 
@@ -1771,12 +1786,14 @@ def test_check_prints_reference_counts_of_categories(capsys, tmp_path):
             for split in ("train", "testA", "testB")}
     assert f"train  seen: {len(refs['train'])} refs (published 35473: differs" in out
     assert f"test   seen: {len(refs['testA'] | refs['testB'])} refs (published 3200: differs" in out
+    assert "expressions (published" not in out and "images (published" not in out      # those count all categories
     _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--categories", "unseen")
     assert "published 445" in out and "35473" not in out
     _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--categories", "seen")
     assert "published 3175" in out and "refs of refcocog-umd, of 33093" in out
     _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path)
     assert "8 refs of refcoco, of 42404" in out and "published 3811" in out
+    assert "published 42404" not in out and "published 120624" not in out              # its training part is smaller
 
 
 def test_command_line(tmp_path):
@@ -1785,6 +1802,15 @@ def test_command_line(tmp_path):
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "rrsisd: 12 images" in done.stdout, done.stderr
     assert "4 expressions (published 1740: differs by -1736)" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_cannot_show_a_name_stops_nothing(encoding, tmp_path):
+    folder = custom(tmp_path, *({"image": name, "mask": "m.png", "expression": "船"} for name in ("图.png", "a.png")))
+    Image.fromarray(blob()).save(folder / "m.png")
+    done = subprocess.run([sys.executable, "data.py", "--dataset", "custom", "--data-root", folder], cwd=ROOT,
+                          timeout=120, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 1 and b"?.png: no such file" in done.stdout and b"1 missing" in done.stdout, done.stderr
 
 
 def test_check_of_a_wrong_folder_is_one_line(capsys, tmp_path):

@@ -651,7 +651,7 @@ class RS2SAM2(nn.Module):
         return figures
 
 
-RECIPE = {                                          # 4.2 where not marked; RRSIS-D's
+RECIPE = {                                          # 4.2 where not marked; RRSIS-D's. Departs: batch, rates
     "epochs": 40, "batch_size": 8, "micro_batch": 1, "lr": 1e-5, "lr_modules": 5e-5,
     "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,
     "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16", "black_boxes": 0.0,  # official code
@@ -850,21 +850,21 @@ def read_official(path):
 #   (4)          the query is F + SAM 2's dense positions, as in the code; T is `words`, the one projection from D to C
 #   (5)          ends in a sigmoid, and "MLP layers" is one Linear, as in the code; V'_cls is multiplied by V_cls, as
 #                3.4's text and the code have it and the formula has not
-#   (6) Dice     of [22], V-Net's, with squares; the code's sums both classes, without squares, eps 1e-6
-#                (official_dice); lambda_ce is 0.9 in the code (lambda_ce)
+#   (6)          lambda_ce is 0.9 in the code (lambda_ce); Dice of [22], V-Net's, with squares, in the code the sum over
+#                both classes, without squares, eps 1e-6 (official_dice)
 #   (7)          M_pre is the soft probability; the code cuts m at 0, though its mask is m > 0.5: no gradient reaches
 #                the logits, only the text weight learns (hard_boundary; without official_logits both cut m at 0)
 #   M_p          is resized at once to 4 * S/16, the prompt encoder's input; by way of S x S it differs by <= 0.02
 #   BEiT-3       is shown the S x S image, shrunk without aliasing, not the original: the loader hands over one size
 #   pixels       BEiT-3 gets its own statistics, 0.5/0.5, bicubic; in the code ImageNet's, bilinear (official_pixels)
 #   logits       one logit m, cut at 0; in the code the pair (1-m, m), which is the logit 2m-1 (official_logits)
-#   precision    bf16 throughout; the code keeps SAM 2 with its fusion layers and gate in float32 (official_precision)
-#   boxes        none; the code blackens 20 to 60 squares of 32 x 32 on a fixed fifth of RRSIS-D's training pictures,
-#                none of RefSegRS's (black_boxes)
+#   precision    bf16, scoring too; the code keeps SAM 2 with fusion layers and gate in float32 (official_precision)
+#                and scores in float32
+#   boxes        none; in the code 20-60 black squares of 32 x 32 on a fixed fifth of RRSIS-D's pictures (black_boxes)
 #   batch        4.2's "unified batch size of 1" is read as 1 on each of its 8 cards
 #   rates        as 4.2; the code's script for RRSIS-D has those of RefSegRS and never lets them fall (lr, lr_modules,
 #                schedule; its script for RefSegRS: official/all with --set black_boxes=0 --set schedule=step)
-# Silent (choices are the code's unless marked "ours")
+# Silent (the code's choice unless marked "ours")
 #   BHFM         in all 48 blocks; r = d/4, 4 heads, each attention of (2) with its own weights, biases, exact GELU; no
 #                norm, positions or dropout; LN and MLP of (3) are the block's own, frozen
 #   T_i          C wide in every stage, with projections of each layer's own; the last layer's T is read by nobody

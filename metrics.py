@@ -117,11 +117,10 @@ def read_records(path):
     path, lines = Path(path), []
     if path.is_dir():
         places = [path / "per_sample.jsonl", path / "test" / "per_sample.jsonl"]
-        scored = sorted(str(file.parent) for file in path.glob("*/per_sample.jsonl"))
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"no {' or '.join(map(str, places))}; "
-                                    + (f"give one of {', '.join(scored)}" if scored else "evaluate.py writes them"))
+        if not any(place.is_file() for place in places):
+            scored = ", ".join(sorted(str(file.parent) for file in path.glob("*/per_sample.jsonl")))
+            raise FileNotFoundError(f"no {' or '.join(map(str, places))}; there are: {scored or 'no scores'}")
+        path = places[0] if places[0].is_file() else places[1]
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n"), 1):
         try:
             lines.append(json.loads(text))
@@ -141,8 +140,7 @@ def summarize(records, empty="zero", bootstrap=1000, seed=0):
                "empty_unions": sum(line["union"] == 0 for line in records), **_scores(columns, empty),
                "ImgAcc": _mean_of_means(columns[2], images),
                "InstAcc": _mean_of_means(columns[2], _groups(lines, "image", "instance")),
-               "intervals": {}, "categories": {}, "mean_over_categories": {}, "failures": {}, "kinds": {},
-               "diagnostics": {}}
+               **{part: {} for part in ("intervals", "categories", "mean_over_categories", "kinds", "diagnostics")}}
     if bootstrap:
         intersection, union, iou, n = _resampled(columns, images, bootstrap, seed)
         draws = {"oIoU": _ratio(intersection, union, empty), "mIoU": iou / n}
@@ -161,19 +159,18 @@ def summarize(records, empty="zero", bootstrap=1000, seed=0):
     summary["failures"] = {name: 100 * failures.count(name) / len(failures) for name in FAILURES if failures}
     for kind in sorted({line["kind"] for line in lines if line.get("kind")}):
         here = [number for number, line in enumerate(lines) if line.get("kind") == kind]
-        mistaken, _ = _mean(lines[number].get("on_distractor") for number in here)
         summary["kinds"][kind] = {"n": len(here), "mIoU": 100 * float(columns[2, here].mean()),
-                                  "on_distractor": mistaken}
+                                  "on_distractor": _mean(lines[k].get("on_distractor") for k in here)["mean"]}
     for name in dict.fromkeys(name for line in records for name in line if name not in FIELDS + OPTIONAL):
-        summary["diagnostics"][name] = dict(zip(("mean", "n"), _mean(line.get(name) for line in records), strict=True))
+        summary["diagnostics"][name] = _mean(line.get(name) for line in records)
     return summary
 
 
 def _mean(values):
-    """Mean of those that are numbers, None where none is, and how many they are."""
+    """Mean of those that are numbers, None where none is, and their number."""
     values = np.array(list(values), dtype=np.float64)                                       # None becomes NaN
     values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None, len(values)
+    return {"mean": float(values.mean()) if len(values) else None, "n": len(values)}
 
 
 def compare(records_a, records_b, empty="zero", bootstrap=1000, seed=0):
@@ -290,9 +287,8 @@ def table(summary, title_fields):
         lines += [f"{name:<24}{row['n']:7}{row['oIoU']:8.2f}{row['mIoU']:8.2f}{row['Pr@0.5']:8.2f}"
                   for name, row in {**summary["categories"], label: mean}.items()]
         lines += [f"({mean['parsed']} of {mean['n']} categories parsed from the expression)"] if mean["parsed"] else []
-    if summary["failures"]:
-        lines.append("failures, % of the samples: "
-                     + ", ".join(f"{name} {share:.2f}" for name, share in summary["failures"].items()))
+    if shares := [f"{name} {share:.2f}" for name, share in summary["failures"].items()]:
+        lines.append(f"failures, % of the samples: {', '.join(shares)}")
     if summary["kinds"]:
         lines.append(f"{'kind of sentence':<24}{'n':>7}{'mIoU':>8}  mask on another object of the category")
         lines += [f"{kind:<24}{row['n']:7}{row['mIoU']:8.2f}"

@@ -221,8 +221,8 @@ class BilateralInformationFusion(nn.Module):
 
     def balance(self):
         """lambda_v, a scalar; in float32, for the sake of exp()."""
-        first = (self.lambda_q1.float() * self.lambda_k1.float()).sum()
-        second = (self.lambda_q2.float() * self.lambda_k2.float()).sum()
+        first = (self.lambda_q1.float() * self.lambda_k1).sum()
+        second = (self.lambda_q2.float() * self.lambda_k2).sum()
         return first.exp() - second.exp() + self.lambda_bias  # Eq. (7)
 
     def scores(self, Q, K, text_mask):
@@ -729,7 +729,7 @@ def from_hub(load, source, **options):
     except (OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         if Path(source).exists():
             raise ValueError(f"{source}: damaged, of another architecture, or not as transformers or Microsoft has it "
-                             f"({str(error).strip().splitlines()[0]})") from error
+                             f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
             f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error

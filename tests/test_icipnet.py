@@ -435,6 +435,16 @@ def test_eq14_cross_entropy_and_dice(dice_sum):
     assert set(terms) == {"ce", "dice"}
 
 
+@pytest.mark.parametrize("dice_sum", [False, True])
+def test_eq14_epsilon_of_dice_is_the_codes(dice_sum):
+    """1e-6 decides where nothing is drawn and nothing there: p is e^-23 at each of 64 x 64 pixels."""
+    model, p = build(dice_sum=dice_sum), math.exp(-23) * 64 ** 2
+    for empty, sign in ((torch.zeros(1, 64, 64, dtype=torch.bool), -1), (torch.ones(1, 64, 64, dtype=torch.bool), 1)):
+        loss = 1 - 1e-6 / (p + 1e-6) if sign < 0 or dice_sum else 0.0
+        term = model.criterion({"logits": torch.full((1, 1, 64, 64), 23.0 * sign)}, {"masks": empty}, 0.0)["dice"]
+        assert abs(term.item() - 0.1 * loss * (4 if dice_sum else 1)) < 1e-5
+
+
 def test_eq14_logits_are_resized_to_the_masks():
     model, logits = build(), torch.randn(2, 1, 16, 16)
     resized = nn.functional.interpolate(logits, (64, 64), mode="bilinear", align_corners=False)
@@ -840,12 +850,32 @@ def test_the_whole_model_works_with_bfloat16_weights():
     assert torch.isfinite(model(*inputs()[:3])["logits"]).all()
 
 
+def test_what_must_be_exact_is_float32_under_autocast(icip):
+    module, V, L, mask = icip
+    with torch.autocast("cpu", torch.bfloat16):
+        V_hat, L_o = module.f(V).float(), module(V, L, mask)[0]
+        T = module.prompts
+        fusion_ = BilateralInformationFusion(5, 4, 6, 3)
+        assert fusion_.scores(V[..., :3].bfloat16(), L[..., :3].bfloat16(), mask).dtype == torch.float32
+        assert build()(*inputs()[:3])["logits"].dtype == torch.float32
+    expected = torch.tanh(V_hat @ T.mT).softmax(1).mT @ V_hat + T
+    assert L_o.dtype == torch.float32 and near(L_o[:, :3], expected, 1e-6)
+
+
 def test_modules_tied_to_a_size_say_so():
     with pytest.raises(ValueError, match=r"got \(2, 4, 6\), expected \(B,6,4\).*channels last"):
         MultiModalFeatureReconstruction(positions=6, width=4)(torch.randn(2, 4, 6))
     features = [torch.randn(1, channels, side, side + 1) for channels, side in ((4, 8), (8, 4), (16, 2), (32, 2))]
     with pytest.raises(ValueError, match="got a coarsest map of 2 x 3, expected 2 x 2.*build it for this one"):
         CrossScaleInteraction([4, 8, 16, 32], side=2, heads=2, key=4)(features)
+    features[-1] = features[-1][..., :2]
+    for module in (CrossScaleInteraction([4, 8, 16, 32], 2, 2, 4), Decoder([4, 8, 16, 32], 8)):
+        with pytest.raises((ValueError, RuntimeError)):        # a map too few, a map too many
+            module(features[1:])
+        with pytest.raises((ValueError, RuntimeError)):
+            module([torch.randn(1, 4, 16, 16), *features])
+    with pytest.raises(ValueError):
+        Decoder([4, 8, 16], 8)
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -862,7 +892,9 @@ def test_documented_shapes():
     assert outputs["logits"].shape == (6, 1, 16, 16) and outputs["logits"].dtype == torch.float32
     for i, (channels, side) in enumerate(zip(TINY.channels, TINY.sides, strict=True)):
         assert seen[i] == ((6, side ** 2, channels), (side, side), (6, side ** 2, channels))
-    assert TINY.sides == [16, 8, 4, 2]
+    assert TINY.sides == [16, 8, 4, 2] and dataclasses.replace(TINY, image_size=70).sides == [18, 9, 5, 3]
+    assert build(image_size=72)(*inputs(size=72)[:3])["logits"].shape == (2, 1, 18, 18)
+    assert not {"mean", "std"} & set(model.state_dict())       # as in every run that was written
     assert Config().sides == [120, 60, 30, 15] and Config().channels == [128, 256, 512, 1024]
 
 
@@ -1277,7 +1309,9 @@ def test_wrong_weights_are_named(folder, tmp_path):
         load(pretrained="hub", image_backbone="nobody/nothing")
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     torch.save([1], tmp_path / "list.pth")
-    for name in ("broken.pth", "list.pth"):
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "half.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:300])
+    for name in ("broken.pth", "list.pth", "empty.pth", "half.pth"):
         with pytest.raises(ValueError, match=f"{name}: damaged, of another architecture"):
             load(pretrained=str(tmp_path), image_backbone=name)
     (tmp_path / "bert-base-uncased").mkdir()

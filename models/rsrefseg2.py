@@ -148,8 +148,8 @@ class Config:
             raise ValueError(f"interleave=True pairs the blocks: interaction_blocks={self.interaction_blocks} and "
                              f"prompt_blocks={self.prompt_blocks} must be equal")
         if not self.decomposition_blocks and (self.cascade or self.subspace_positions or not self.pad_to_longest):
-            raise ValueError("decomposition_blocks=0 hands on the words, all of them, in place of subspaces: set "
-                             "cascade=False, subspace_positions=False and pad_to_longest=True")
+            raise ValueError("decomposition_blocks=0 hands on all words in place of subspaces: set cascade=False, "
+                             "subspace_positions=False and pad_to_longest=True")
         if not self.cascade and self.alpha_ortho:
             raise ValueError(f"cascade=False leaves one subspace: set alpha_ortho=0, got {self.alpha_ortho}")
         if not self.dense and self.alpha_dense:
@@ -307,7 +307,7 @@ class AttentionLayer(nn.Module):
         super().__init__()
         if inner % heads:
             raise ValueError(f"inner={inner}: expected a multiple of heads={heads}")
-        self.widths, self.heads = (width, context_width), heads
+        self.heads = heads
         self.to_q = nn.Linear(width, inner)
         self.to_k = nn.Linear(context_width, inner)
         self.to_v = nn.Linear(context_width, inner)
@@ -315,9 +315,8 @@ class AttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x, context, position, context_position, mask=None):
-        C, D = self.widths
-        expect("x", x, None, None, C)
-        expect("context", context, len(x), None, D)
+        expect("x", x, None, None, self.to_q.in_features)
+        expect("context", context, len(x), None, self.to_k.in_features)
         if mask is not None:
             expect("mask", mask, *context.shape[:2], dtype=torch.bool)
             mask = mask[:, None, None]                                        # (B,1,1,K)

@@ -858,7 +858,10 @@ def test_a_query_more_where_the_dense_prompt_takes_its_text_from_the_sparse_ones
 @pytest.mark.parametrize("changes, message", [
     ({"interleave": True, "prompt_blocks": 1}, "must be equal"), ({"cascade": False}, "set alpha_ortho=0"),
     ({"dense_text": "t3"}, "expected sent or t2"), ({"dense": False, "alpha_dense": 1.0}, "set alpha_dense=0"),
-    ({"image_size": 100}, "multiples of 32")])
+    ({"image_size": 100}, "multiples of 32"),
+    *[({"cascade": False, "alpha_ortho": 0.0, "decomposition_blocks": 0, "subspace_positions": False,
+        "pad_to_longest": True} | wrong, "in place of subspaces")
+      for wrong in ({"cascade": True}, {"subspace_positions": True}, {"pad_to_longest": False})]])
 def test_contradicting_switches_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         Config(**changes)

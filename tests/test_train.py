@@ -120,6 +120,17 @@ def test_underscores_are_taken_for_hyphens(tmp_path):
     assert train.arguments(["--batch_size", "4", "--weight_decay=0.1"]).batch_size == 4
 
 
+def test_options_left_out_are_these(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    asked = vars(train.arguments([]))
+    assert asked == {
+        "model": "crobim_u", "dataset": "synthetic", "data_root": "data", "refs": None, "categories": "all",
+        "small": False, "preset": "tiny", "ablation": None, "list_ablations": False, "set": [], "epochs": None,
+        "batch_size": None, "micro_batch": None, "lr": None, "weight_decay": None, "precision": None, "limit": 0,
+        "device": None, "workers": 3, "seed": 0, "output": Path("runs/crobim_u-synthetic"), "save_every": 0,
+        "tensorboard": False, "plan": False, "start": None, "checkpoint": None, "resume": False, "overwrite": False}
+
+
 def test_factor_of_each_schedule():
     poly = {"epochs": 4, "schedule": "poly", "power": 0.9}
     assert train.factor(poly, 0, 40) == 1
@@ -131,6 +142,12 @@ def test_factor_of_each_schedule():
     assert train.factor(cosine, 9, 40) == 1
     assert train.factor(cosine, 25, 40) == pytest.approx(0.5)
     assert train.factor(cosine, 39, 40) == pytest.approx(0.5 * (1 + math.cos(math.pi * 29 / 30)))
+    official = {"epochs": 4, "schedule": "cosine", "warmup": 1, "plateau": 2, "t_max": 1.3, "floor": 0.1}
+    assert [train.factor(official, k, 40) for k in (4, 12, 20)] == [0.5, 1.0, 1.0]
+    assert train.factor(official, 39, 40) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 19 / 52)))
+    assert train.factor({**poly, "warmup": 1}, 4, 40) == 0.5
+    assert train.factor({**poly, "warmup": 1}, 10, 40) == pytest.approx(0.75 ** 0.9)
+    assert train.factor({"epochs": 4, "schedule": "poly"}, 20, 40) == pytest.approx(0.5 ** 0.9)     # LAVT's power
     step = {"epochs": 4, "schedule": "step", "drop_epochs": 1, "drop_factor": 0.1}
     assert [train.factor(step, k, 40) for k in (29, 30)] == [1.0, 0.1]
     assert train.factor({"epochs": 4, "schedule": "constant"}, 39, 40) == 1
@@ -226,6 +243,70 @@ def test_log_written_after_the_commit_point_is_cut(tmp_path, monkeypatch):
         file.write('{"epoch": 3, "half a li')
     run_to_end(tmp_path / "run", "--resume")
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
+
+
+def test_rates_progress_and_means_of_a_run(tmp_path, monkeypatch):
+    """What the log has is the mean over expressions; rate and progress are those of the step among all steps."""
+    seen, saves, real, real_save = [], [], toy.Toy.criterion, train.save_resume
+
+    def watched(self, outputs, batch, progress):
+        terms = real(self, outputs, batch, progress)
+        seen.append((progress, float(terms["seg"]), len(batch["samples"])))
+        return {**terms, "half": terms["seg"] / 2}
+
+    def saved(job, learner, position, random):
+        saves.append((position["epoch"], position["step"], dict(learner.optimizer.param_groups[0])))
+        real_save(job, learner, position, random)
+
+    monkeypatch.setattr(toy.Toy, "criterion", watched)
+    monkeypatch.setattr(train, "save_resume", saved)
+    run_to_end(tmp_path / "run", "--set", "batch_size=5", "micro_batch=5", "--save-every", "2", "--weight-decay", "0.3")
+    steps = len(seen) // 2
+    assert steps == 3 and [progress for progress, _, _ in seen] == [k / 6 for k in range(6)]
+    assert [save[:2] for save in saves] == [(0, 2), (1, 0), (1, 2), (2, 0)]
+    for k, (epoch, step, group) in zip((1, 2, 4, 5), saves, strict=True):
+        assert group["lr"] == pytest.approx(1e-2 * (1 - k / 6) ** 0.9), (epoch, step)
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.3)
+    for epoch, line in enumerate(log_of(tmp_path / "run")):
+        part = seen[epoch * steps:(epoch + 1) * steps]
+        mean = sum(value * count for _, value, count in part) / sum(count for _, _, count in part)
+        assert len({count for _, _, count in part}) > 1
+        assert (line["seg"], line["half"], line["loss"]) == pytest.approx((mean, mean / 2, 1.5 * mean), rel=1e-5)
+
+
+def test_of_equal_epochs_the_first_is_kept(tmp_path, monkeypatch):
+    real, given = metrics.summarize, []
+    monkeypatch.setattr(metrics, "summarize", lambda *args, **options: {**real(*args, **options), "mIoU": 7.0})
+    evaluated = evaluate.evaluate
+
+    def watched(*args, **options):
+        given.append(options)
+        return evaluated(*args, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate", watched)
+    run_to_end(tmp_path / "run", "--set", "protocol=original", "empty=one", "micro_batch=3")
+    assert [line["best"] for line in log_of(tmp_path / "run")] == [True, False]
+    assert {(one["protocol"], one["empty"], one["micro_batch"], one["precision"]) for one in given[:2]} == {
+        ("original", "one", 3, "fp32")}
+
+
+def test_a_score_of_two_measures_is_their_sum(tmp_path, monkeypatch):
+    scores, real = iter([(30.0, 1.0), (20.0, 12.0)]), metrics.summarize
+    monkeypatch.setattr(metrics, "summarize", lambda *args, **options: {
+        **real(*args, **options),
+        **(dict(zip(("mIoU", "oIoU"), next(scores), strict=True)) if options.get("bootstrap") == 0 else {})})
+    run_to_end(tmp_path / "run", "--set", "select=mIoU+oIoU")
+    assert [line["best"] for line in log_of(tmp_path / "run")] == [True, True]
+    assert state_of(tmp_path / "run")["best"] == 32.0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_runs_and_what_the_scaler_knows_is_kept(tmp_path, precision):
+    run_to_end(tmp_path / "run", "--epochs", "1", "--precision", precision)
+    assert math.isfinite(log_of(tmp_path / "run")[0]["loss"])
+    assert bool(state_of(tmp_path / "run")["scaler"]) == (precision == "fp16")
+    assert json.loads((tmp_path / "run/config.json").read_text())["precision"] == precision
+    run_to_end(tmp_path / "run", "--epochs", "1", "--precision", precision, "--resume")
 
 
 @pytest.mark.parametrize("resumed", [False, True])

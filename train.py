@@ -95,7 +95,7 @@ def arguments(argv=None):
         parser.error("a new run begins with the weights of another by --start RUN|FILE; --resume goes on with a run")
     usual = "tiny" if args.dataset == "synthetic" else "paper"
     args.preset = args.preset or usual
-    if args.start and models.is_official(args.start):
+    if args.start and models.official_reader(args.model, args.start):
         args.ablation = args.ablation or "official/all"
     parts = [args.model, args.dataset, "" if args.preset == usual else args.preset, args.ablation]
     args.output = args.output or Path("runs", in_file_name("-".join(filter(None, parts))))
@@ -182,7 +182,7 @@ def begin(args, processes):
         raise ValueError(f"{output} holds a run already: --resume goes on with it, --overwrite begins anew, "
                          "--output DIR keeps both")
     if args.tensorboard:
-        summary_writer()
+        for_tensorboard(output, 0, {})              # is it there?
     if args.resume:
         config, recipe = begun_with(args, config, recipe, asked)
     if processes.first:
@@ -509,17 +509,13 @@ def train_epoch(job, learner, position, stop):
             position[name] += number
         position["sums"] = {name: position["sums"].get(name, 0.0) + value for name, value in totals.items()}
         position |= {"step": step + 1, "seconds": time.monotonic() - begun}
-        now = pace(position, processes.device)
-        bar.set_postfix_str(f"loss {totals['loss'] / taken['expressions']:.3f}, rate {rate(learner):.1e}, "
+        now, rate = pace(position, processes.device), learner.optimizer.param_groups[0]["lr"]
+        bar.set_postfix_str(f"loss {totals['loss'] / taken['expressions']:.3f}, rate {rate:.1e}, "
                             f"{now['images_per_second']} images/s, {now['peak_gib']} GiB", refresh=False)
         if stops or (args.save_every and (step + 1) % args.save_every == 0):
             save_resume(job, learner, position, random_state(processes.device))
         if stops:
             raise Stopped(f"stopped after step {step + 1} of epoch {epoch + 1}; go on with --resume")
-
-
-def rate(learner):
-    return learner.optimizer.param_groups[0]["lr"]
 
 
 def pace(position, device):
@@ -549,8 +545,8 @@ def end_epoch(job, learner, position):
         means = {name: value / position["expressions"] for name, value in position["sums"].items()}
         scores = {f"val_{name}": summary[name] for name in ("oIoU", "mIoU") if summary}
         figures = {f"val_{name}": row["mean"] for name, row in summary.get("diagnostics", {}).items()}
-        entry = {"epoch": epoch, **means, "lr": rate(learner), **scores, **figures, "best": better,
-                 "seconds": round(position["seconds"], 1), **pace(position, processes.device)}
+        entry = {"epoch": epoch, **means, "lr": learner.optimizer.param_groups[0]["lr"], **scores, **figures,
+                 "best": better, "seconds": round(position["seconds"], 1), **pace(position, processes.device)}
         with open(args.output / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
             position["log_length"] = file.tell()
@@ -563,16 +559,12 @@ def end_epoch(job, learner, position):
     save_resume(job, learner, position, random_state(processes.device))
 
 
-def summary_writer():
+def for_tensorboard(folder, epoch, numbers, sheet=None):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("--tensorboard: the package is not there; pip install tensorboard") from None
-    return SummaryWriter
-
-
-def for_tensorboard(folder, epoch, numbers, sheet=None):
-    with summary_writer()(folder / "tensorboard") as writer:
+    with SummaryWriter(folder / "tensorboard") if numbers else contextlib.nullcontext() as writer:
         for name, value in numbers.items():
             writer.add_scalar(name, value, epoch)
         if sheet:
@@ -650,12 +642,11 @@ def plan(args):
         print(f"{size:>11} {gib:>8.2f}   {-(-recipe['batch_size'] // size)}")
     try:
         samples = read(args, "train")
+        sampler = make_sampler(args, recipe, evaluate.Processes(0, 1, torch.device("cpu")), samples)
+        print(f"\n{len(samples)} training expressions: {sampler.steps} steps per epoch, "
+              f"{sampler.steps * recipe['epochs']} in {recipe['epochs']} epochs")
     except FileNotFoundError:
         print("\nsteps per epoch: not known, the data are not there")
-        return
-    sampler = make_sampler(args, recipe, evaluate.Processes(0, 1, torch.device("cpu")), samples)
-    print(f"\n{len(samples)} training expressions: {sampler.steps} steps per epoch, "
-          f"{sampler.steps * recipe['epochs']} in {recipe['epochs']} epochs")
 
 
 def out_of_memory(args):
@@ -737,8 +728,8 @@ def score_tests(job, model):
     if processes.world > 1:
         dist.barrier()
     models.load_own_state(model, *models.read_weights(kept), kept)
-    where = args.dataset, args.data_root
-    wanted = next((split for split in ("test", "val") if data.has_split(*where, split, args.refs)), None)
+    wanted = next((split for split in ("test", "val")
+                   if data.has_split(args.dataset, args.data_root, split, args.refs)), None)
     if processes.first and not wanted:
         print("nothing is scored: the data have neither a test nor a val split")
     score = functools.partial(

@@ -371,19 +371,14 @@ def export(run, folder):
 # ---------------------------------------------------------------------------------------------- weights of others
 
 
-def is_official(path):
-    """Whether `path` is a file as the authors' code writes it, and none of ours."""
-    return Path(path).is_file() and Path(path).suffix != ".safetensors"
-
-
-def read_official(name, path):
-    """The authors' released weights under our names."""
+def official_reader(name, path):
+    """What reads `path` under our names, if it is a file as the authors' code writes it and none of ours."""
+    if not Path(path).is_file() or Path(path).suffix == ".safetensors":
+        return None
     if not hasattr(paper(name), "read_official"):
         raise ValueError(f"{path}: the authors of {name} have released no trained weights that could be read; "
                          "train the model, or give a run of train.py")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; it takes the authors' released weights of {name}")
-    return paper(name).read_official(path)
+    return paper(name).read_official
 
 
 class LaterTokenizer:
@@ -404,7 +399,9 @@ def load_official(name, path, config=None, device="cpu"):
     config: another Config for the sizes; every field of ABLATIONS["official"]["all"] is set in it.
     """
     check_device(device)
-    tensors, module = read_official(name, path), paper(name)
+    reader, module = official_reader(name, path), paper(name)
+    if reader is None:
+        raise FileNotFoundError(f"{path}: no such file of the authors; it takes their released weights of {name}")
     config, recipe = config or module.Config(), dict(module.RECIPE)
     for field, value in module.ABLATIONS["official"]["all"].items():
         if hasattr(config, field):
@@ -412,7 +409,7 @@ def load_official(name, path, config=None, device="cpu"):
         else:
             recipe[field] = value
     model = build(name, dataclasses.replace(config, pretrained="none"))
-    load_own_state(model, tensors, {}, path)
+    load_own_state(model, reader(path), {}, path)
     published = dataclasses.replace(config, pretrained="hub") if config.pretrained == "none" else config
     tokenizer = LaterTokenizer(lambda: module.tokenizer(published), config.text_length)
     run = {"model": name, "config": dataclasses.asdict(config), "recipe": recipe}
@@ -421,8 +418,8 @@ def load_official(name, path, config=None, device="cpu"):
 
 def starting_weights(name, path):
     """({name: tensor}, {name: (source, hash)} left out, word list or None) of a run, an export or the authors' file."""
-    if is_official(path):
-        return read_official(name, path), {}, None
+    if reader := official_reader(name, path):
+        return reader(path), {}, None
     values, folder = run_settings(path, "--start")
     config, _ = settings_from(values["model"], values["config"], values["recipe"])
     words = read_tokenizer(values["model"], config, folder).words if config.pretrained == "none" else None

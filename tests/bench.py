@@ -33,6 +33,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
+import train  # noqa: E402
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}        # read by glibc at start
 PARTS = ("step", "inference", "expressions", "loader", "metrics", "memory")
@@ -272,7 +273,11 @@ class Bench:
         else:
             command = [sys.executable, __file__, *sys.argv[1:], "--only-step"]
             peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-        print(f"{'peak memory of a training step':<34}{peak / 2 ** 30:8.2f} GiB")
+        c, expressions = self.model.config, self.args.images * self.args.per_image
+        *_, fixed, kept = train.count(self.args.model, c, {**self.recipe, "per_image": self.args.per_image},
+                                      self.args.precision, expressions)
+        print(f"{'peak memory of a training step':<34}{peak / 2 ** 30:8.2f} GiB   by the count of train.py --plan "
+              f"{(fixed + kept) / 2 ** 30:.2f} GiB")
 
 
 def main():

@@ -311,7 +311,7 @@ def test_authors_weights_load_in_their_forms_without_a_tokenizer(tmp_path):
     assert loaded.run["recipe"] == {**toy.RECIPE, "black_boxes": 0.5} and loaded.run["model"] == "toy"
     with pytest.raises(FileNotFoundError, match="on no hub"):
         loaded.tokenizer(["a ship"])
-    with pytest.raises(FileNotFoundError, match="nowhere.pth: no such file"):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth: no such file of the authors"):
         models.load_official("toy", tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="not of this model"):
         models.load_official("toy", save_without(tmp_path, model, "words.weight"))

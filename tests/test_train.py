@@ -251,7 +251,7 @@ def test_rates_progress_and_means_of_a_run(tmp_path, monkeypatch):
 
     def watched(self, outputs, batch, progress):
         terms = real(self, outputs, batch, progress)
-        seen.append((progress, float(terms["seg"]), len(batch["samples"])))
+        seen.append((progress, terms["seg"].item(), len(batch["samples"])))
         return {**terms, "half": terms["seg"] / 2}
 
     def saved(job, learner, position, random):
@@ -785,6 +785,8 @@ def test_a_run_from_the_authors_file_takes_their_forms(tmp_path):
     args = train.arguments(["--model", "toy", "--start", str(tmp_path / "theirs.pth"), "--dataset", "rrsisd"])
     config, recipe, _ = train.settle(args)
     assert (config.width, recipe["black_boxes"], args.output) == (6, 0.5, Path("runs/toy-rrsisd-official_all"))
+    with pytest.raises(ValueError, match="the authors of crobim_u have released no trained weights"):
+        train.arguments(["--model", "crobim_u", "--start", str(tmp_path / "theirs.pth")])
     torch.save({"strange": torch.zeros(1)}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="odd.pth: none of its 1 tensors fits"):
         run_to_end(tmp_path / "run", "--start", str(tmp_path / "odd.pth"))

@@ -402,7 +402,8 @@ def test_the_whole_model_has_the_gradient_of_finite_differences(changes):
              for name, value in model(*inputs).items()}
     parts = [model.beit3, model.sam.vision_encoder.backbone, model.sam.vision_encoder.neck, model.sam.mask_decoder,
              model.sam.prompt_encoder, model.gate, model.prompt_generator, model.token_mlp, model.text_projection,
-             model.text_weight, *(model.fusion if "fusion" in model._modules else [])]
+             model.text_weight, nn.ParameterList([model.sam.no_memory_embedding]),
+             *(model.fusion if "fusion" in model._modules else [])]
     for name, weights in probe.items():
         def value(name=name, weights=weights):
             return (model(*inputs)[name] * weights).mean()

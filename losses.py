@@ -38,7 +38,7 @@ def dice_loss(logits, masks, squared=False, eps=1.0):
     squared: sum(p^2) and sum(y^2) in the denominator (V-Net's form). eps keeps an empty mask finite.
     """
     check_masks(logits, masks)
-    p, y = logits.float().sigmoid(), masks.float()
+    p, y = logits.float().sigmoid(), masks
     overlap = (p * y).sum((1, 2, 3))
     total = (p * p + y if squared else p + y).sum((1, 2, 3))
     return 1 - (2 * overlap + eps) / (total + eps)

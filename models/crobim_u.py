@@ -593,12 +593,12 @@ RECIPE = {                                          # IV-B2 where not marked
 RECIPE_FOR = {}                                     # IV-B2: one recipe for all data sets
 RECIPE_TINY = {"epochs": 11, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5,
                "clip": 1.0, "per_image": 4}
-ABLATIONS = {
-    "V": {row: {"rus": rus, "ugf": ugf, "udlr": udlr} for row, rus, ugf, udlr in (
-        ("Base", False, False, False), ("+UGF", True, True, False), ("+UDLR", True, False, True),
-        ("Full", True, True, True), ("RUS only", True, False, False))},
-}
+ABLATIONS = {"V": {row: {"rus": rus, "ugf": ugf, "udlr": udlr} for row, rus, ugf, udlr in (
+    ("Base", False, False, False), ("+UGF", True, True, False), ("+UDLR", True, False, True),
+    ("Full", True, True, True), ("RUS only", True, False, False))}}
 ABLATIONS["V"] |= {f"{row} L_seg twice": ABLATIONS["V"][row] | {"lambda_seg": 2.0} for row in ("RUS only", "+UGF")}
+FIGURES = {"V": {"Base": "mIoU 69.33, Pr@0.9 34.07", "+UGF": "mIoU 69.44, Pr@0.9 34.45",        # RISBench, test
+                 "+UDLR": "mIoU 69.53, Pr@0.9 35.10", "Full": "mIoU 69.62, Pr@0.9 35.52"}}
 RETIRED = {"detach_gate": False, "symmetric": False}
 
 
@@ -681,10 +681,9 @@ META_ADVICE = ("file; SMLFR's is linked (Baidu) in the README of github.com/HIT-
                "or say --set image_backbone=facebook/convnext-base-224-22k")
 META_TO_HUGGINGFACE = (
     (r"^((module|encoder|backbone)\.)+", ""), (r"^downsample_layers\.0\.0\.", "embeddings.patch_embeddings."),
-    (r"^downsample_layers\.0\.1\.", "embeddings.layernorm."),
-    (r"^downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."),
-    (r"^stages\.(\d)\.(\d+)\.", r"encoder.stages.\1.layers.\2."), (r"\.norm\.", ".layernorm."),
-    (r"\.gamma$", ".layer_scale_parameter"),
+    (r"^downsample_layers\.0\.1\.", "embeddings.layernorm."), (r"\.gamma$", ".layer_scale_parameter"),
+    (r"^downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."), (r"\.norm\.", ".layernorm."),
+    (r"^stages\.(\d)\.(\d+)\.", r"encoder.stages.\1.layers.\2."),
 )
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import BertModel, BertTokenizer, ConvNextForImageClassification, ConvNextModel
 
 import data
+import models
 from losses import uncertainty_loss
 from models import crobim_u
 from models.crobim_u import (
@@ -889,6 +890,20 @@ def test_table_v_rows_are_what_the_paper_has_in_them():
         found = {name for name, _ in build(config).named_children()}
         assert found & {"scorer", "fusion", "refinement"} == set(modules[row]), row
         assert config.lambda_seg == (2.0 if row.endswith("twice") else 1.0)
+    paper = {"Base": (69.33, 34.07), "+UGF": (69.44, 34.45), "+UDLR": (69.53, 35.10), "Full": (69.62, 35.52)}
+    shown = {row: f"mIoU {mIoU:.2f}, Pr@0.9 {high:.2f}" for row, (mIoU, high) in paper.items()}
+    assert shown == crobim_u.FIGURES["V"]
+
+
+def test_a_configuration_of_before_is_what_it_was():
+    """It has two switches that are gone, off, and no word of what is new; its clamp is its own."""
+    new = {"dice_sum", "seg_on_refined", "lambda_seg"}
+    before = {field: value for field, value in dataclasses.asdict(Config()).items() if field not in new}
+    before |= {"detach_gate": False, "symmetric": False, "clamp": 100.0}
+    assert models.config_from("crobim_u", before) == replace(Config(), clamp=100.0)
+    for field in ("detach_gate", "symmetric"):
+        with pytest.raises(ValueError, match=f"{field}=True"):
+            models.config_from("crobim_u", before | {field: True})
 
 
 def test_settings_reach_the_parts():

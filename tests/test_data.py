@@ -726,6 +726,52 @@ def test_noise_of_jpeg_and_smooth_edges_are_no_other_values(quality, tmp_path):
     assert len(np.unique(edge)) > 8 and (data._mask_from_file(tmp_path / "m.png") == (edge > 50)).all()
 
 
+def scattered(values, square=None, lines=()):
+    """A mask of 0 and 255 with single pixels of other values, perhaps a 3x3 square of one and lines 2 pixels wide."""
+    array = blob().astype(np.uint8) * 255
+    array[60, 2:2 + 2 * len(values):2] = values
+    if square is not None:
+        array[50:53, 40:43] = square
+    for row, value in enumerate(lines):
+        array[2 + 4 * row:4 + 4 * row, 34:60] = value
+    return array
+
+
+@pytest.mark.parametrize(("array", "right"), [
+    (scattered(range(1, 9)), True), (scattered(range(1, 7)), False),                  # ten and eight values
+    (scattered(range(1, 9), 8), True), (scattered(range(1, 9), 9), False),            # noise about 0 ends at 8,
+    (scattered(range(1, 9), 247), True), (scattered(range(1, 9), 246), False),        # about 255 it begins at 247
+    (scattered(range(1, 9), None, (100, 128, 200)), True),                            # edges are not 3 pixels wide
+    (scattered([*range(1, 9), 50, 51]), True),
+    (np.where(blob(), 0, scattered(range(42, 51))), False), (np.where(blob(), 0, scattered(range(43, 52))), True)])
+def test_the_edges_of_what_is_read_as_a_mask(array, right, tmp_path):
+    Image.fromarray(array).save(tmp_path / "m.png")
+    if right:
+        assert (data._mask_from_file(tmp_path / "m.png") == (array > 50)).all()
+    else:
+        with pytest.raises(ValueError, match="a mask holds 0 and 1 or 0 and 255"):
+            data._mask_from_file(tmp_path / "m.png")
+    sixteen = array.astype(np.uint16) * 257                                           # 255 becomes 65535
+    Image.fromarray(sixteen).save(tmp_path / "deep.png")
+    if right:
+        assert (data._mask_from_file(tmp_path / "deep.png") == (array > 50)).all()
+    else:
+        with pytest.raises(ValueError, match="a mask holds 0 and 1 or 0 and 255"):
+            data._mask_from_file(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize(("off", "right"), [(2, True), (3, False)])
+def test_how_far_one_colour_may_be_from_another(off, right, tmp_path):
+    array = coloured(blob(), (200, 100, 0))
+    array[0, 0] = 200, 100, off
+    Image.fromarray(array).save(tmp_path / "m.png")
+    if right:
+        assert (data._mask_from_file(tmp_path / "m.png") == (array[..., 0] > 0)).all()
+    else:
+        with pytest.raises(ValueError, match="a coloured mask"):
+            data._mask_from_file(tmp_path / "m.png")
+
+
 @pytest.mark.parametrize("colour", [0, 255, 90])
 def test_a_mask_in_the_alpha_band_is_named(colour, tmp_path):
     alpha = Image.fromarray(blob().astype(np.uint8) * 255)

@@ -702,11 +702,10 @@ def _mask_from_file(path: Path, value: int | None = None) -> np.ndarray:
         bands, alpha = bands[..., :-1], bands[..., -1]
         if (bands == bands[0, 0]).all() and (alpha != alpha[0, 0]).any():
             raise ValueError(f"{path}: the mask is in its alpha band, all colours are alike; save that band as gray")
-    values = bands[..., :3].max(-1)
-    top = values.max()
-    if top > 1 and (bands[..., :3] != values[..., None]).any():
-        colour = bands[values > top / 2][:, :3].mean(0)
-        off = abs(bands[..., :3] - values[..., None] * (colour / colour.max())).max(-1)
+    values, top = bands.max(-1), bands.max()
+    if top > 1 and (bands != values[..., None]).any():
+        colour = bands[values > top / 2].mean(0)
+        off = abs(bands - values[..., None] * (colour / colour.max())).max(-1)
         if (off > 2).any() if not lossy and image.getcolors(8) else _fills_a_square(off > 48):
             raise ValueError(f"{path}: a coloured mask; one in gray or in one colour on black is read")
         values, top = np.rint(values * (255 / colour.max())).clip(0, 255), 255

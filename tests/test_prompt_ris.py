@@ -236,6 +236,29 @@ def test_eq04_tokens_and_the_first_mask():
         torch.testing.assert_close(S[m:m + 1], expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_eq04_reads_the_prompts_that_fig2_draws():
+    """S'_C, enlarged, as logits, is the mask prompt as SAM itself reads one, its peak the point, F_T the words."""
+    model = build()
+    batch = batch_of(model.config)
+    outputs, index, text_mask = run(model, batch), batch["image_index"], batch["text_mask"]
+    F_T, F_I = model.encode(batch["images"], batch["tokens"], text_mask, index)
+    S_coarse = model.decoder(F_I, F_T, text_mask, (3, 3))
+    torch.testing.assert_close(outputs["coarse_logits"], S_coarse)
+    torch.testing.assert_close(outputs["coarse"], 1 / (1 + (-S_coarse).exp()))
+    S_C = F.interpolate(S_coarse, (16, 16), mode="bilinear", align_corners=False)
+    pixels = prompt_ris.normalised(batch["images"], 32, prompt_ris.SAM_MEAN, prompt_ris.SAM_STD)
+    F_S, positions = model.sam.get_image_embeddings(pixels)[index], model.sam.get_image_wide_positional_embeddings()
+    _, P_mask = model.sam.prompt_encoder(None, None, None, S_C)
+    chosen = prompt_ris.point_map(S_C.flatten(1), 1.0, sample=False)
+    assert torch.equal(outputs["point"], chosen.view(8, 1, 16, 16))
+    P_point = chosen @ model.encoded_cells() + model.sam.prompt_encoder.point_embed[1].weight
+    P_text = model.text_prompts(F_T, F_S.flatten(2).mT, positions.flatten(2).mT, text_mask)
+    P_text[~text_mask] = model.sam.prompt_encoder.not_a_point_embed.weight
+    S = model.decode(F_S, positions, P_mask, P_point[:, None], P_text)
+    torch.testing.assert_close(outputs["logits"], S, rtol=1e-4, atol=1e-5)
+
+
 def prompts_by_hand(prompter, features, mask=None):
     tokens, features = prompter.norm_tokens(prompter.tokens), prompter.norm_features(features)
     return attend(prompter.attention, tokens, features, features, mask)

@@ -598,6 +598,10 @@ def test_outlines_are_seen_on_any_picture():
         drawn = np.asarray(evaluate.outlined(image, mask, (40, 40)))[..., 0].astype(int)
         assert (drawn[10:30, 10] == 255).all() and (drawn[10:30, 9] == 0).all()        # white within, black around
         assert (drawn[11:29, 11:29] == level).all() and (drawn[:9] == level * 2 // 5).all()
+    for side, lines in ((639, 1), (640, 2)):                               # thicker where a screen shrinks the picture
+        mask = np.arange(100) > 49
+        drawn = np.asarray(evaluate.outlined(Image.new("RGB", (side, 100)), np.tile(mask[:, None], side), (side, 100)))
+        assert (drawn[:, 300, 0] == 255).sum() == lines and (drawn[50:, 300, 0] == 255).argmax() == 0
     tiny = np.zeros((4000, 4000), bool)
     tiny[7, 3] = True
     shown = np.asarray(evaluate.outlined(Image.new("RGB", (4000, 4000)), tiny, (400, 400)))
@@ -704,11 +708,11 @@ def test_windows_sum_to_one(length, tile, overlap):
 def test_tiles_are_blended_from_what_the_model_says_of_each(run, capsys):
     """Against all tiles laid out at once, on a scene that they do not divide evenly."""
     model = models.load(run)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (170, 150, 3), dtype=np.uint8))
     texts, tile, overlap = ["the red ship", "the windmill"], 64, 16
     result = evaluate.predict(model, image, texts, tile=tile, overlap=overlap, maps=True)
-    logits, coarse = np.zeros((2, 90, 150)), np.zeros((2, 90, 150))
-    for top, down in evaluate.windows(90, tile, overlap):
+    logits, coarse = np.zeros((2, 170, 150)), np.zeros((2, 170, 150))
+    for top, down in evaluate.windows(170, tile, overlap):
         for left, across in evaluate.windows(150, tile, overlap):
             part = evaluate.predict(model, image.crop((left, top, left + tile, top + tile)), texts)
             place = np.s_[:, top:top + tile, left:left + tile]

@@ -60,6 +60,12 @@ def test_binary_cross_entropy_is_the_weighted_mean_over_pixels(background, foreg
         assert loss[m].item() == pytest.approx(total / weight, rel=1e-5)
 
 
+def test_binary_cross_entropy_weighs_alike_unless_told():
+    logits, _, masks = example()
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none")
+    torch.testing.assert_close(binary_cross_entropy(logits, masks), plain.mean((1, 2, 3)))
+
+
 def test_binary_cross_entropy_equals_two_class_cross_entropy():
     logits, _, masks = example(M=1)
     two = torch.stack([torch.full_like(logits[:, 0], 0.3), logits[:, 0] + 0.3], dim=1)

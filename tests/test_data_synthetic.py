@@ -372,3 +372,18 @@ def test_small_objects_are_an_option():
         for target, expressions in zip(scene.referred, scene.expressions, strict=True):
             assert all(fits(e.text, scene.things, areas) == [target] for e in expressions)
     assert 0.0013 < min(shares) < 0.003 and np.median(shares) < 0.01
+
+
+def test_distractors_are_the_other_objects_of_the_category():
+    counts = Counter()
+    for sample in data.synthetic_samples("val")[::12]:
+        scene, masks = data.scene(sample.image), data.render(data.scene(sample.image))[1]
+        others = [mask for number, (one, mask) in enumerate(zip(scene.things, masks, strict=True))
+                  if one.category == sample.category and number != sample.mask]
+        found = data.distractors(sample, (96, 96))
+        assert found.shape == (len(others), 96, 96) and found.dtype == bool
+        assert all((a == b).all() for a, b in zip(found, others, strict=True))
+        half = data.distractors(sample, (96, 48))                          # height x width
+        assert half.shape == (len(others), 96, 48) and all(a.any() for a in half)
+        counts[len(others)] += 1
+    assert set(counts) >= {0, 1, 2}

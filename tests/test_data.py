@@ -1387,6 +1387,7 @@ def test_each_draw_of_a_picture_has_its_own_seed(tmp_path):
     data.add_black_boxes(expected, np.random.default_rng((5, 3, *"ä".encode())))
     item = dataset[(0, 0, 0)]
     assert (item["image"].permute(1, 2, 0).numpy() == np.asarray(expected.resize((120, 120), 2))).all()
+    assert item["samples"][0].size == (90, 120)                                       # height, width
     assert [shown.expression for shown in item["samples"]] == [one.expression, *(
         data.masked(one.expression, 0.5, np.random.default_rng((5, 3, 0, count))) for count in (1, 2))]
     plain = data.ReferringDataset([one], 120, tokenizer)

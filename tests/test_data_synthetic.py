@@ -387,3 +387,44 @@ def test_distractors_are_the_other_objects_of_the_category():
         assert half.shape == (len(others), 96, 48) and all(a.any() for a in half)
         counts[len(others)] += 1
     assert set(counts) >= {0, 1, 2}
+
+
+def inside(points, corners):
+    """Which of the complex points lie in the polygon: a ray from them crosses its sides an odd number of times."""
+    result = np.zeros(points.shape, bool)
+    for a, b in zip(corners, [*corners[1:], corners[0]], strict=True):
+        a, b = complex(a), complex(b)
+        if a.imag != b.imag:
+            result ^= (((a.imag > points.imag) != (b.imag > points.imag))
+                       & (points.real < (b.real - a.real) * (points.imag - a.imag) / (b.imag - a.imag) + a.real))
+    return result
+
+
+def test_each_pixel_of_an_object_has_the_shade_of_the_part_that_covers_it():
+    side = 480
+    y, x = np.mgrid[:side, :side] + 0.5
+    for number in range(5):
+        scene = data.scene(data.FIRST_SCENE["test"] + number, size=side)
+        picture, masks = data.render(scene)
+        for one, mask in zip(scene.things, masks, strict=True):
+            place = (x / side - one.x + 1j * (y / side - one.y)) * np.exp(-1j * one.angle)
+            place = place.real * 2 / one.length + 2j * place.imag / one.width
+            expected, rgb = np.zeros((side, side, 3)), np.array(one.rgb)
+            for tone, polygon in data.KINDS[one.category].shape:
+                tone = -0.35 * tone if tone > 0 and one.colour == "white" else tone      # white cannot get lighter
+                expected[inside(place, list(polygon))] = rgb + tone * (255 - rgb if tone > 0 else rgb)
+            off = abs(picture.astype(int) - expected).max(-1)[mask]
+            assert np.mean(off < 25) > 0.85 and np.median(off) < 9, one.category         # grain of 5, blurred borders
+
+
+def test_the_ground_is_a_shaded_mixture_of_two_and_of_the_sites(drawn):
+    """0.85 to 1.15 times a mixture of grounds, but for the objects' shadows, and grain of 5."""
+    low, high = np.min(list(data.GROUNDS.values()), 0), np.max(list(data.GROUNDS.values()), 0)
+    seen = []
+    for _, picture, masks in drawn[:100]:
+        shadows = np.any([np.roll(mask, (shift, shift), (0, 1)) for mask in masks for shift in (0, 1, 2)], 0)
+        ground = picture[~shadows].astype(float)
+        assert ((ground > 0.8 * low - 25) & (ground < 1.2 * high + 25)).all(1).mean() > 0.999
+        seen.append(ground.mean(0))
+    middle = np.mean(list(data.GROUNDS.values()), 0)
+    assert abs(np.mean(seen, 0) - middle).max() < 25 and np.std(seen, 0).min() > 6       # and each scene has its own

@@ -442,6 +442,12 @@ def test_missing_image_is_found_before_training(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{last.name}, of rrsisd train, is missing.*data.py --dataset rrsisd"):
         data.read("rrsisd", tmp_path, "train")
     assert data.read("rrsisd", tmp_path, "val")
+    for path in [*first.parent.iterdir()]:
+        move(path, tmp_path / "elsewhere" / path.name)
+    with pytest.raises(FileNotFoundError, match="images/rrsisd/JPEGImages/00401.jpg, of rrsisd train, is missing"):
+        data.read("rrsisd", tmp_path, "train")
+    for path in [*(tmp_path / "elsewhere").iterdir()]:
+        path.rename(first.parent / path.name)
     assert [s.image for s in data.read("rrsisd", tmp_path, "train", limit=1)] == [first]
 
 
@@ -837,7 +843,7 @@ def test_custom_masks_as_run_lengths_and_polygons(tmp_path):
     small = data.read("custom", custom(tmp_path, {**rows[0], "mask": layouts.rle(blob(32))}), "train")
     with pytest.raises(ValueError, match=r"a.png, sample a: the image is 64x64 .height x width., its mask 32x32"):
         data.load(small)
-    for wrong in ({"size": [64, 64]}, [[1, 2, 3, 4, 5]], [1, 2, 3, 4, 5, 6], [["1", "2", "3", "4", "5", "6"]], 7):
+    for wrong in ({"size": [64, 64]}, [[1, 2, 3, 4, 5]], [1, 2, 3, 4, 5, 6], [[1, 2, 3, "4", 5, 6]], 7):
         with pytest.raises(ValueError, match="entry 1: a mask is a file name, an RLE of size and counts or a list of"):
             data.read("custom", custom(tmp_path, {**rows[0], "mask": wrong}), "train")
 

@@ -748,7 +748,7 @@ def load_model(args, device):
         config, _ = models.override(paper.Config(), paper.RECIPE, args.set)
         model = models.load_official(args.model, args.checkpoint, config=config, device=device)
         return model, {"dataset": args.dataset, **model.run}, Path(f"runs/{args.model}-official"), None
-    if models.is_official(args.checkpoint):
+    if Path(args.checkpoint).is_file() and Path(args.checkpoint).suffix != ".safetensors":
         raise ValueError(f"--checkpoint {args.checkpoint}: weights as a paper's authors released them take --model too")
     model, (trained, folder) = models.load(args.checkpoint, args.set, device), models.run_settings(args.checkpoint)
     weights, usual = (models.weights_file(one, folder) for one in (args.checkpoint, folder))

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -599,6 +598,7 @@ def count(name, config, recipe, precision, expressions):
     Fixed are parameters, buffers, gradients and AdamW's two moments. No memory is taken: the tensors are fake, of the
     meta device, but answer as a processor's, so that attention keeps what a fused one keeps.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode            # takes seconds to import
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
         model = models.build(name, dataclasses.replace(config, pretrained="none")).train()
         if recipe.get("phases"):

@@ -175,6 +175,7 @@ def test_data_without_val_and_test_keep_the_last_epoch_and_say_that_nothing_is_s
 
 def test_phases_begin_with_an_epoch():
     assert train.phase_starts({"epochs": 50, "phases": {"first": 0.4, "both": 0.6}}) == {0: "first", 20: "both"}
+    assert train.phase_starts({"epochs": 72, "phases": {"first": 0.15, "both": 0.85}}) == {0: "first", 11: "both"}
     assert train.phase_starts({"epochs": 5, "phases": None}) == {}
 
 
@@ -274,6 +275,63 @@ def test_rates_progress_and_means_of_a_run(tmp_path, monkeypatch):
         assert (line["seg"], line["half"], line["loss"]) == pytest.approx((mean, mean / 2, 1.5 * mean), rel=1e-5)
 
 
+def prepared(output, *words):
+    job = train.begin(options(output, *words), ONE)
+    learner = train.build(job)
+    dataset = data.ReferringDataset(job.samples, job.config.image_size, job.tokenizer)
+    return job, learner, (data.collate([dataset[numbers] for numbers in micro]) for micro in job.sampler.batches(0, 0))
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e6])
+def test_the_gradient_is_clipped_by_its_norm_over_all_that_learns(tmp_path, clip):
+    norms = []
+    for clip_ in (0.0, clip):
+        job, learner, batches = prepared(tmp_path / "run", "--set", f"clip={clip_}")
+        learning = [one for one in learner.model.parameters() if one.requires_grad]
+        learner.optimizer.step = lambda learning=learning: norms.append(
+            math.sqrt(sum(one.grad.double().square().sum().item() for one in learning)))
+        train.train_step(job, learner, train.new_folder(job), job.sampler, batches, train.StopRequest())
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(min(clip, norms[0]), rel=1e-4)
+
+
+def test_a_scaled_gradient_that_overflows_is_skipped_and_scaled_down(tmp_path, monkeypatch):
+    real = toy.Toy.criterion
+    monkeypatch.setattr(toy.Toy, "criterion", lambda self, *given: {"seg": real(self, *given)["seg"] * 1e34})
+    words = ("--set", "clip=0", "per_image=0")
+    job, learner, batches = prepared(tmp_path / "run", "--precision", "fp16", *words)
+    before = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+    train.train_step(job, learner, train.new_folder(job), job.sampler, batches, train.StopRequest())
+    assert_same(before, dict(learner.model.state_dict()))
+    assert learner.scaler.get_scale() == 2.0 ** 15                  # torch begins with 2 ** 16
+
+
+def test_processes_begin_with_one_model_and_drop_out_differently(tmp_path):
+    job = train.begin(options(tmp_path / "run"), ONE)
+    seeds, weights = [], []
+    for rank in (0, 1):
+        learner = train.build(job._replace(processes=evaluate.Processes(rank, 1, ONE.device)))
+        seeds.append(torch.initial_seed())
+        weights.append(dict(learner.model.state_dict()))
+    assert_same(*weights)
+    assert seeds[0] != seeds[1]
+    assert not torch.equal(train.build(train.begin(options(tmp_path / "run", "--seed", "1"), ONE)).model.words.weight,
+                           weights[0]["words.weight"])
+
+
+def test_the_end_of_a_run_is_scored_as_it_was_trained(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluate, "score_split", lambda *_, **options: given.append(options) or {"mIoU": 1.0})
+    run_to_end(tmp_path / "run", "--epochs", "1", "--small", "--micro-batch", "5", "--set", "protocol=original")
+    for control, one in zip((None, True), given, strict=True):
+        assert one["recipe"]["protocol"] == "original" and one["tokenizer"].words
+        assert {key: one.get(key) for key in (
+            "dataset", "split", "limit", "small", "categories", "precision", "workers", "micro_batch", "checkpoint",
+            "output", "control")} == {
+            "dataset": "synthetic", "split": "test", "limit": 60, "small": True, "categories": "all",
+            "precision": "fp32", "workers": 0, "micro_batch": 5, "checkpoint": tmp_path / "run/best.safetensors",
+            "output": tmp_path / "run", "control": control}
+
+
 def test_of_equal_epochs_the_first_is_kept(tmp_path, monkeypatch):
     real, given = metrics.summarize, []
     monkeypatch.setattr(metrics, "summarize", lambda *args, **options: {**real(*args, **options), "mIoU": 7.0})
@@ -356,6 +414,8 @@ def test_phase_change_keeps_what_goes_on_learning_and_starts_the_best_anew(tmp_p
     run_to_end(tmp_path / "run", "--set", "phases={'first': 0.5, 'both': 0.5}")
     assert kept == [(True, False)]
     assert [line["best"] for line in log_of(tmp_path / "run")] == [True, True]      # 20 is the best of its phase
+    lines = log_of(tmp_path / "run")                                # the schedule is that of the whole run
+    assert [line["lr"] for line in lines] == pytest.approx([1e-2 * (1 - k / 4) ** 0.9 for k in (1, 3)])
 
 
 def test_repeats_lose_words_anew_in_every_epoch_and_the_same_in_every_run(tmp_path, monkeypatch):

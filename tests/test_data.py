@@ -1344,6 +1344,8 @@ def test_black_boxes_fall_on_a_fixed_share_of_the_pictures_and_leave_masks_alone
     assert ((later > 0) == (first > 0)).all() and (later != first).sum() == 8         # the same pictures, other places
     assert ((boxes(dataset(seed=2), range(40)) > 0) != (first > 0)).any()
     assert (boxes(dataset(share=1.0), range(40)) > 0).all()
+    drawn = np.random.default_rng((1, 0, 0, 0, 1)).permutation(40)[:8]                # a seed of its own
+    assert sorted(drawn) == np.flatnonzero(first).tolist()
     sampler = data.TrainSampler(samples, batch_size=8, micro_batch=8, per_image=1, seed=1)
     assert set(np.flatnonzero(first)) != set(flat(sampler.plan(0, 0)))         # not those that an epoch begins with
     item, plain = dataset(share=1.0)[(3,)], dataset(share=0.0)[(3,)]

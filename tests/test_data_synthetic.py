@@ -428,3 +428,23 @@ def test_the_ground_is_a_shaded_mixture_of_two_and_of_the_sites(drawn):
         seen.append(ground.mean(0))
     middle = np.mean(list(data.GROUNDS.values()), 0)
     assert abs(np.mean(seen, 0) - middle).max() < 25 and np.std(seen, 0).min() > 6       # and each scene has its own
+
+
+@pytest.mark.parametrize(("category", "ground", "along", "across"), [
+    ("ship", "water", 0.75, 0.42), ("airplane", "asphalt", 0.62, 0.6), ("vehicle", "asphalt", 0.8, 0.5),
+    ("bridge", "water", 0.38, 0.62)])
+def test_some_objects_lie_on_ground_of_their_own(drawn, category, ground, along, across):
+    """Half-axes in lengths of the object, its own colour at the middle, none of it twice as far out."""
+    x, y = (np.mgrid[:96, :96][::-1] + 0.5) / 96
+    near, far = [], []
+    for scene, picture, masks in drawn[:150]:
+        shadows = np.any([np.roll(mask, (shift, shift), (0, 1)) for mask in masks for shift in (0, 1, 2)], 0)
+        for one in scene.things:
+            if one.category == category:
+                place = (x - one.x + 1j * (y - one.y)) * np.exp(-1j * one.angle) / one.length
+                distance = (place.real / along) ** 2 + (place.imag / across) ** 2
+                near.append(picture[(distance < 0.7) & ~shadows])
+                far.append(picture[(distance > 4) & (distance < 6) & ~shadows])
+    colour = np.array(data.GROUNDS[ground])
+    off = [np.linalg.norm(np.concatenate(parts).astype(float) - colour, axis=1) for parts in (near, far)]
+    assert np.percentile(off[0], 80) < 30 < np.percentile(off[1], 50) < 120

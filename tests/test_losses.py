@@ -517,6 +517,7 @@ def test_rs2sam2_gradients_of_an_edge():
     square[..., 1:3, 1:3] = 1
     assert absolute_differences(square)[0, 0].tolist() == [[0, 0, 0, 0], [0, 2, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]]
     assert boundary_loss(square * 100 - 50, square > 0, torch.ones(1)).item() < 1e-9
+    assert boundary_loss(square / 4, square > 0, torch.ones(1), hard=True).item() == 0         # p = 1 above 0, not at 0
 
 
 def test_rs2sam2_boundary_gradient_of_two_is_the_mean_of_two_single_runs():

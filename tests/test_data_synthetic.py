@@ -448,3 +448,25 @@ def test_some_objects_lie_on_ground_of_their_own(drawn, category, ground, along,
     colour = np.array(data.GROUNDS[ground])
     off = [np.linalg.norm(np.concatenate(parts).astype(float) - colour, axis=1) for parts in (near, far)]
     assert np.percentile(off[0], 80) < 30 < np.percentile(off[1], 50) < 120
+
+
+def test_an_object_s_shadow_halves_the_ground_to_its_lower_right(drawn):
+    """A sixtieth of the side away: 2 of 96 pixels. Without the object the same ground is there in full light."""
+    ratios = []
+    for scene, picture, masks in drawn[:30]:
+        for number, (one, mask) in enumerate(zip(scene.things, masks, strict=True)):
+            if one.category in ("storage tank", "building", "tennis court"):               # no ground of their own
+                things = scene.things[:number] + scene.things[number + 1:]
+                bare = data.render(replace(scene, things=things))[0].astype(float)
+                shadow = np.roll(mask, (2, 2), (0, 1)) & np.roll(mask, (1, 1), (0, 1)) & ~np.any(masks, 0)
+                ratios.append(np.median(picture[shadow] / np.maximum(bare[shadow], 1)))
+                lit = ~np.any([np.roll(mask, (i, j), (0, 1)) for i in range(-1, 4) for j in range(-1, 4)], 0)
+                assert (picture[lit] == bare[lit]).all()
+    assert abs(np.median(ratios) - 0.5) < 0.06 and len(ratios) > 30
+
+
+def test_colours_of_the_grounds():
+    """Our choice: seven dull ones, two of which are sites as well."""
+    assert data.GROUNDS == {"grass": (98, 116, 70), "soil": (136, 112, 84), "sand": (180, 162, 124),
+                            "concrete": (128, 127, 122), "forest": (62, 82, 56), "asphalt": (88, 88, 92),
+                            "water": (56, 84, 100)}

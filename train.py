@@ -192,15 +192,14 @@ def begin(args, processes):
     select = recipe["select"] if validation else "last"
     if config.pretrained == "none":
         tokenizer = models.word_tokenizer(args.model, config, data.vocabulary(args.dataset, samples))
-        config = dataclasses.replace(config, vocab_size=len(tokenizer))
-    else:
-        tokenizer = models.paper(args.model).tokenizer(config)
-    if args.resume and config.pretrained == "none":
-        kept = models.read_tokenizer(args.model, config, output).words
+        kept = models.read_tokenizer(args.model, config, output).words if args.resume else tokenizer.words
         if kept != tokenizer.words:
             odd = ", ".join(sorted({*kept} ^ {*tokenizer.words})[:5]) or "their order"
             raise ValueError(f"--resume: {output / 'tokenizer.json'} has other words than the data now ({odd}): "
                              "the data have changed")
+        config = dataclasses.replace(config, vocab_size=len(tokenizer))
+    else:
+        tokenizer = models.paper(args.model).tokenizer(config)
     sampler = make_sampler(args, recipe, processes, samples)
     with can_be(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -598,7 +597,7 @@ def count(name, config, recipe, precision, expressions):
     Fixed are parameters, buffers, gradients and AdamW's two moments. No memory is taken: the tensors are fake, of the
     meta device, but answer as a processor's, so that attention keeps what a fused one keeps.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode            # takes seconds to import
+    from torch._subclasses.fake_tensor import FakeTensorMode            # slow to import
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
         model = models.build(name, dataclasses.replace(config, pretrained="none")).train()
         if recipe.get("phases"):

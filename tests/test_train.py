@@ -802,6 +802,10 @@ def test_resume_with_another_precision_other_data_or_other_words_is_refused(tmp_
     custom(tmp_path / "data", "quark")
     with pytest.raises(ValueError, match=r"tokenizer.json has other words than the data now \(quark, zebra\)"):
         run_to_end(tmp_path / "run", *words, "--resume")
+    shutil.rmtree(tmp_path / "data")
+    custom(tmp_path / "data", "zebra quark")
+    with pytest.raises(ValueError, match=r"tokenizer.json has other words than the data now \(quark\)"):
+        run_to_end(tmp_path / "run", *words, "--resume")
 
 
 def test_a_lost_log_is_said_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -622,7 +622,7 @@ def pictures_in(names):
     return files
 
 
-def segment_files(model, names, texts, output, precision, tile=None, overlap=128):
+def segment_files(model, names, texts, output, precision, tile, overlap):
     """`predict` on every file, or every picture of a folder, with every sentence; writes mask, overlay and maps.
 
     The mask of a georeferenced TIFF is a TIFF with the same tags, so that it lands on the map in a GIS.

@@ -59,6 +59,23 @@ def test_logits_are_resized_bilinearly_without_aligned_corners():
     assert evaluate.upsampled(logits, (1, 4)).flatten().tolist() == [0.0, 1.0, 3.0, 4.0]
 
 
+def test_logits_come_at_the_model_own_size_unless_its_paper_enlarges_twice():
+    class Half(torch.nn.Module):
+        config = SimpleNamespace()
+
+        def forward(self, images, *_):
+            logits = torch.arange(4.0, dtype=torch.bfloat16).view(1, 1, 2, 2)
+            return {"logits": logits, "image_index": torch.zeros(1, dtype=torch.long)}
+
+    batch = {"images": torch.zeros(1, 3, 8, 8)} | dict.fromkeys(("tokens", "text_mask", "image_index"))
+    outputs, _ = evaluate.forward(Half(), batch, ONE.device, "fp32")
+    assert outputs["logits"].flatten().tolist() == [0, 1, 2, 3] and outputs["logits"].dtype == torch.float32
+    assert outputs["image_index"].dtype == torch.int64
+    Half.config = SimpleNamespace(enlarge_twice=True)
+    enlarged = evaluate.forward(Half(), batch, ONE.device, "fp32")[0]["logits"]
+    assert torch.equal(enlarged, evaluate.upsampled(outputs["logits"], (8, 8)))
+
+
 def test_counts_at_the_square_and_at_each_mask_own_size():
     logits = torch.tensor([[[[1.0, -1.0], [-1.0, -1.0]]], [[[-1.0, -1.0], [-1.0, 0.0]]]])       # zero is background
     masks = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 1]]]).bool()
@@ -634,12 +651,15 @@ def test_the_point_of_a_model_is_where_its_map_is_one(run, monkeypatch):
         outputs = forward(*inputs)
         point = torch.zeros(len(outputs["logits"]), 1, 8, 16)
         point[:, 0, 6, 3] = 1
-        return {**outputs, "point": point}
+        logits = torch.full_like(outputs["logits"], 0.5)
+        logits[..., 16:] = -0.5
+        return {**outputs, "point": point, "logits": logits}
 
     monkeypatch.setattr(model, "forward", with_point)
     samples = data.read("synthetic", "", "val", limit=2)
     rows = evaluate.sheet_rows(model, samples, model.tokenizer, ONE.device, "fp32")
     assert [row["point"] for row in rows] == [(3.5 / 16, 6.5 / 8)] * 2
+    assert rows[0]["prediction"][:, :16].all() and not rows[0]["prediction"][:, 16:].any()
     assert list(rows[0]["maps"]) == ["coarse"] and rows[0]["truth"].shape == rows[0]["prediction"].shape == (32, 32)
     assert (np.asarray(rows[0]["image"]) == np.asarray(Image.fromarray(data.render(data.scene(samples[0].image))[0])
                                                        .resize((32, 32), Image.Resampling.BILINEAR))).all()

@@ -133,11 +133,12 @@ def begun_with(args, config, recipe, asked):
     path = args.output / "config.json"
     run, _ = models.run_settings(args.output, "--resume")
     old_config, old_recipe = models.settings_from(args.model, run["config"], run["recipe"])
-    old, new = ({**dataclasses.asdict(one), **other} for one, other in ((old_config, old_recipe), (config, recipe)))
+    fields = (dataclasses.asdict(old_config), dataclasses.asdict(config)), (old_recipe, recipe)
     pairs = [(f"{part} ", "", run[part], getattr(args, part)) for part in RUN if part in run and part != "data_root"]
     if args.dataset != "synthetic":
         pairs += [("data_root ", "", *(str(Path(root).resolve()) for root in (run["data_root"], args.data_root)))]
-    pairs += [(f"{field}=", f"{field}=", old[field], new[field]) for field in sorted(asked)]
+    pairs += [(f"{field}=", f"{field}=", old[field], new[field]) for field in sorted(asked) for old, new in fields
+              if field in new]
     for before, now, there, here in pairs:
         if there != here:
             longer = f", or train on from its weights: --start {args.output} --output NEW" if now == "epochs=" else ""

@@ -68,7 +68,8 @@ def override(config, recipe, settings):
         field, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"--set {setting}: expected field=value")
-        if field in kinds:
+        # RSRefSeg 2's clip is a tower's name in the one, a number in the other
+        if field in kinds and not (field in recipe and re.fullmatch(r"[-+.\de]+", text)):
             changes[field] = _typed(field, text, kinds[field])
         elif field in recipe:
             kind = dict | None if field == "phases" else type(recipe[field])

@@ -552,6 +552,13 @@ ABLATIONS = {
         "none", "mask", "point", "text", "mask+point", "mask+text", "point+text", "mask+point+text")},
     "ICL": {"without": {"icl": False}, "with": {"icl": True}},
 }
+FIGURES = {                                         # of the rows in their order, as the paper prints them
+    table: {row: "oIoU {}, mIoU {}".format(*pair.split("/"))
+            for row, pair in zip(ABLATIONS[table], pairs.split(), strict=True)}
+    for table, pairs in {
+        "3": "65.24/67.94 71.51/73.10 72.57/73.97 75.86/77.40 76.36/78.10",
+        "4": "65.24/67.94 67.48/69.53 70.52/72.44 71.51/73.10",
+        "5": "42.88/42.63 70.82/72.01 55.34/55.18 72.61/75.11 70.95/73.24 75.86/77.40 74.34/76.75 76.36/78.10"}.items()}
 EVALUATION_ONLY = ("5",)                            # 4.4: prompts of one trained model, dropped at inference
 
 

@@ -113,7 +113,8 @@ def test_tables_name_fields_that_exist(name):
     paper = models.paper(name)
     fields = {field.name for field in dataclasses.fields(paper.Config)}
     assert {"image_size", "text_length", "vocab_size", "pretrained"} <= fields
-    assert fields & set(paper.RECIPE) <= ({"clip"} if name == "rsrefseg2" else set()), "one name for two settings"
+    both = fields & set(paper.RECIPE)                       # a tower's name there, a number here: the value tells which
+    assert both <= ({"clip"} if name == "rsrefseg2" else set())
     known = fields | set(paper.RECIPE)
     assert set(paper.RECIPE_FOR) <= set(data.DATASETS)
     rows = [changes for table in paper.ABLATIONS.values() for changes in table.values()]
@@ -128,6 +129,38 @@ def test_tables_name_fields_that_exist(name):
                 "per_image", "protocol", "empty", "select", "phases"} <= set(recipe)
     with pytest.raises(dataclasses.FrozenInstanceError):
         paper.Config.tiny().image_size = 3
+
+
+# Rows that two papers' tables could not share by accident: oIoU, mIoU (ICIPNet III, IV; RS2-SAM 2 3, 4; Prompt-RIS 3-5;
+# RSRefSeg 2 VI-XVI), as printed there.
+PRINTED = {
+    "icipnet": {"III/Base": (81.58, 74.06), "III/+ICIP": (82.97, 76.27), "III/+BIF": (83.53, 77.62),
+                "III/Full": (83.77, 78.21), "IV/Base": (74.64, 60.23), "IV/+ICIP M=3": (75.60, 62.72),
+                "IV/+ICIP M=5": (75.85, 63.40), "IV/+ICIP M=8": (75.77, 63.07)},
+    "rs2sam2": {"3/Baseline": (55.51, 36.64), "3/L_tbl+MMP": (70.89, 60.20), "3/L_tbl+DHF": (78.36, 68.71),
+                "4/MPG w/o MHCA": (79.89, 71.59), "4/Linear": (77.39, 68.19), "4/Uni": (78.93, 70.10),
+                "4/w/o BC": (77.54, 67.61), "4/w/o BL": (72.33, 61.08), "4/w BC&BL": (80.87, 73.90)},
+    "prompt_ris": {"3/CLIP": (65.24, 67.94), "3/CLIP+CMP+ICL": (72.57, 73.97), "3/CLIP+CMP+SAM": (75.86, 77.40),
+                   "4/V2LP": (67.48, 69.53), "4/L2VP": (70.52, 72.44), "5/none": (42.88, 42.63),
+                   "5/point": (55.34, 55.18), "5/text": (72.61, 75.11), "5/mask+point+text": (76.36, 78.10)},
+    "rsrefseg2": {"VI/clip-t-0": (77.80, 63.40), "VI/clip-v-0": (75.96, 57.86), "VI/sam-v-64": (78.98, 65.44),
+                  "VII/interac-6": (78.06, 64.29), "VIII/decomp-9": (77.96, 64.09), "VIII/prompt-12": (79.11, 65.22),
+                  "IX/decomp-PE-zero": (79.34, 65.57), "IX/interac-sine": (77.90, 64.66),
+                  "X/single-stage": (74.11, 60.06),
+                  "XI/intra": (78.27, 64.86), "XII/self": (78.03, 64.54), "XIII/T-t2'": (76.33, 62.58),
+                  "XIII/post-up": (77.47, 65.21), "XIV/768": (78.76, 66.14), "XV/MIL-t2-v": (78.80, 64.25),
+                  "XV/NCE-t2-v+dice": (78.98, 67.06), "XVI/siglip2-p16-512+l": (79.45, 69.17)},
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_figures_are_those_that_the_paper_prints(name):
+    figures = models.paper(name).FIGURES
+    for key, pair in PRINTED[name].items():
+        table, _, row = key.partition("/")
+        assert figures[table][row] == "oIoU {:.2f}, mIoU {:.2f}".format(*pair), key
+    for table, rows in figures.items():
+        assert list(rows) == list(models.paper(name).ABLATIONS[table])
 
 
 # ------------------------------------------------------------------------------------------------- what a forward gives

@@ -33,6 +33,9 @@ def test_settings_reach_config_and_recipe_with_their_types():
     config, recipe = models.override(toy.Config(pretrained="hub"), {"phases": {"a": 1.0}},
                                      ["pretrained=none", "phases=none"])
     assert (config.pretrained, recipe["phases"]) == ("none", None)          # a word in one, nothing in the other
+    for setting, field in (("clip=some/tower", "some/tower"), ("clip=0.5", "google/siglip2-so400m-patch16-512")):
+        config, recipe = models.override(models.paper("rsrefseg2").Config(), {"clip": 3.0}, [setting])
+        assert (config.clip, recipe["clip"]) == (field, 0.5 if setting == "clip=0.5" else 3.0)
 
 
 @pytest.mark.parametrize("setting, message", [

@@ -57,8 +57,8 @@ def test_modules_plug_into_other_towers():
 
 
 def commands():
-    found = re.findall(r"^ {4}(?:srun )?(?:torchrun [-\w ]+? )?(?:python )?((?:train|evaluate|data|metrics)\.py [^\n#]*)",
-                       README, re.M)
+    program = r"((?:train|evaluate|data|metrics)\.py [^\n#]*)"
+    found = re.findall(r"^ {4}(?:srun )?(?:torchrun [-\w ]+? )?(?:python )?" + program, README, re.M)
     return [command for command in found if "..." not in command]
 
 

@@ -36,7 +36,7 @@ class Config:
 
 RECIPE = {"epochs": 2, "batch_size": 8, "micro_batch": 8, "lr": 1e-2, "weight_decay": 0.01, "schedule": "poly",
           "power": 0.9, "warmup": 0, "clip": 1.0, "precision": "fp32", "per_image": 0, "repeat_mask": 0.0,
-          "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None}
+          "black_boxes": 0.0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None}
 RECIPE_FOR = {"rrsisd": {"lr": 2e-2, "width": 9}}
 RECIPE_TINY = {"per_image": 2}
 ABLATIONS = {"1": {"wide": {"width": 12}, "slow": {"lr": 1e-4}}, "2": {"dry": {"dropout": 0.0}},

@@ -984,9 +984,16 @@ PARTS = (
     "scales.samp", "scales.spat", "scales.dense", "biases.spat", "biases.dense")
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"nce_text": "sent", "nce_image": "v2", "spat_text": "t2", "spat_image": "v2"}])
-def test_the_gradient_of_the_whole_is_its_own(changes, double):
+MIDST = ("text.encoder", "vision.encoder", "prompter.decompose.cross", "prompter.second.intra", "prompter.second.cross",
+         "prompter.sparse.cross_text")
+
+
+@pytest.mark.parametrize("changes, parts", [
+    ({}, PARTS), ({"nce_text": "sent", "nce_image": "v2", "spat_text": "t2", "spat_image": "v2"}, PARTS),
+    ({"dense_text": "t2_prime", "dense_image": "v", "spat": "MIL"}, MIDST), ({"dense_text": "sparse"}, MIDST),
+    ({"dense_text": "t2", "dense_pool": "learned", "interleave": True, "official_losses": True}, MIDST),
+    ({"cascade": False, "alpha_ortho": 0.0, "dense_soft_text": True, "dense_upsample": "post"}, MIDST)])
+def test_the_gradient_of_the_whole_is_its_own(changes, parts, double):
     """Each part moved a little both ways, somewhere along its gradient: the loss changes as the gradient says."""
     model = build(small(freeze=False, alpha_dense=0.7, alpha_spat=0.3, lora_sam=0, **changes))
     given, batch = inputs(), batch_for()
@@ -995,7 +1002,7 @@ def test_the_gradient_of_the_whole_is_its_own(changes, double):
         return sum(model.criterion(model(*given), batch, 0).values())
 
     objective().backward()
-    for part in PARTS:
+    for part in parts:
         moved = [p for name, p in model.named_parameters() if name.startswith(part) and p.requires_grad]
         length = sum(p.grad.pow(2).sum() for p in moved).sqrt()
         directions = [p.grad / length + torch.randn_like(p) / p.numel() ** 0.5 / len(moved) for p in moved]

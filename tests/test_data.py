@@ -776,6 +776,14 @@ def test_how_far_one_colour_may_be_from_another(off, right, tmp_path):
     else:
         with pytest.raises(ValueError, match="a coloured mask"):
             data._mask_from_file(tmp_path / "m.png")
+    array[20:23, 20:23] = 200, 100, 46 + off            # 48 and 49 of nine pixels, where a file has many colours
+    array[0, 10:28:2] = [(200, 100, k) for k in range(9)]
+    Image.fromarray(array).save(tmp_path / "many.png")
+    if right:
+        assert (data._mask_from_file(tmp_path / "many.png") == (array[..., 0] > 0)).all()
+    else:
+        with pytest.raises(ValueError, match="a coloured mask"):
+            data._mask_from_file(tmp_path / "many.png")
 
 
 @pytest.mark.parametrize("colour", [0, 255, 90])
@@ -1041,6 +1049,12 @@ def test_truncated_image_is_an_error_even_where_pil_was_told_otherwise(suffix, t
         path.write_bytes(whole[:int(len(whole) * share)])
         with pytest.raises(ValueError, match=f"a.{suffix}: "):
             data.read_image(path)
+
+
+def test_a_picture_beyond_pil_s_limit_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 23)
+    with pytest.raises(ValueError, match="a.png: above 46 pixels; cut it: gdal_translate -srcwin 0 0 4096 4096 "):
+        data.read_image(picture(tmp_path / "a.png"))                                # 48 pixels
 
 
 def test_missing_image_and_what_is_none(tmp_path):

@@ -69,7 +69,7 @@ def uncertainty_loss(uncertainty, prediction, masks, *, sample_weight=1.0, thres
     n0 = e[0].numel() - n1
     on_error = (n0 + eps) / (n1 + eps)                                                  # (M,1,1,1)
     if clamp is not None:
-        on_error = on_error.clamp(max=clamp)                                            # Departs: (8)
+        on_error = on_error.clamp(max=clamp)                                            # Silent: clamp
     w_pixel = torch.where(e, on_error, 1.0)  # CroBIM-U Eq. (8)
 
     bce = F.binary_cross_entropy_with_logits(U, z, reduction="none")

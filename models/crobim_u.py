@@ -20,7 +20,7 @@ Shapes
     P_fg, P_ref logits before and after refinement (B,1,S,S);  M the refinement mask (B,1,S,S);  y the true masks
 Equations
     Eq. (1)                             MultiScaleEncoder.forward, one Phi is EncoderLayer
-    Eq. (2)                             CroBIMU.forward, by resize; its first line is (10)
+    Eq. (2)                             CroBIMU.decode, by resize; its first line is (10)
     Eq. (3)                             ReferringUncertaintyScorer.forward
     Eq. (4), Eq. (5)                    online_error; (5) again in losses.py, where it trains
     Eq. (6), Eq. (7), Eq. (8)           losses.py, uncertainty_loss, called by CroBIMU.criterion
@@ -46,7 +46,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, ConvNextConfig, C
 
 from losses import binary_cross_entropy, dice_loss, uncertainty_loss
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, as both ConvNeXt sources expect
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's: our choice, ConvNeXt's usual ones
 MAPS = ("uncertainty", "refine_mask", "coarse")
 AT_ONCE = 2 ** 26                                   # numbers, C x S x S an expression: more leave a processor's caches
 
@@ -599,7 +599,7 @@ ABLATIONS = {"V": {row: {"rus": rus, "ugf": ugf, "udlr": udlr} for row, rus, ugf
 ABLATIONS["V"] |= {f"{row} L_seg twice": ABLATIONS["V"][row] | {"lambda_seg": 2.0} for row in ("RUS only", "+UGF")}
 FIGURES = {"V": {"Base": "mIoU 69.33, Pr@0.9 34.07", "+UGF": "mIoU 69.44, Pr@0.9 34.45",        # RISBench, test
                  "+UDLR": "mIoU 69.53, Pr@0.9 35.10", "Full": "mIoU 69.62, Pr@0.9 35.52"}}
-RETIRED = {"detach_gate": False, "symmetric": False}
+RETIRED = {"detach_gate": False, "symmetric": False}      # fields of older runs, at what is done today
 
 
 # --------------------------------------------------------------------------------------- tokenizer, published weights
@@ -711,10 +711,12 @@ def read_meta_convnext(path):
 #     (3)          padded words are masked out of the softmax; as printed they would take part
 #     refine       "cheap" puts a 1x1 convolution C -> refine_hidden before the resize of (15); "literal", the default
 #                  and as printed, costs hardly more: resize_convolve mixes the channels at stride 4 in either form
+#     (3)          Fig. 2's "raw broadcasting" of the words, which neither III-C nor (3) has, is left out
+#     Base         is CroBIM in the paper, of which no more is used than III-B describes: two towers, a projection per
+#                  level, a multi-scale encoder, mask logits. FIGURES are of the paper's own
+#     L_ref        is needed, since L_seg sees P_fg; in III-D it is optional. seg_on_refined=True is that reading
 #     Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
 # Silent
-#     Base         is CroBIM in the paper, of which no more is used than III-B describes: two towers, a projection per
-#                  level, a multi-scale encoder, mask logits
 #     projections  1x1 convolution and group norm per level, linear and layer norm for the words
 #     Phi          words first (attention, residual, norm), then deformable attention over all three levels and a
 #                  feed-forward net: Mask2Former's pixel decoder, whose layer count and heads the paper quotes
@@ -723,11 +725,10 @@ def read_meta_convnext(path):
 #                  32, 16, 8 in turn; P_fg = <F, MLP(query)> / sqrt(C) + b, resized from stride 4: after Mask2Former's
 #                  decoder, with one query
 #     positions    sines and a level embedding join Phi's queries and the decoder's keys
-#     start        Xavier and zero biases for attention and feed-forward layers, after Mask2Former; PyTorch's own start
-#                  lets the words in weakly. No key biases in any attention: they cancel. b at logit(0.05): the first
-#                  predictions are mostly background
-#     (3)          Fig. 2's "raw broadcasting" of the words stands neither in III-C nor in (3): left out. MLP 2C-C-1
-#                  with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
+#     start        Xavier and zero biases for attention and feed-forward layers: PyTorch's own start lets the words in
+#                  weakly. Proj of (9) and the MLP of (3) keep PyTorch's. No key biases in any attention: they cancel.
+#                  b at logit(0.05): the first predictions are mostly background
+#     (3)          MLP 2C-C-1 with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
 #     (6)          V and T enter RUS undetached, so L_unc also trains projections and towers
 #     (5) (7) (8)  z = e, with error_blur its 3x3 mean, (8) counting e; an empty union is not hard; epsilon 1, of pixels
 #     clamp        ours, off: as printed, (8) makes a lone wrong pixel weigh half the image, and holds U_p of a place
@@ -743,9 +744,8 @@ def read_meta_convnext(path):
 #     L_seg        0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice: RMSIN's terms and weights, whose code CroBIM's
 #                  README thanks. Ours is a mean over expressions, its Dice the foreground's with epsilon 1; RMSIN's
 #                  Dice sums both classes and a card's expressions (dice_sum=4: the paper's 32 are on 8 cards)
-#     (17) (18)    (17) writes a sigmoid, the loss takes logits. L_seg sees P_fg, so that L_ref, optional in the paper,
-#                  is all that trains the refinement (lambda_ref=0: it stays zero). If L_seg means the loss of the final
-#                  mask, it sees P_ref: seg_on_refined=True, and L_ref is optional. lambda_unc 0.1, lambda_ref 1
+#     (17) (18)    (17) writes a sigmoid, the loss takes logits. With lambda_ref=0 the refinement stays zero, but with
+#                  seg_on_refined=True. lambda_unc 0.1, lambda_ref 1
 #     text         20 tokens, [CLS] and [SEP] among them and kept where a sentence is cut (LAVT's code cuts [SEP] away),
 #                  lower case, padded to 20
 #     training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars. The paper names no frozen part:
@@ -756,4 +756,4 @@ def read_meta_convnext(path):
 # Omits
 #     CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
 #     Mask2Former's masked attention, self-attention and feed-forward nets of the query, its second and third round,
-#     intermediate losses: the paper mentions none
+#     intermediate losses: the paper describes none

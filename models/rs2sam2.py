@@ -7,10 +7,10 @@ Official
     the authors' repository (commit 7321e75, no licence), below "the code"; weights huggingface.co/ReeF2025/RS2-SAM2.
     No code was copied.
 Idea
-    A union encoder (BEiT-3) reads image and words together. In every block of SAM 2's frozen image encoder, and once
-    behind it, image and words read each other (BHFM: layers and a gate). A generator (MPG) makes a pseudo-mask, SAM 2's
-    dense prompt, of the union encoder's class token and patches; the class token itself is the sparse prompt; a
-    boundary loss, weighted by the text, sharpens the mask.
+    A union encoder (BEiT-3) reads image and words together. In every block of SAM 2's frozen image encoder
+    image and words read each other, and behind it the image reads the words (BHFM: layers and a gate). A generator
+    (MPG) makes a pseudo-mask, SAM 2's dense prompt, of the union encoder's class token and patches; the class token
+    itself is the sparse prompt; a boundary loss, weighted by the text, sharpens the mask.
 Shapes
     N images, M expressions, S image side (H_s = W_s, 1024), C width of SAM 2 (256)
     H_u, p, N_p, D  side and patch of BEiT-3 (224, 16), the number of its patches (H_u/p)^2, its width (1024)
@@ -22,8 +22,8 @@ Shapes
     T_i          words in front of fusion layer i (M,L,C), before the first one `words`;  T_next  T_i+1
     F_in, F_i    a block's shortcut, as Hiera has it (where a stage begins, projected and pooled), and what its
                  attention gave, un-windowed (M,h,w,d)
-    F1, F2, F3   F', F'', F''' of (2), (3);  T1, T2 likewise;  V_cls1, V1  V'_cls, V' of (5)
-    F, F_en      the neck's map at stride 16, before and behind the gate (4) (M,C,S/16,S/16)
+    F1, F2, F3   F', F'', F''' of (2), (3);  T1, T2 likewise;  V_cls1, V1  V'_cls (times V_cls), V' of (5)
+    F, F_en      the neck's map at stride 16 with the no-memory embedding, before and behind the gate (4) (M,C,S/16,S/16)
     M_p          pseudo-mask (M,1,H_u/p,H_u/p) in [0,1]
 Equations
     Eq. (1)             BEiT3.embed
@@ -848,7 +848,8 @@ def read_official(path):
 
 # Notes
 #
-# Departs (from the code: the field in brackets gives its form; the row official/all sets them all)
+# Departs (from the paper: padding, (4), (5), (6)'s weight, M_p, BEiT-3, batch; else from the code, whose form the field
+#         in brackets gives; the row official/all sets all of these fields)
 #   padding      is masked wherever words are read: a batch changes nothing (the code: batch 1, no padding)
 #   <unk>        is read; the code takes it for padding in the union encoder, not in (2) and (4) (official_unknown)
 #   (2)          the code's T2 attends to F2 (official_fusion)
@@ -889,6 +890,7 @@ def read_official(path):
 #   text         BEiT-3's own pieces in XLM-R's numbering, case kept, at most 64 (ours; the code has no limit)
 #   init         PyTorch's defaults; without published weights start_from_scratch (ours)
 #   other data   the recipe of RRSIS-D (ours)
+#   optimiser    AdamW, as 4.2 says; the tables are of RefSegRS's test split: --dataset refsegrs brings its recipe
 #   Tables 3, 4  MMP = MPG; DHF = BHFMM = BHFM, its layers BL and its gate BC. Without MPG: SAM 2's no-mask embedding;
 #                w/o MHCA: V_cls for V'_cls; Linear: no words in (2), the rest of (3) as it is; Uni: T_i is Linear(T).
 #                Baseline: recipe and loss (6) less L_tbl (all ours; its numbers in the paper are EVF-SAM's)

@@ -23,7 +23,7 @@ Shapes
     F_in, F_i    a block's shortcut, as Hiera has it (where a stage begins, projected and pooled), and what its
                  attention gave, un-windowed (M,h,w,d)
     F1, F2, F3   F', F'', F''' of (2), (3);  T1, T2 likewise;  V_cls1, V1  V'_cls (times V_cls), V' of (5)
-    F, F_en      the neck's map at stride 16 with the no-memory embedding, before and behind the gate (4) (M,C,S/16,S/16)
+    F, F_en      neck map at stride 16 + no-memory embedding, before and behind the gate (4) (M,C,S/16,S/16)
     M_p          pseudo-mask (M,1,H_u/p,H_u/p) in [0,1]
 Equations
     Eq. (1)             BEiT3.embed

@@ -216,7 +216,7 @@ def instance_contrastive_loss(logits, masks, image_index, instance, eps=1e-4):
         Y = instance[:, None] == instance
         prediction = logits > 0
         w = (prediction & masks).sum((1, 2, 3)) / (prediction | masks).sum((1, 2, 3)).clamp(min=1)
-        like, unlike = torch.log(eps + (1 - eps) * O), torch.log(eps + (1 - eps) * d)
+        like, unlike = torch.log(eps + (1 - eps) * O), torch.log(eps + (1 - eps) * d)       # Departs: (8)
         same_image = image_index[:, None] == image_index
         pairs = same_image * -w[:, None] * torch.where(Y, like, unlike)
         return pairs.sum(1) / same_image.sum(1)  # Prompt-RIS Eq. (8)

@@ -649,7 +649,7 @@ def from_hub(kind, source, **options):
     except (OSError, ValueError, RuntimeError) as error:
         if Path(source).is_dir():
             raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
-                             f"({str(error).strip().splitlines()[0]})") from error
+                             f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
             f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
@@ -693,7 +693,8 @@ def read_meta_convnext(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or no PyTorch weights file ({str(error).splitlines()[0]})") from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: damaged or no PyTorch weights file ({why})") from error
     if not isinstance(file, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
     file = next((file[key] for key in ("module", "state_dict", "model") if isinstance(file.get(key), dict)), file)

@@ -15,10 +15,10 @@ Shapes
     H_C,W_C     CLIP's grid, 30 x 30 at 480 px, N_C its 900 cells
     D_I, D_T    widths of CLIP's towers, 768 (the paper's D_IC) and 512; D_C the tiny decoder's, 512; D_S SAM's, 256
     F_I, F_T    CLIP's features (M,N_C,D_I), between its layers (M,1+N_C,D_I) with [CLS] first, and words (M,L,D_T);
-                the paper's F_IC; with _new the paper's primed ones
+                the paper's F_IC; with _new the paper's primed ones, D_C wide
     F_S         SAM's features (N,D_S,H_S,W_S), taken to (M,D_S,H_S,W_S); the paper's F_IS
     t_g         the sentence, F'_T at [EOS]; S_coarse the paper's S'_C (M,1,H_C,W_C); S_C the same at 4H_S x 4W_S
-    point       the paper's M, the one-hot point map (M,4H_S*4W_S)
+    point       the paper's M', the one-hot point map, flat (M,4H_S*4W_S)
     E, e_p      SAM's position encoding of that map's cells (4H_S*4W_S,D_S), and that of the chosen one
     S_low, S    the paper's S' (M,1,4H_S,4W_S) and the final logits (M,1,H,W)
     O, Y, w     overlap of two masks, 1 where they mean the same object, IoU of a mask with its truth
@@ -444,7 +444,7 @@ class PromptRIS(nn.Module):
 
     def encode(self, images, tokens, text_mask, index):
         """CLIP's towers in lock-step -> F_T (M,L,D_T), F_I (M,N_C,D_I) without [CLS], after CLIP's last norms."""
-        pixels = normalised(images, self.config.clip_size, CLIP_MEAN, CLIP_STD)             # (N,3,480,480)
+        pixels = normalised(images, self.config.clip_size, CLIP_MEAN, CLIP_STD)             # (N,3,s,s), s = 480
         F_I = self.clip_image.embeddings(pixels, interpolate_pos_encoding=True)             # (N,1+N_C,D_I)
         F_I = self.clip_image.pre_layrnorm(F_I)[index]  # Silent: CMP                       # (M,1+N_C,D_I)
         F_T = self.clip_text.embeddings(tokens)                                             # (M,L,D_T)
@@ -533,7 +533,7 @@ RECIPE = {                                          # 4.2 where not marked
     "epochs": 50, "batch_size": 64, "lr": 1e-4, "schedule": "poly", "power": 0.9,
     "phases": {"clip": 0.4, "joint": 0.6},          # 20 and 30 epochs
     "per_image": 4,                                 # b: 16 images x 4 expressions, masked repeats where there are fewer
-    "repeat_mask": 0.25,                            # our choice: probability that a repeat loses a word
+    "repeat_mask": 0.25,                            # our choice: share of a repeat's words that it loses
     "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0,           # our choice: no warm-up, no gradient clipping
     "micro_batch": 16, "precision": "bf16", "protocol": "original", "empty": "zero", "select": "mIoU",    # our choice
 }
@@ -647,7 +647,7 @@ def published(kind, pretrained, name, **options):
     except (OSError, ValueError, RuntimeError) as error:
         if source != name:
             raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
-                             f"({str(error).strip().splitlines()[0]})") from error
+                             f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, or put "
             f"its files in DIR/{folder.name} and say --set pretrained=DIR") from error
@@ -674,12 +674,13 @@ def published_weights(kind, pretrained, name, own, fields):
 #   (6)         its layer is the image tower's; the printed E_L2V is a slip
 #   (8)         log(eps + (1-eps) O), and so for 1-O, eps 1e-4: finite, and flat only where two masks are equal
 #   P@X         counts IoU >= X, as the field does; 4.1 says "higher than". Scored at the image's own size, cut at 0.5
-#   numbers     Table 3's CLIP+CMP+SAM and Table 5's mask+text are one row of numbers: a slip. 4.4's gains of ICL on
+#   sizes       CLIP's 480 x 480 is made of SAM's 1024 x 1024, not of the original: the loader hands over one size
+#   numbers     Table 3's CLIP+CMP+SAM and Table 5's mask+text are one row of numbers. 4.4's gains of ICL on
 #               P@0.9, 1.87 and 3.32, are 1.78 and 3.23 by Table 3
 # Silent
 #   CLIP        frozen, as 1 and 2 say of prompt learning; but 4.2 says "train CLIP with CMP", and 3.1 "frozen" of SAM
 #               alone (freeze_clip=False: CLIP learns). Its positions are resized bicubically to 30 x 30
-#   sizes       both towers see the image squashed, bilinear, antialiased; CLIP's is made of SAM's. L is 22
+#   sizes       both towers see the image squashed, bilinear, antialiased. L is 22
 #   CMP         (5) and (6) start from the embeddings (image: after its first norm): 12 prompters each way, none shared;
 #               8 heads, together as wide as what they read, norms before, no residual; tokens start with deviation
 #               0.02, have no positions; padded words are not read, here, in (1) and in P_text
@@ -690,17 +691,19 @@ def published_weights(kind, pretrained, name, own, fields):
 #   S_C         bilinear, stays logits, as SAM's own mask prompts are
 #   (3)         temperature 1, float32; e_p gets SAM's embedding of a foreground point; no second, padding point; of
 #               equally high cells (within 1e-4) the first
-#   P_text      linear to 256, then twice: words, SAM's features with its positions, a net of 1024; 8 heads, norm after
+#   P_text      linear to 256, then twice: words, SAM's features (positions on keys), a net of 1024; 8 heads, norm after
 #   dropout     each kind of prompt of each expression with 0.2, independently (0.8 % lose all three): a point or word
 #               becomes "not a point", a mask "no mask"; so too in Table 5, which drops them at inference
 #   mask        the decoder's first output is number 0, its single-mask one
 #   (7)-(9)     S_coarse at 30 x 30, S at 1024 x 1024, the truth nearest-resized; Dice has squares below, as (7), eps
 #               1e-4; w is hard, of each map its own, without gradient: else a lower IoU would lower the loss; L_icl is
-#               the sum over both maps; each expression counts 1/M, so that any micro-batches give one objective
+#               the sum over both maps; each expression counts 1/M: micro-batches that keep an
+#               image's expressions together give one objective; cross-entropy and Dice count alike
 #   training    weight decay 0.01, not on vectors; one polynomial over both phases; an epoch is every image once; of a
-#               repeated sentence each word is lost with probability 0.25, one stays; Xavier where nothing is loaded
+#               repeated sentence each word is deleted with probability 0.25, one stays; AdamW, as 4.2; Xavier where
+#               nothing is loaded
 #   data        refcoco-union of data.py: the three sets without images of any validation or test split. Table 2: of
 #               its seen expressions, scored on seen and unseen; "test" is testA and testB as one (--split testA+testB)
 #   Tables 3, 4 rows without SAM train S_coarse for all 50 epochs and score it; Table 4 has no ICL, as in Table 3's CMP
 # Omits
-#   none
+#   none; 4.4's ImgAcc and InstAcc are in metrics.py, its figures: 77.61 / 76.02 without ICL, 79.34 / 77.74 with

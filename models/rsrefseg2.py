@@ -952,7 +952,7 @@ def from_hub(load, source, **options):
     except (OSError, ValueError, RuntimeError) as error:
         if Path(source).is_dir():
             raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
-                             f"({str(error).strip().splitlines()[0]})") from error
+                             f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
             f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error

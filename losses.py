@@ -1,7 +1,7 @@
 """Losses: pure functions of tensors, one per formula.
 
-Every function takes logits (M,1,h,w) float and masks (M,1,h,w) bool, computes in float32 also under autocast, and
-returns one value per expression, (M,). The mean over the expressions is the loss of a batch, so micro-batches and
+A loss takes logits (M,1,h,w) float and masks (M,1,h,w) bool, computes in float32 also under autocast, and returns one
+value per expression, (M,). The mean over the expressions is the loss of a batch, so micro-batches and
 processes of unequal size can weight what they hold by the expressions in it.
 An equation ends on the line that carries its number, with the paper's name where a paper has one for it.
 """

@@ -53,8 +53,8 @@ class Config:
     text_length: int = 20                           # official code
     pretrained: str = "hub"                         # "hub", "none", or a folder with one entry per backbone
     weights_dir: str = "weights"                    # where files lie that are on no hub
-    image_backbone: str = "microsoft/swin-base-patch4-window12-384-in22k"   # III, IV-A1; or Microsoft's .pth
-    text_backbone: str = "google-bert/bert-base-uncased"                    # III
+    image_backbone: str = "microsoft/swin-base-patch4-window12-384-in22k"   # III-A: Swin, 22K; or Microsoft's .pth
+    text_backbone: str = "google-bert/bert-base-uncased"                    # III-A: BERT
     freeze: bool = False                            # True: BERT is frozen, Fig. 2; False: as the next two say
     bert_trained_layers: int = 10                   # official code: the first 10 of 12 layers learn,
     bert_embeddings: bool = False                   # the embeddings do not
@@ -200,7 +200,7 @@ def norm_over_positions(tokens):
 class BilateralInformationFusion(nn.Module):
     """III-B, BIF: each position reads L_o by the difference of two attention maps, then MFR mixes what was read.
 
-    Fits any pair of encoders: BilateralInformationFusion(channels=C, width=D, positions=P, half), where half is the
+    Fits any pair of encoders: BilateralInformationFusion(channels=C, width=D, positions=P, half=D), where half is the
     width of a half of Q and of K, the paper's D, and value_mult*half that of H and O. V (B,P,C) visual tokens; L_o
     (B,n,D); text_mask (B,n) bool, True = may be read -> O (B,P,value_mult*half). Tied to maps of P = h*w places.
     To copy it out, bring along mlp, xavier, norm_over_positions, check_tokens, MultiModalFeatureReconstruction.
@@ -663,7 +663,7 @@ RECIPE = {
 RECIPE_FOR = {}                                     # IV-A1: one recipe for both data sets
 RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "schedule": "cosine", "warmup": 0.5,
                "clip": 1.0, "per_image": 4}
-ABLATIONS = {                                       # both on RefSegRS; III is scored on its val split, IV on test
+ABLATIONS = {                                       # III, IV on RefSegRS: its val split, its test split
     "III": {row: {"rmsin": True, "icip": icip, "bif": bif, "prompts": 5} for row, icip, bif in (       # IV-C
         ("Base", False, False), ("+ICIP", True, False), ("+BIF", False, True), ("Full", True, True))},
     "IV": {"Base": {"rmsin": True, "icip": False, "bif": False},
@@ -683,7 +683,7 @@ RETIRED = {"channel_mult": 2}                       # fields of older runs, at t
 
 # --------------------------------------------------------------------------------------- tokenizer, published weights
 
-SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # [PAD] [UNK] [CLS] [SEP], as BERT has them
+SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # BERT's [PAD] [UNK] [CLS] [SEP]
 MICROSOFT = {r"^patch_embed\.proj": "embeddings.patch_embeddings.projection", r"^patch_embed\.norm": "embeddings.norm",
              r"^layers": "encoder.layers", r"\.norm1": ".layernorm_before", r"\.norm2": ".layernorm_after",
              r"\.attn\.(relative_position_bias_table)": r".attention.relative_position_bias.\1",
@@ -807,7 +807,9 @@ def load_published(module, source, fields):
 #                rmsin=True: all as there, also in Tables III and IV, whose base is the released RMSIN
 #   sizes        the coarsest map's, there 15 x 15; a coarser copy of one place only is left out
 # Silent (code: as the official code has it; LAVT, RMSIN: as theirs; unmarked: our choice)
-#   Table III    ICIP alone: the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L
+#   tables       ICIP alone (III, IV): the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L. IV-B sets
+#                M_i = 8, IV-C 5: 8 is the default, III's rows have 5
+#   backbones    Swin-B (Tables I, II) at window 12, 384 and uncased BERT-base: LAVT's
 #   f            two linear layers C-C-D with GELU, Xavier-uniform, zero biases
 #   (1)          a normal draw with std 0.02, so that A neither saturates nor vanishes
 #   (7) (8)      the four vectors and lambda_v are each stage's own; one head (code); G_i is the width of one half, [16]

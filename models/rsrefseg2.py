@@ -8,7 +8,7 @@ Official
 Idea
     SigLIP 2 reads a small copy of the image and the sentence. A prompter splits the sentence into two subspaces, lets
     the image read one and then the other, and turns what it found into prompts: n_p vectors and one coarse map.
-    SAM 2.1 sees the large image and these prompts, never the sentence. The towers learn by LoRA, SAM's decoder in full.
+    SAM 2.1 sees the large image and these prompts, never the sentence. The towers learn by LoRA, SAM's mask decoder as it is.
 Shapes
     N images, M expressions, L tokens with EOS and padding; I_1, I_2 the image at H_1 = 512 and H_2 = 1024
     v           image tokens (N,g*g,D_v), g = H_1 / patch, rounded down; v'_1, v'_2 (M,g*g,D_v) once they have read the
@@ -557,6 +557,9 @@ def fourier_positions(side, width):
     return torch.cat((angles.sin(), angles.cos()), -1)
 
 
+# --------------------------------------------------------------------- III-D, III-E: decoupled segmentation, the losses
+
+
 def tower_configs(config):
     """SigLIP's and SAM 2's configurations: from Config's own numbers for pretrained="none", else published."""
     c = config
@@ -809,13 +812,16 @@ def learns(module):
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
+# ----------------------------------------------------------------------------------------------------- training, tables
+
+
 RECIPE = {
     "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",     # IV-C2
     "weight_decay": 0.05, "warmup": 5.0, "clip": 3.0, "micro_batch": 8,         # official code
-    "protocol": "original", "plateau": 0.0, "t_max": 0.0, "floor": 0.0,         # masks' own sizes: official code, too
+    "protocol": "original", "plateau": 0.0, "t_max": 0.0, "floor": 0.0,         # own sizes: official code; the others off
     "per_image": 0, "empty": "zero", "select": "mIoU", "phases": None,          # our choice
 }
-RECIPE_FOR = {}                                     # IV-C2: one recipe for all data sets
+RECIPE_FOR = {}                                     # IV-C2 names no other
 RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "weight_decay": 0.01, "warmup": 1.0,
                "clip": 1.0, "per_image": 4}
 
@@ -884,7 +890,7 @@ ABLATIONS["official"] = {
         ("X", "single-stage", {"decomposition_blocks": 0, "subspace_positions": False}),
         ("XIII", "T-t2", {"dense_pool": "learned"}), ("XIII", "T-t2'", {"dense_pool": "learned"}),
         *(("XV", row, {}) for row in ABLATIONS["XV"] if re.match("dense|CE|MIL|NCE-t2-v2?$", row)))}
-FIGURES = {                                         # of the rows in their order, as the paper prints them
+FIGURES = {                                         # of the rows in their order; cIoU and gIoU there
     table: {row: "oIoU {}, mIoU {}".format(*pair.split("/"))
             for row, pair in zip(ABLATIONS[table], pairs.split(), strict=True)}
     for table, pairs in {
@@ -912,6 +918,8 @@ RENAMED = {"prompter.decompose.words.": "prompter.decompose.cross.",            
            "prompter.sparse.text.": "prompter.sparse.cross_text.",
            "prompter.sparse.image.": "prompter.sparse.cross_image."}
 
+
+# ----------------------------------------------------------------------------------------- tokenizer, published weights
 
 SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "end": 2}     # as SigLIP's: words [EOS], nothing before them
 
@@ -1075,6 +1083,7 @@ def read_official(path):
 #                and 8; logits come at H_2/4 and are enlarged bilinearly
 #   (12)         L_samp contrasts t_2 with v: Table XV's best row (code); printed with t_sent
 #   (13)         its N images are the expressions: each is a sample
+#   Pr@X         counts IoU >= X, as the field does; IV-B and the official code: >
 #   batch        L_samp sees --micro-batch times the processes, (7)'s batch norm too, not the 64 of IV-C2
 #   t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; an expression without words reads EOS
 #   t_sent       SigLIP has no feature at EOS: its text head reads the last of 64 positions, which it was trained on
@@ -1087,7 +1096,6 @@ def read_official(path):
 #   text         cut to the tower's positions, there to 128, which it has not
 #   I_2          enlarged by PIL, there by OpenCV; what is not square is squashed, there padded
 #   refsegrs     T_max is 2 times the epochs; a reading of another of their files says 1.8
-#   Pr@X         counts IoU >= X, there >
 # Silent (code: as the official code has it; unmarked: our choice)
 #   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout (code)
 #   start        PyTorch's own for the prompter (code); with pretrained=none Xavier for it and SAM's decoder
@@ -1107,10 +1115,11 @@ def read_official(path):
 #   alphas       0.5 for every auxiliary term that a row of Table XV switches on
 #   text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
 #   training     warm-up 5 epochs, decay 0.05, clipping 3.0, protocol original (code)
+#   Table IX     zero: a constant, as IV-E4 says, though III-C's may learn; sine: base 10000, 2 pi, cell centres
 #   Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
 #   Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
 #   Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
-#   Table XIII   T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
+#   Table XIII   T-t2, T-t2': the mean over n_t; T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
 #   Table XIV    other sizes through interpolated positions
 #   Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
 #   diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one

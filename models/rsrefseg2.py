@@ -8,7 +8,7 @@ Official
 Idea
     SigLIP 2 reads a small copy of the image and the sentence. A prompter splits the sentence into two subspaces, lets
     the image read one and then the other, and turns what it found into prompts: n_p vectors and one coarse map.
-    SAM 2.1 sees the large image and these prompts, never the sentence. The towers learn by LoRA, SAM's mask decoder as it is.
+    SAM 2.1 sees the large image and these prompts, never the sentence. Its mask decoder learns, the towers by LoRA.
 Shapes
     N images, M expressions, L tokens with EOS and padding; I_1, I_2 the image at H_1 = 512 and H_2 = 1024
     v           image tokens (N,g*g,D_v), g = H_1 / patch, rounded down; v'_1, v'_2 (M,g*g,D_v) once they have read the
@@ -246,7 +246,7 @@ class CascadedPrompter(nn.Module):
         count = c.n_p + 1 if c.dense and c.dense_text == "sparse" else c.n_p   # Silent: Table XIII
         self.sparse = SparsePromptGeneration(prompt_width, text_width, vision_width, count, c.prompt_blocks,
                                              c.prompt_init, c.prompt_positions, **layer)
-        if c.dense_pool == "learned":               # Silent: Table XIII
+        if c.dense_pool == "learned":               # Silent: official
             self.pool = nn.Sequential(nn.Linear(text_width, text_width), nn.GELU(), nn.Conv1d(c.n_t, c.n_t, 1),
                                       nn.BatchNorm1d(c.n_t), nn.Conv1d(c.n_t, 1, 1), nn.Flatten())      # -> (M,D_t)
         if c.dense:
@@ -818,7 +818,7 @@ def learns(module):
 RECIPE = {
     "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",     # IV-C2
     "weight_decay": 0.05, "warmup": 5.0, "clip": 3.0, "micro_batch": 8,         # official code
-    "protocol": "original", "plateau": 0.0, "t_max": 0.0, "floor": 0.0,         # own sizes: official code; the others off
+    "protocol": "original", "plateau": 0.0, "t_max": 0.0, "floor": 0.0,         # official code; the rest off
     "per_image": 0, "empty": "zero", "select": "mIoU", "phases": None,          # our choice
 }
 RECIPE_FOR = {}                                     # IV-C2 names no other
@@ -1119,7 +1119,8 @@ def read_official(path):
 #   Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
 #   Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
 #   Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
-#   Table XIII   T-t2, T-t2': the mean over n_t; T-sparse: one query more in (6), its output mapped to D_v; T-soft: an MLP D-512-D on t_sent
+#   Table XIII   T-t2, T-t2': the mean over n_t; T-sparse: one query more in (6), its output mapped to D_v; T-soft: an
+#                MLP D-512-D on t_sent
 #   Table XIV    other sizes through interpolated positions
 #   Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
 #   diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -456,7 +457,7 @@ def test_ctrl_c_ends_with_a_word(run, tmp_path):
     words = command(run, "--workers", 2, "--micro-batch", 12, "--output", tmp_path)
     started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     seen = b""
-    while b" 1/120" not in seen:
+    while not re.search(rb" [1-9]\d*/120", seen):
         seen += (read := os.read(started.stderr.fileno(), 4096))
         assert read, seen.decode()
     os.killpg(started.pid, signal.SIGINT)

@@ -636,6 +636,7 @@ def gradients(rank, world, folder, words, explode):
     mine = [job.samples[k].id for micro in job.sampler.plan(0, 0)[rank] for numbers in micro for k in numbers]
     (folder / f"samples{rank}").write_text(", ".join(mine))
     if world > 1:
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

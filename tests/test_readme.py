@@ -74,7 +74,7 @@ def test_commands_are_known_to_the_parsers(command):
 
 
 def test_line_counts_and_names_are_the_files():
-    for name in models.PAPERS:
+    for name in (path.stem for path in ROOT.glob("models/[a-z]*.py")):
         stated = int(re.search(rf"models/{name}\.py\), ([\d,]+)", README)[1].replace(",", ""))
         assert stated == pytest.approx(len((ROOT / f"models/{name}.py").read_text().splitlines()), rel=0.05), name
     shared = [ROOT / name for name in ("data.py", "train.py", "evaluate.py", "losses.py", "metrics.py",

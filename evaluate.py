@@ -122,6 +122,8 @@ def outlast_signals(worker):
     """A stop of the whole process group is for the main process to answer, which ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    shown = sys.excepthook          # of the thread that hands tensors over, when the main process has gone first
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, (OSError, EOFError)) else shown(kind, *rest)
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

@@ -112,10 +112,21 @@ def batches(dataset, plan, workers, device):
     loader = DataLoader(list(plan), batch_size=None, collate_fn=functools.partial(load_batch, dataset),
                         num_workers=workers, worker_init_fn=outlast_signals, pin_memory=device.type == "cuda",
                         generator=torch.Generator().manual_seed(0))
-    for batch in loader:
+    for batch in started(loader):
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def started(loader):
+    """Its iterator. The workers are forked with the signals held back that they will ignore a moment later."""
+    if not hasattr(signal, "pthread_sigmask"):      # Windows
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlast_signals(worker):

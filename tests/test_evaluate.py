@@ -479,6 +479,23 @@ def test_workers_outlast_a_stop_of_the_whole_group():
         [sample.id for sample in samples[:2]], [sample.id for sample in samples[2:]]]
 
 
+def test_workers_outlast_a_stop_in_their_first_moment(monkeypatch):
+    """Before they have said what they ignore; the main process takes both signals again once they are started."""
+    ignore = evaluate.outlast_signals
+
+    def stopped_at_once(worker):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        ignore(worker)
+
+    monkeypatch.setattr(evaluate, "outlast_signals", stopped_at_once)
+    dataset = data.ReferringDataset(data.read("synthetic", "", "val", limit=2), 16,
+                                    data.WordTokenizer(["ship"], 4, toy.SPECIAL_TOKENS))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert len(list(evaluate.batches(dataset, [[(0,)], [(1,)]], workers=1, device=ONE.device))) == 2
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_leaves_the_random_state_alone(workers):
     """Dropout after a validation is what it is without one."""

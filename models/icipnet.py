@@ -20,17 +20,15 @@ Shapes
     lambda_v    one number per stage;  G the width of a half of Q
 Equations
     Eq. (1)             ImageConditionedInstancePrompt.forward, with the concatenation [T_o; L]
-    Eq. (2) to Eq. (4)  ImageConditionedInstancePrompt.look: Eq. (2), Eq. (3), Eq. (4)
+    Eq. (2) - Eq. (4)   ImageConditionedInstancePrompt.look: Eq. (2), Eq. (3), Eq. (4)
     Eq. (5), Eq. (6)    BilateralInformationFusion.forward
     Eq. (7)             BilateralInformationFusion.balance
     Eq. (8), Eq. (9)    BilateralInformationFusion.forward, a map of (8) in .scores
-    Eq. (10), Eq. (11)  MultiModalFeatureReconstruction.forward
-    Eq. (12), Eq. (13)  MultiModalFeatureReconstruction.forward
+    Eq. (10) - Eq. (13) MultiModalFeatureReconstruction.forward: Eq. (10), Eq. (11), Eq. (12), Eq. (13)
     Eq. (14)            ICIPNet.criterion
 """
 
 import math
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +41,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, SwinConfig, SwinM
 
 from losses import binary_cross_entropy, dice_loss
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))       # mean, std
 MAPS = ()                                           # the paper draws masks only
 
 
@@ -499,10 +497,7 @@ NORMS = {"batch": nn.BatchNorm2d, "tanh": TanhNorm}         # Config.decoder_nor
 
 
 class Decoder(nn.Module):
-    """LAVT's, with RMSIN's rotated convolutions: four features, fine to coarse -> logits (B,1,S/4,S/4).
-
-    channels: of the features, fine to coarse; norm: the class of its six norms.
-    """
+    """LAVT's, with RMSIN's rotated convolutions: maps of four `channels`, fine to coarse -> logits (B,1,S/4,S/4)."""
 
     def __init__(self, channels, hidden, rotated=True, norm=nn.BatchNorm2d, dropout=0.2):
         super().__init__()
@@ -543,8 +538,7 @@ class ICIPNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("statistics", torch.tensor(IMAGENET).view(2, 3, 1, 1), persistent=False)
         self.bert = BertModel(BertConfig(
             vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.bert_layers,
             num_attention_heads=c.bert_heads, intermediate_size=c.bert_ffn, hidden_dropout_prob=c.dropout,
@@ -560,8 +554,6 @@ class ICIPNet(nn.Module):
         if c.cross_scale:
             self.cross_scale = CrossScaleInteraction(c.channels, c.sides[-1], c.cross_heads, c.cross_key, c.rmsin)
         self.decoder = Decoder(c.channels, c.decoder_width, c.rotated, NORMS[c.decoder_norm], c.router_dropout)
-        for part in self.frozen():
-            part.requires_grad_(False)
 
     def fusion(self, i):
         """What follows stage i of Swin; Table III's rows differ in it."""
@@ -581,8 +573,8 @@ class ICIPNet(nn.Module):
         c = self.config
         if c.pretrained == "none":
             return {}
-        load_published(self.swin, find_weights(c, c.image_backbone), "embed, depths, swin_heads, window")
-        load_published(self.bert, find_weights(c, c.text_backbone), "width, bert_layers, bert_ffn, vocab_size")
+        load_tower(self.swin, find_weights(c, c.image_backbone), "embed, depths, swin_heads, window", HEADS)
+        load_tower(self.bert, find_weights(c, c.text_backbone), "width, bert_layers, bert_ffn, vocab_size", HEADS)
         return {"swin.": c.image_backbone, "bert.": c.text_backbone}
 
     def frozen(self):
@@ -608,7 +600,8 @@ class ICIPNet(nn.Module):
                              f"{c.image_size}; resize them, or build and train a model for another image_size")
         # A mask per query and key is taken as it is; of a plain one transformers asks the device if it is full.
         L = self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state            # (M,L,D)
-        pixels = ((images / 255 - self.mean) / self.std).to(self.mean.dtype)    # (N,3,S,S)
+        mean, std = self.statistics
+        pixels = ((images / 255 - mean) / std).to(mean.dtype)                   # (N,3,S,S)
         V, (h, w) = self.swin.embeddings(pixels)                                # (N,P,C)
         features = []
         for i, stage in enumerate(self.swin.encoder.layers):
@@ -656,9 +649,8 @@ class ICIPNet(nn.Module):
 RECIPE = {
     "epochs": 40, "batch_size": 4, "lr": 3e-5, "weight_decay": 0.01,            # IV-A1, for AdamW
     "schedule": "poly", "power": 0.9, "warmup": 0.0, "clip": 0.0,               # IV-A1: poly; the rest official code
-    "micro_batch": 4, "precision": "bf16", "phases": None,                      # our choice: precision
     "per_image": 0, "protocol": "resized", "empty": "zero", "select": "oIoU",   # official code; III-B4: resized
-    "black_boxes": 0.0,                             # official code: 0.2, on which the paper is silent
+    "micro_batch": 4, "precision": "bf16", "phases": None, "black_boxes": 0.0,  # ours; boxes: 0.2 in the official code
 }
 RECIPE_FOR = {}                                     # IV-A1: one recipe for both data sets
 RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "schedule": "cosine", "warmup": 0.5,
@@ -672,12 +664,11 @@ ABLATIONS = {                                       # III, IV on RefSegRS: its v
                          "decoder_norm": "tanh", "align_corners": True, "dice_sum": True, "black_boxes": 0.2,
                          "precision": "fp32"}},
 }
-FIGURES = {                                         # of the rows in their order, as the paper prints them
-    table: {row: "oIoU {}, mIoU {}".format(*pair.split("/"))
-            for row, pair in zip(ABLATIONS[table], pairs.split(), strict=True)}
-    for table, pairs in {
-        "III": "81.58/74.06 82.97/76.27 83.53/77.62 83.77/78.21",
-        "IV": "74.64/60.23 75.60/62.72 75.85/63.40 75.77/63.07"}.items()}
+FIGURES = {                                         # as the paper prints them
+    "III": {"Base": "oIoU 81.58, mIoU 74.06", "+ICIP": "oIoU 82.97, mIoU 76.27", "+BIF": "oIoU 83.53, mIoU 77.62",
+            "Full": "oIoU 83.77, mIoU 78.21"},
+    "IV": {"Base": "oIoU 74.64, mIoU 60.23", "+ICIP M=3": "oIoU 75.60, mIoU 62.72",
+           "+ICIP M=5": "oIoU 75.85, mIoU 63.40", "+ICIP M=8": "oIoU 75.77, mIoU 63.07"}}
 RETIRED = {"channel_mult": 2}                       # fields of older runs, at the value that is built in now
 
 
@@ -689,6 +680,7 @@ MICROSOFT = {r"^patch_embed\.proj": "embeddings.patch_embeddings.projection", r"
              r"\.attn\.(relative_position_bias_table)": r".attention.relative_position_bias.\1",
              r"\.attn\.proj": ".attention.o_proj", r"\.attn\.qkv": ".attention.qkv_proj"}
 HEADS = ("layernorm.", "pooler.", "classifier.", "cls.", "head.", "norm.")      # what published files hold besides
+PLACE = "the link in the README of github.com/microsoft/Swin-Transformer"
 
 
 class BertWords:
@@ -715,36 +707,56 @@ def tokenizer(config):
 
 def find_weights(config, name):
     """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
-    in_file = name.endswith(".pth")
-    if config.pretrained == "hub" and not in_file:
+    hub, is_file = config.pretrained == "hub", name.endswith((".pth", ".spm"))
+    if hub and not is_file:
         return name
-    path = Path(config.weights_dir if config.pretrained == "hub" else config.pretrained) / name.split("/")[-1]
+    path = Path(config.weights_dir if hub else config.pretrained) / name.split("/")[-1]
     if path.exists():
         return str(path)
-    raise FileNotFoundError(
-        f"{path}: no such file; Microsoft's swin_base_patch4_window12_384_22k.pth is linked in the README of "
-        f"github.com/microsoft/Swin-Transformer: put it there, or say --set image_backbone={Config.image_backbone}"
-        if in_file else
-        f"{path}: no such folder; put huggingface.co/{name} there, or say --set pretrained=hub")
+    raise FileNotFoundError(f"{path}: no such {'file' if is_file else 'folder'}; download {name} from "
+                            f"{PLACE if is_file else 'huggingface.co'} to there, or name its folder with "
+                            f"--set {'weights_dir' if hub else 'pretrained'}=DIR")
 
 
 def from_hub(load, source, **options):
-    """`load(source)`, with an answer that helps if it fails."""
+    """`load(source)` of transformers, with an answer that helps if it fails."""
     try:
         return load(source, **options)
-    except (OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        if Path(source).exists():
-            raise ValueError(f"{source}: damaged, of another architecture, or not as transformers or Microsoft has it "
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
                              f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
             f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
-def microsoft_swin(path):
-    """A file of Microsoft's -> its tensors under the names of transformers."""
-    file, tensors = torch.load(path, map_location="cpu", weights_only=True), {}
-    for name, value in file.get("model", file).items():
+def load_tower(tower, source, fields, extra=()):
+    """All of a published tower's tensors into `tower`, float32, but names that begin with one of `extra`."""
+    if source.endswith(".pth"):
+        tensors = read_pth(source)
+    else:
+        model, info = from_hub(type(tower).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
+        tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
+        extra = (*extra, *info["missing_keys"])     # what is not in the file was drawn at random
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(extra)}
+    own = tower.state_dict()
+    wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    tower.load_state_dict(tensors)
+    print(f"{source}: {len(tensors)} tensors loaded")
+
+
+def read_pth(path):
+    """Microsoft's Swin -> its tensors under the names of transformers."""
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+        file, tensors = file.get("model", file), {}
+    except Exception as error:                      # a damaged file raises anything
+        raise ValueError(f"{path}: damaged, or not as Microsoft has it; download it again from {PLACE}") from error
+    for name, value in file.items():
         for pattern, replacement in MICROSOFT.items():
             name = re.sub(pattern, replacement, name)
         if ".qkv_proj." in name:
@@ -754,38 +766,19 @@ def microsoft_swin(path):
     return tensors
 
 
-def load_published(module, source, fields):
-    """Float32 tensors into `module`, none missing, left over (but HEADS) or of another shape than `fields` ask for."""
-    if source.endswith(".pth"):
-        tensors = from_hub(microsoft_swin, source)
-    else:
-        model, info = from_hub(type(module).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
-        tensors = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
-        tensors |= dict.fromkeys(info["unexpected_keys"])
-    tensors, own = {name: tensors[name] for name in tensors if not name.startswith(HEADS)}, module.state_dict()
-    wrong = sorted(set(own) ^ set(tensors)) or [name for name in own if own[name].shape != tensors[name].shape]
-    if wrong:
-        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
-                         f"of another shape, the first {wrong[:2]}")
-    module.load_state_dict(tensors)
-    print(f"{source}: {len(tensors)} tensors loaded")
-
-
 # Notes
 # Departs from the paper
-#   network      the text names ICIP, BIF and a "lightweight", a "standard" decoder; Table III's base is RMSIN, so its
-#                parts are on: intra_scale, cross_scale, rotated; all three False: the text's, with LAVT's decoder
+#   network      the text names ICIP, BIF and a "lightweight", a "standard" decoder; the base of Tables III and IV is
+#                RMSIN, so its parts are on: intra_scale, cross_scale, rotated; all False: the text's, LAVT's decoder
 #   (1)          a vector t is D wide, as (2) and the concatenation need, and so is L; the text says C_i and C
 #   (5)          Q has P rows, K and H have n, not M_i; O has P rows, not M_i+N
 #   (5)          width of H: D, as (12) and (13) need; value_mult=2: 2D, as (5) prints it, and O likewise
 #   (5)          norm of Q: an instance norm over positions (code); query_norm=False: none, as printed
 #   (7)          lambda^i, "layer-wise dynamic": 0.8 at each stage (code); [16]: lambda_bias=(0.2, 0.356, 0.471, 0.556)
-#   (8)          each map is a softmax over prompts and real words (code), as in [16], which III-B1 follows;
-#                softmax=False: as printed, padded words zero
+#   (8)          each map a softmax over prompts and real words (code, [16]); softmax=False: as printed, padded words 0
 #   (9)          V_o passes an RMS norm and the factor 1 - lambda^i (code, [16]); sublayer_norm=False: as printed
 # Departs from the official code (where a switch is named, --ablation official/all turns it)
-#   width        D per half of Q and K at every stage, as the paper's 768, and D in H and O; bif_width="stage" with
-#                value_mult=2: C and 2C, as there
+#   width        D per half of Q and K, and in H and O, at every stage; bif_width="stage", value_mult=2: C, 2C, as there
 #   (1)          8 prompts (IV-B), also in official/all; there the number is missing, comments say 5
 #   (4)          T_o joins the words; raw_prompts=True: the raw T does, as there, without the f that is idle there
 #   (7)          std 0.1, as in [16]; there 1, with which exp() overflows in 1 of 200 draws at width 1024
@@ -804,7 +797,7 @@ def load_published(module, source, fields):
 # Departs from RMSIN's code
 #   cross-scale  heads and tokens keep their axes, so that `to_map` mixes tokens, which two reshapes there scramble; one
 #                residual round the feed-forward of each scale, there two; PyTorch's starts, there std 0.02.
-#                rmsin=True: all as there, also in Tables III and IV, whose base is the released RMSIN
+#                rmsin=True: all as there; so have it the rows of Tables III and IV
 #   sizes        the coarsest map's, there 15 x 15; a coarser copy of one place only is left out
 # Silent (code: as the official code has it; LAVT, RMSIN: as theirs; unmarked: our choice)
 #   tables       ICIP alone (III, IV): the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L. IV-B sets
@@ -820,9 +813,7 @@ def load_published(module, source, fields):
 #                and the gated intra-scale V, summed, go on to the next stage; LayerNorm(fused) goes through the
 #                cross-scale interaction to the decoder (LAVT, RMSIN, code)
 #   drop-path    0.3, rising from 0 over Swin's blocks, on attention and MLP (code)
-#   BERT         the text says pre-trained, Fig. 2 draws it frozen: freeze=True; the default is the code's: layers 0-9
-#                learn, layers 10, 11 and the embeddings do not
-#   training     at 480, 20 tokens with [CLS] and [SEP], power 0.9, class weights 0.9/1.1, Dice with epsilon 1e-6, decay
-#                on all but Swin's norms and position biases and the four output norms, selection by oIoU (code)
+#   BERT         frozen in Fig. 2: freeze=True; by default layers 0-9 learn, 10, 11 and the embeddings do not (code)
+#   training     at 480, 20 tokens, power 0.9, class weights 0.9/1.1, Dice's eps 1e-6, decay by group, best oIoU (code)
 # Omits
 #   none

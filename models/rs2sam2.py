@@ -32,7 +32,6 @@ Equations
     Eq. (5)             MaskPromptGenerator.forward
     Eq. (6)             RS2SAM2.criterion
     Eq. (7)             losses.py, boundary_loss; its Linear(T_s) in RS2SAM2.forward
-Where the paper is departed from or silent: Notes, at the end of this file.
 """
 
 import argparse
@@ -126,9 +125,8 @@ class Config:
                             ("sam_width", "gate_heads")):
             if (value := getattr(self, field)) % (least := getattr(self, unit)):
                 raise ValueError(f"{field}={value}: expected a multiple of {unit}={least}")
-        if self.text_length + 2 > self.beit_positions:
-            raise ValueError(f"text_length={self.text_length}: expected at most beit_positions - 2, "
-                             f"{self.beit_positions - 2}")
+        if self.text_length > (most := self.beit_positions - 2):
+            raise ValueError(f"text_length={self.text_length}: expected at most beit_positions - 2, {most}")
 
     @property
     def reads_text(self):
@@ -384,8 +382,7 @@ class TextGate(nn.Module):
                              f"got {tuple(F.shape)} and {tuple(positions.shape)}")
         queries = rearrange(F + positions, "m c h w -> m (h w) c")            # (M,h*w,C); Departs: (4)
         read = self.attention(queries, words, words, text_mask)               # (M,h*w,C)
-        F_en = rearrange(read, "m (h w) c -> m c h w", h=F.shape[-2]) * F  # Eq. (4)
-        return F_en
+        return rearrange(read, "m (h w) c -> m c h w", h=F.shape[-2]) * F  # Eq. (4)
 
 
 # ---------------------------------------------------------------------------------------- 3.4, mask prompt generator
@@ -420,7 +417,6 @@ class MaskPromptGenerator(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
-
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))       # mean, std
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                       # BEiT-3's
@@ -457,8 +453,7 @@ def sam2_config(c):
     widths = [c.hiera_width * 2 ** stage for stage in range(4)]
     backbone = Sam2HieraDetConfig(
         hidden_size=c.hiera_width, num_attention_heads=c.hiera_heads, blocks_per_stage=list(c.hiera_blocks),
-        embed_dim_per_stage=widths,
-        num_attention_heads_per_stage=[c.hiera_heads * 2 ** stage for stage in range(4)],
+        embed_dim_per_stage=widths, num_attention_heads_per_stage=[c.hiera_heads * 2 ** stage for stage in range(4)],
         window_size_per_stage=list(c.hiera_windows), global_attention_blocks=list(c.hiera_global),
         window_positional_embedding_background_size=[c.hiera_background] * 2)
     vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=widths[::-1], fpn_hidden_size=c.sam_width)
@@ -606,10 +601,9 @@ class RS2SAM2(nn.Module):
 
     def choose_what_learns(self):
         """All but SAM 2's image encoder, where it is frozen, and what no loss reaches."""
-        c, sam = self.config, self.sam
-        silent = [self.beit3.vision_embed.mask_token,
-                  sam.prompt_encoder.point_embed, sam.prompt_encoder.not_a_point_embed,
-                  sam.prompt_encoder.no_mask_embed if c.mpg else sam.prompt_encoder.mask_embed,
+        c, sam, prompts = self.config, self.sam, self.sam.prompt_encoder
+        silent = [self.beit3.vision_embed.mask_token, prompts.point_embed, prompts.not_a_point_embed,
+                  prompts.no_mask_embed if c.mpg else prompts.mask_embed,
                   sam.mask_decoder.iou_prediction_head, sam.mask_decoder.pred_obj_score_head,
                   sam.mask_decoder.output_hypernetworks_mlps[1:]]
         if c.fusion == "bi":
@@ -673,21 +667,21 @@ ABLATIONS = {
         "official_precision": True, "official_dice": True, "hard_boundary": True, "lambda_ce": 0.9,
         "black_boxes": 0.2, "lr": 5e-5, "lr_modules": 1e-4, "schedule": "constant"}},
 }
-FIGURES = {                                         # of the rows in their order, as the paper prints them
-    table: {row: "oIoU {}, mIoU {}".format(*pair.split("/"))
-            for row, pair in zip(ABLATIONS[table], pairs.split(), strict=True)}
-    for table, pairs in {
-        "3": "55.51/36.64 57.36/38.63 70.89/60.20 78.36/68.71 80.87/73.90",
-        "4": "79.89/71.59 80.87/73.90 77.39/68.19 78.93/70.10 80.87/73.90 77.54/67.61 72.33/61.08 80.87/73.90"}.items()}
+FIGURES = {                                         # as the paper prints them
+    "3": {"Baseline": "oIoU 55.51, mIoU 36.64", "L_tbl": "oIoU 57.36, mIoU 38.63",
+          "L_tbl+MMP": "oIoU 70.89, mIoU 60.20", "L_tbl+DHF": "oIoU 78.36, mIoU 68.71",
+          "L_tbl+MMP+DHF": "oIoU 80.87, mIoU 73.90"},
+    "4": {"MPG w/o MHCA": "oIoU 79.89, mIoU 71.59", "MPG w MHCA": "oIoU 80.87, mIoU 73.90",
+          "Linear": "oIoU 77.39, mIoU 68.19", "Uni": "oIoU 78.93, mIoU 70.10", "Bi": "oIoU 80.87, mIoU 73.90",
+          "w/o BC": "oIoU 77.54, mIoU 67.61", "w/o BL": "oIoU 72.33, mIoU 61.08", "w BC&BL": "oIoU 80.87, mIoU 73.90"}}
 RETIRED = {"mpg_layers": 1, "zero_init": False, "dice_squared": True}      # of older runs, at what is built in now
 
 
 # --------------------------------------------------------------------------------------- tokenizer, published weights
 
-
 SPECIAL_TOKENS = {"begin": 0, "pad": 1, "end": 2, "unknown": 3}      # as BEiT-3's: <s> <pad> </s> <unk>
 UNUSED_WORDS = 8                                    # BEiT-3's table ends on rows that no piece has
-BEIT3_PLACE = "github.com/addf400/files/releases/tag/beit3"
+PLACE = "github.com/addf400/files/releases/tag/beit3"
 
 
 class BEiT3Words:
@@ -698,7 +692,7 @@ class BEiT3Words:
         try:
             self.pieces, self.length = SentencePieceProcessor(model_file=path), length
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: damaged or no SentencePiece file; copy it again from {BEIT3_PLACE}") from error
+            raise ValueError(f"{path}: damaged or no SentencePiece file; copy it again from {PLACE}") from error
 
     def __call__(self, expressions):
         tokens = torch.ones(len(expressions), self.length, dtype=torch.long)
@@ -714,7 +708,7 @@ def tokenizer(config):
     found, expected = words.pieces.get_piece_size() + 2, config.vocab_size - UNUSED_WORDS       # with <pad>, <mask>
     if found != expected:
         raise ValueError(f"{source}: {found} tokens, expected vocab_size - {UNUSED_WORDS} = {expected}; take the file "
-                         f"beit3.spm from {BEIT3_PLACE}")
+                         f"beit3.spm from {PLACE}")
     return words
 
 
@@ -727,7 +721,7 @@ def find_weights(config, name):
     if path.exists():
         return str(path)
     raise FileNotFoundError(f"{path}: no such {'file' if is_file else 'folder'}; download {name} from "
-                            f"{BEIT3_PLACE if is_file else 'huggingface.co'} to there, or name its folder with "
+                            f"{PLACE if is_file else 'huggingface.co'} to there, or name its folder with "
                             f"--set {'weights_dir' if hub else 'pretrained'}=DIR")
 
 
@@ -744,31 +738,15 @@ def from_hub(load, source, **options):
             f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
-def read_file(path):
-    """What torch.save wrote to a file, if it is of plain types and tensors."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                      # a flipped bit raises anything from AssertionError to struct.error
-        raise ValueError(f"{path}: damaged or no PyTorch weights file of plain tensors; one that asks to run code is "
-                         "not opened") from error
-
-
-def load_tower(tower, source, fields):
-    """All of a published tower's tensors into `tower`, float32; `fields` are named if one is missing or left over."""
+def load_tower(tower, source, fields, extra=()):
+    """All of a published tower's tensors into `tower`, float32, but names that begin with one of `extra`."""
     if source.endswith(".pth"):
-        file = read_file(source)
-        if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
-            raise ValueError(f'{source}: expected a dict with the tensors under "model"; '
-                             f"download it from {BEIT3_PLACE}")
-        tensors = {name.removeprefix("beit3."): value for name, value in file["model"].items()
-                   if name.startswith("beit3.")}    # the rest are heads of the pretraining
+        tensors = read_pth(source)
     else:
         model, info = from_hub(type(tower).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
         tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
-        tensors = {name: value for name, value in tensors.items() if name not in info["missing_keys"]}
+        extra = (*extra, *info["missing_keys"])     # what is not in the file was drawn at random
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(extra)}
     own = tower.state_dict()
     wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
@@ -778,8 +756,32 @@ def load_tower(tower, source, fields):
     print(f"{source}: {len(tensors)} tensors loaded")
 
 
-# --------------------------------------------------------------------------------------------- the authors' own weights
+def read_pth(path):
+    """Microsoft's BEiT-3 -> its tensors, without the heads of its pretraining."""
+    tensors = read_file(path, "model")
+    return {name.removeprefix("beit3."): value for name, value in tensors.items() if name.startswith("beit3.")}
 
+
+def read_file(path, *wrappers):
+    """Tensors by name, plain or under one of `wrappers`, from a file of torch.save."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                      # a flipped bit raises anything from AssertionError to struct.error
+        raise ValueError(f"{path}: damaged or no PyTorch weights file of plain tensors; one that asks to run code is "
+                         "not opened") from error
+    for wrapper in wrappers:
+        if isinstance(file, dict) and isinstance(file.get(wrapper), dict):
+            file = file[wrapper]
+    if not isinstance(file, dict) or not all(isinstance(value, torch.Tensor) for value in file.values()):
+        raise ValueError(f"{path}: expected tensors by name, plain or under {' or '.join(wrappers)}; found "
+                         f"{sorted(map(str, file))[:9] if isinstance(file, dict) else type(file).__name__}")
+    return file
+
+
+# --------------------------------------------------------------------------------------------- the authors' own weights
 
 POSITIONS = "sam.prompt_encoder.shared_embedding.positional_embedding"
 OFFICIAL_PARTS = (                                  # the beginnings of ours; their file must have something for each
@@ -816,13 +818,7 @@ OFFICIAL = {                                        # patterns of their names, S
 
 def read_official(path):
     """The authors' weights, DeepSpeed's file or a plain state dict -> {our name: tensor}, float32; none left over."""
-    file = read_file(path)
-    for wrapper in ("module", "state_dict"):
-        if isinstance(file, dict) and isinstance(file.get(wrapper), dict):
-            file = file[wrapper]
-    if not isinstance(file, dict) or not all(isinstance(value, torch.Tensor) for value in file.values()):
-        raise ValueError(f"{path}: expected tensors by name, plain or under module or state_dict; found "
-                         f"{sorted(map(str, file))[:9] if isinstance(file, dict) else type(file).__name__}")
+    file = read_file(path, "module", "state_dict")
     tensors, unknown = {}, []
     for name, value in file.items():
         ours = name = name.removeprefix("module.")
@@ -865,31 +861,27 @@ def read_official(path):
 #   BEiT-3       is shown the S x S image, shrunk without aliasing, not the original: the loader hands over one size
 #   pixels       BEiT-3 gets its own statistics, 0.5/0.5, bicubic; in the code ImageNet's, bilinear (official_pixels)
 #   logits       one logit m, cut at 0; in the code the pair (1-m, m), which is the logit 2m-1 (official_logits)
-#   precision    bf16, scoring too; the code keeps SAM 2 with fusion layers and gate in float32 (official_precision)
-#                and scores in float32
+#   precision    bf16, scoring too; the code scores, and has SAM 2, fusion and gate, in float32 (official_precision)
 #   boxes        none; in the code 20-60 black squares of 32 x 32 on a fixed fifth of RRSIS-D's pictures (black_boxes)
 #   batch        4.2's "unified batch size of 1" is read as 1 on each of its 8 cards
 #   rates        as 4.2; the code's script for RRSIS-D has those of RefSegRS and never lets them fall (lr, lr_modules,
 #                schedule; its script for RefSegRS: official/all with --set black_boxes=0 --set schedule=step)
 # Silent (the code's choice unless marked "ours")
 #   BHFM         in all 48 blocks; r = d/4, 4 heads, each attention of (2) with its own weights, biases, exact GELU; no
-#                norm, positions or dropout; LN and MLP of (3) are the block's own, frozen
+#                norm, positions or dropout; LN and MLP of (3) are the block's own, frozen; (4) and (5) have 8 heads
 #   T_i          C wide in every stage, with projections of each layer's own; the last layer's T is read by nobody
-#   (4), (5)     8 heads; F includes the no-memory embedding
 #   (7)          differences to the pixel above and on the left, 0 where there is none; T_s is the word <s> of `words`.
 #                Weight 0 is an optimum: `diagnose` reports |weight|; near 0 the loss does nothing
 #   M_p          has no loss of its own; its probabilities enter where SAM 2 expects logits
 #   token MLP    Linear, ReLU, Linear on V_cls; the one sparse token: the "sparse embeddings" have no length
 #   decoder      single mask, its token 0; IoU and object scores are not read
 #   (6), (7)     at S x S; cross-entropy weighted 0.9/1.1 as in [19]; Dice eps 1, all per expression (ours)
-#   learning     all but SAM 2's image encoder (backbone and neck) and what gets no gradient: heads for IoU, object and
-#                masks 1-3, BEiT-3's mask token, embeddings of absent prompts, the last layer's text update
+#   learning     all but SAM 2's image encoder, backbone and neck, and what gets no gradient: `choose_what_learns`
 #   rates        the high one: fusion layers, gate, MPG; the two Linears on the text have the base rate
-#   training     weight decay 0.01 on everything, bf16, no warm-up, no clipping
+#   training     weight decay 0.01 on everything, bf16, no warm-up, no clipping; other data: RRSIS-D's recipe (ours)
 #   selection    best mIoU + oIoU on val; scored at S x S; an empty union counts 0
 #   text         BEiT-3's own pieces in XLM-R's numbering, case kept, at most 64 (ours; the code has no limit)
 #   init         PyTorch's defaults; without published weights start_from_scratch (ours)
-#   other data   the recipe of RRSIS-D (ours)
 #   optimiser    AdamW, as 4.2 says; the tables are of RefSegRS's test split: --dataset refsegrs brings its recipe
 #   Tables 3, 4  MMP = MPG; DHF = BHFMM = BHFM, its layers BL and its gate BC. Without MPG: SAM 2's no-mask embedding;
 #                w/o MHCA: V_cls for V'_cls; Linear: no words in (2), the rest of (3) as it is; Uni: T_i is Linear(T).

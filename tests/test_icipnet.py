@@ -894,7 +894,7 @@ def test_documented_shapes():
         assert seen[i] == ((6, side ** 2, channels), (side, side), (6, side ** 2, channels))
     assert TINY.sides == [16, 8, 4, 2] and dataclasses.replace(TINY, image_size=70).sides == [18, 9, 5, 3]
     assert build(image_size=72)(*inputs(size=72)[:3])["logits"].shape == (2, 1, 18, 18)
-    assert not {"mean", "std"} & set(model.state_dict())       # as in every run that was written
+    assert "statistics" not in model.state_dict()       # as in every run that was written
     assert Config().sides == [120, 60, 30, 15] and Config().channels == [128, 256, 512, 1024]
 
 
@@ -1057,7 +1057,7 @@ def test_swin_stage_by_stage_is_transformers_own():
     model.stages[3].register_forward_hook(lambda m, args, out: seen.append(args[0]))
     with torch.no_grad():
         model(pictures, tokens, text_mask)
-        pixels = (pictures / 255 - model.mean) / model.std
+        pixels = (pictures / 255 - model.statistics[0]) / model.statistics[1]
         assert torch.equal(seen[0], model.swin(pixels, always_partition=True).last_hidden_state)
     nn.init.ones_(model.stages[0].gate.layers[2].weight)           # the words act before the stages are merged
     model(pictures, tokens, text_mask)
@@ -1309,9 +1309,9 @@ def test_wrong_weights_are_named(folder, tmp_path):
         load(window=6)
     with pytest.raises(ValueError, match="bert-base-uncased.*does not fit width, bert_layers, bert_ffn, vocab_size: "):
         load(bert_layers=1, bert_trained_layers=1)
-    with pytest.raises(FileNotFoundError, match="no such folder; put huggingface.co/microsoft/swin"):
+    with pytest.raises(FileNotFoundError, match="no such folder; download microsoft/swin.* from huggingface.co.*=DIR"):
         load(pretrained=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no such file; Microsoft's swin_base"):
+    with pytest.raises(FileNotFoundError, match="no such file; download swin_base.*README of github.*=DIR"):
         load(image_backbone="swin_base_patch4_window12_384_22k.pth")
     with pytest.raises(FileNotFoundError, match="nobody/nothing: not reached on the hub.*HF_ENDPOINT.*pretrained=DIR"):
         load(pretrained="hub", image_backbone="nobody/nothing")
@@ -1320,7 +1320,7 @@ def test_wrong_weights_are_named(folder, tmp_path):
     (tmp_path / "empty.pth").touch()
     (tmp_path / "half.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:300])
     for name in ("broken.pth", "list.pth", "empty.pth", "half.pth"):
-        with pytest.raises(ValueError, match=f"{name}: damaged, of another architecture"):
+        with pytest.raises(ValueError, match=f"{name}: damaged, or not as Microsoft has it; download"):
             load(pretrained=str(tmp_path), image_backbone=name)
     (tmp_path / "bert-base-uncased").mkdir()
     with pytest.raises(ValueError, match="bert-base-uncased: "):

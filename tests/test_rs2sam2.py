@@ -981,9 +981,11 @@ def test_official_files_are_read_back_strictly(tmp_path, words_file, capsys):
     torch.save({"model": missing}, path)
     with pytest.raises(ValueError, match=r"patch16_224\.pth: does not fit .*encoder\.layers\.1\.ffn\.B\.fc2\.weight"):
         model.load_pretrained()
-    torch.save(tensors, path)
-    with pytest.raises(ValueError, match=r'patch16_224\.pth: expected a dict with the tensors under "model"'):
+    torch.save([1], path)
+    with pytest.raises(ValueError, match=r"patch16_224\.pth: expected tensors by name.*under model; found list"):
         model.load_pretrained()
+    torch.save(tensors, path)                       # plain
+    assert model.load_pretrained() == sources
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"patch16_224\.pth: damaged or no PyTorch weights file"):
         model.load_pretrained()

@@ -97,7 +97,8 @@ def mask_pooled(features, masks, cut=False):
     """
     size = features.shape[-2:]
     share = on_grid(masks, size).float() if cut else F.interpolate(masks.float(), size, mode="area")    # (M,1,h,w)
-    return (features.float() * share).sum((2, 3)) / share.sum((2, 3)).clamp(min=1e-6)
+    cells = share.sum((2, 3))                                                                           # (M,1)
+    return (features.float() * share).sum((2, 3)) / (cells + (cells == 0))
 
 
 def contrastive_loss(images, texts, every_image, every_text, first, scale):
@@ -211,7 +212,8 @@ def instance_contrastive_loss(logits, masks, image_index, instance, eps=1e-4):
         S = logits.float().sigmoid().flatten(1)                                             # (M,h*w)
         products = S @ S.T                                                                  # (M,M)
         squares = products.diagonal()
-        O = 2 * products / (squares[:, None] + squares).clamp(min=1e-12)  # noqa: E741  # Prompt-RIS Eq. (7)
+        floor = torch.finfo(S.dtype).tiny                                                   # two masks without mass
+        O = 2 * products / (squares[:, None] + squares).clamp(min=floor)  # noqa: E741  # Prompt-RIS Eq. (7)
         d = 1 - O
         Y = instance[:, None] == instance
         prediction = logits > 0

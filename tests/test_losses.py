@@ -1,7 +1,9 @@
-"""losses.py against plain loops, and CroBIM-U's Eqs. (5)-(8) where their values are known by hand."""
+"""losses.py: values and gradients against plain formulas, edges by hand, and what is gathered over processes."""
 
 import math
+import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,41 +31,66 @@ def example(M=3, H=5, W=4, seed=0):
     return logits, prediction, masks
 
 
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """What asks for float32 gets float64, in which a difference quotient is exact to eight digits."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def check(loss, formula, *inputs):
+    """The loss of float64 arrays is that of the plain formula; its gradient by each of them is the difference quotient.
+
+    Each expression's value counts by another factor, so that no gradient can stand for another's.
+    """
+    leaves = [torch.from_numpy(array).requires_grad_() for array in inputs]
+    values, expected = loss(*leaves), formula(*inputs)
+    assert values.shape == expected.shape
+    np.testing.assert_allclose(values.detach().numpy(), expected, rtol=1e-8, atol=1e-12)
+    factors = 1 + np.arange(expected.size).reshape(expected.shape) / 3
+    gradients = torch.autograd.grad((values * torch.from_numpy(factors)).sum(), leaves)
+    for array, gradient in zip(inputs, gradients, strict=True):
+        slopes = np.empty_like(array)
+        for place in np.ndindex(array.shape):
+            there, ends = array[place], []
+            for step in (1e-5, -1e-5):
+                array[place] = there + step
+                ends.append((factors * formula(*inputs)).sum())
+            array[place] = there
+            slopes[place] = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(gradient.numpy(), slopes, rtol=1e-5, atol=1e-7)
+        assert np.abs(slopes).max() > 1e-4
+
+
 def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
+    return 1 / (1 + np.exp(-x))
 
 
-def bce(logit, target):
-    p = sigmoid(logit)
-    return -(target * math.log(p) + (1 - target) * math.log(1 - p))
+def bce(logits, targets):
+    p = sigmoid(logits)
+    return -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
 
 
-def pixels(tensor):
-    """The (H, W) values of each expression as lists of lists."""
-    return tensor[:, 0].tolist()
+def over_pixels(maps):
+    return maps.sum((1, 2, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------- shared
 
 
-@pytest.mark.parametrize(("background", "foreground"), [(1.0, 1.0), (0.9, 1.1), (0.2, 3.0)])
-def test_binary_cross_entropy_is_the_weighted_mean_over_pixels(background, foreground):
-    logits, _, masks = example()
-    loss = binary_cross_entropy(logits, masks, background, foreground)
-    assert loss.shape == (3,)
-    for m, (values, truth) in enumerate(zip(pixels(logits), pixels(masks), strict=True)):
-        total = weight = 0.0
-        for row, row_truth in zip(values, truth, strict=True):
-            for value, inside in zip(row, row_truth, strict=True):
-                w = foreground if inside else background
-                total, weight = total + w * bce(value, float(inside)), weight + w
-        assert loss[m].item() == pytest.approx(total / weight, rel=1e-5)
-
-
-def test_binary_cross_entropy_weighs_alike_unless_told():
-    logits, _, masks = example()
-    plain = torch.nn.functional.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none")
-    torch.testing.assert_close(binary_cross_entropy(logits, masks), plain.mean((1, 2, 3)))
+@pytest.mark.parametrize("weights", [(), (0.9, 1.1), (0.2, 3.0)])
+def test_binary_cross_entropy_is_the_weighted_mean_over_pixels(weights, double):
+    _, _, masks = example()
+    background, foreground = weights or (1, 1)
+    w = np.where(masks.numpy(), foreground, background)
+    check(lambda x: binary_cross_entropy(x, masks, *weights),
+          lambda x: over_pixels(w * bce(x, masks.numpy())) / over_pixels(w), normal(3, 1, 5, 4))
 
 
 def test_binary_cross_entropy_equals_two_class_cross_entropy():
@@ -73,20 +100,17 @@ def test_binary_cross_entropy_equals_two_class_cross_entropy():
     torch.testing.assert_close(binary_cross_entropy(logits, masks, 0.9, 1.1)[0], expected)
 
 
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("eps", [1.0, 1e-3])
-def test_dice_loss_by_loops(squared, eps):
-    logits, _, masks = example()
-    loss = dice_loss(logits, masks, squared=squared, eps=eps)
-    assert loss.shape == (3,)
-    for m, (values, truth) in enumerate(zip(pixels(logits), pixels(masks), strict=True)):
-        overlap = total = 0.0
-        for row, row_truth in zip(values, truth, strict=True):
-            for value, inside in zip(row, row_truth, strict=True):
-                p, y = sigmoid(value), float(inside)
-                overlap += p * y
-                total += p * p + y * y if squared else p + y
-        assert loss[m].item() == pytest.approx(1 - (2 * overlap + eps) / (total + eps), rel=1e-5)
+@pytest.mark.parametrize("options", [{}, {"squared": True}, {"eps": 1e-3}, {"squared": True, "eps": 0.5}])
+def test_dice_loss_by_its_formula(options, double):
+    _, _, masks = example()
+    eps, y = options.get("eps", 1), masks.numpy()
+
+    def formula(logits):
+        p = sigmoid(logits)
+        total = over_pixels(p ** 2 + y ** 2) if "squared" in options else over_pixels(p) + over_pixels(y)
+        return 1 - (2 * over_pixels(p * y) + eps) / (total + eps)
+
+    check(lambda x: dice_loss(x, masks, **options), formula, normal(3, 1, 5, 4))
 
 
 def test_dice_loss_at_its_ends():
@@ -124,35 +148,34 @@ def test_losses_compute_in_float32_and_per_expression(loss):
 # ----------------------------------------------------------------------------------------------------------- CroBIM-U
 
 
-def loops(uncertainty, prediction, masks, lam=1.0, delta=0.5, eps=1.0, clamp=math.inf):
-    """Eq. (6) of CroBIM-U, written out over expressions b and pixels x -> the scalar loss."""
-    total, count = 0.0, 0
-    for U, y_hat, y in zip(pixels(uncertainty), pixels(prediction), pixels(masks), strict=True):
-        H, W = len(y), len(y[0])
-        positions = [(i, j) for i in range(H) for j in range(W)]
-        error = {(i, j): y_hat[i][j] != y[i][j] for i, j in positions}
-        intersection = sum(y_hat[i][j] and y[i][j] for i, j in positions)
-        union = sum(y_hat[i][j] or y[i][j] for i, j in positions)
-        iou = intersection / union if union else 1.0
-        w_sample = 1 + lam * (iou < delta)
-        n1 = sum(error.values())
-        n0 = H * W - n1
-        for i, j in positions:
-            w_pixel = min((n0 + eps) / (n1 + eps), clamp) if error[i, j] else 1.0
-            total += w_sample * w_pixel * bce(U[i][j], float(error[i, j]))
-            count += 1
-    return total / count
+@pytest.mark.parametrize("options", [{}, {"sample_weight": 0.7, "threshold": 0.2}, {"eps": 1e-6}, {"clamp": 1.5},
+                                     {"blur": True}])
+def test_eq06_mean_over_expressions_and_pixels(options, double):
+    """CroBIM-U Eqs. (5)-(8), written out expression by expression; the last but one has no error, the last no union."""
+    _, prediction, masks = example(M=5)
+    masks[3], masks[4], prediction[4] = prediction[3], False, False
+    lam, delta, eps, clamp = (options.get(name, default) for name, default in (
+        ("sample_weight", 1), ("threshold", 0.5), ("eps", 1), ("clamp", math.inf)))
+
+    def formula(U):
+        values = []
+        for u, y_hat, y in zip(U[:, 0], prediction[:, 0].numpy(), masks[:, 0].numpy(), strict=True):
+            e = np.abs(y_hat.astype(float) - y)                                                         # (5)
+            intersection, union = (y_hat * y).sum(), (y_hat + y).sum()
+            iou = intersection / union if union else 1
+            n1, n0 = (e == 1).sum(), (e == 0).sum()
+            w_pixel = np.where(e == 1, min((n0 + eps) / (n1 + eps), clamp), 1)                          # (8)
+            z = neighbourhood_mean(e) if "blur" in options else e
+            values.append((1 + lam * (iou < delta)) * (w_pixel * bce(u, z)).mean())                     # (6), (7)
+        return np.array(values)
+
+    check(lambda U: uncertainty_loss(U, prediction, masks, **options), formula, normal(5, 1, 5, 4))
 
 
-@pytest.mark.parametrize("options", [{}, {"sample_weight": 0.7, "threshold": 0.2}, {"eps": 1e-6}, {"clamp": 1.5}])
-def test_eq06_mean_over_expressions_and_pixels(options):
-    uncertainty, prediction, masks = example(M=4)
-    masks[3] = prediction[3]                                                    # one expression without an error
-    loss = uncertainty_loss(uncertainty, prediction, masks, **options)
-    expected = loops(uncertainty, prediction, masks, options.get("sample_weight", 1.0), options.get("threshold", 0.5),
-                     options.get("eps", 1.0), options.get("clamp", math.inf))
-    assert loss.shape == (4,)
-    assert loss.mean().item() == pytest.approx(expected, rel=1e-5)
+def neighbourhood_mean(values):
+    """Mean over the 3 x 3 places around each, as many of them as there are."""
+    return np.array([[values[max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean() for j in range(values.shape[1])]
+                     for i in range(values.shape[0])])
 
 
 def test_eq05_target_is_where_prediction_and_truth_differ():
@@ -234,22 +257,6 @@ def test_eq06_gradient_is_finite_and_reaches_the_uncertainty_alone():
     assert (uncertainty.grad[error] < 0).any() and (uncertainty.grad[~error] > 0).any()
 
 
-def test_eq06_blur_softens_the_target_and_leaves_the_weights():
-    """One error in the middle of 5 x 5 and one in the corner of 4 x 4: 1/9 in 3 x 3, 1/4 and 1/6 at the border."""
-    for size, at, z in ((5, (2, 2), {(i, j): 1 / 9 for i in (1, 2, 3) for j in (1, 2, 3)}),
-                        (4, (0, 0), {(0, 0): 1 / 4, (0, 1): 1 / 6, (1, 0): 1 / 6, (1, 1): 1 / 9})):
-        prediction = torch.zeros(1, 1, size, size, dtype=torch.bool)
-        prediction[0, 0, at[0], at[1]] = True
-        U = torch.linspace(-2, 2, size * size).view(1, 1, size, size)
-        loss = uncertainty_loss(U, prediction, torch.zeros_like(prediction), sample_weight=0.0, blur=True)
-        expected = 0.0
-        for i in range(size):
-            for j in range(size):
-                weight = size * size / 2 if (i, j) == at else 1.0               # (n0 + 1) / (n1 + 1), n1 = 1
-                expected += weight * bce(U[0, 0, i, j].item(), z.get((i, j), 0.0)) / size ** 2
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_eq06_computes_in_float32_under_autocast():
     uncertainty, prediction, masks = example()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -261,35 +268,30 @@ def test_eq06_computes_in_float32_under_autocast():
 # --------------------------------------------------------------------------------------------------------- Prompt-RIS
 
 
-def instance_pairs(logits, masks, image_index, instance, eps):
-    """Prompt-RIS Eqs. (7) and (8) with loops: per expression its share of the sum over pairs."""
-    values = []
-    p = [[sigmoid(x) for row in rows for x in row] for rows in pixels(logits)]
-    y = [[x for row in rows for x in row] for rows in pixels(masks)]
-    for i in range(len(p)):
-        meets = sum(a > 0.5 and b for a, b in zip(p[i], y[i], strict=True))
-        joins = sum(a > 0.5 or b for a, b in zip(p[i], y[i], strict=True))
-        w = meets / joins if joins else 0.0
-        group = [j for j in range(len(p)) if image_index[j] == image_index[i]]
-        total = 0.0
-        for j in group:
-            overlap = 2 * sum(a * b for a, b in zip(p[i], p[j], strict=True))
-            overlap /= sum(a * a for a in p[i]) + sum(b * b for b in p[j])
-            chosen = overlap if instance[i] == instance[j] else 1 - overlap
-            total += -w * math.log(eps + (1 - eps) * chosen)
-        values.append(total / len(group))
-    return values
-
-
-def test_prompt_ris_instance_contrast_by_loops():
-    """Prompt-RIS Eqs. (7)-(8): two images of four expressions and one of two, some of the same object."""
-    logits, _, masks = example(M=10, seed=3)
+@pytest.mark.parametrize("eps", [None, 1e-2])
+def test_prompt_ris_instance_contrast_by_its_formula(eps, double):
+    """Prompt-RIS Eqs. (7)-(8), pair by pair: two images of four expressions and one of two, some of the same object."""
+    masks = example(M=10, seed=3)[2]
+    masks[7] = False
     image_index, instance = [0, 0, 1, 0, 1, 1, 2, 2, 1, 0], [5, 6, 7, 5, 8, 7, 9, 9, 3, 5]
-    for eps in (1e-4, 1e-2):
-        loss = instance_contrastive_loss(2 * logits, masks, torch.tensor(image_index), torch.tensor(instance), eps=eps)
-        expected = instance_pairs(2 * logits, masks, image_index, instance, eps)
-        assert loss.tolist() == pytest.approx(expected, rel=1e-4)
-    assert min(expected) > 0.01
+    e = eps or 1e-4                                                                     # our choice, small beside any O
+
+    def formula(logits):
+        S, values = sigmoid(logits), []
+        for i in range(10):
+            predicted, group = logits[i] > 0, [j for j in range(10) if image_index[j] == image_index[i]]
+            w = (predicted & masks[i].numpy()).sum() / (predicted | masks[i].numpy()).sum()
+            terms = []
+            for j in group:
+                O = 2 * (S[i] * S[j]).sum() / ((S[i] ** 2).sum() + (S[j] ** 2).sum())   # noqa: E741
+                y = float(instance[i] == instance[j])
+                terms.append(-w * (y * np.log(e + (1 - e) * O) + (1 - y) * np.log(e + (1 - e) * (1 - O))))
+            values.append(sum(terms) / len(group))
+        return np.array(values)
+
+    options = {"eps": eps} if eps else {}
+    check(lambda x: instance_contrastive_loss(x, masks, torch.tensor(image_index), torch.tensor(instance), **options),
+          formula, 2 * normal(10, 1, 5, 4))
 
 
 def test_prompt_ris_instance_contrast_is_the_papers_sum_over_b_squared():
@@ -328,13 +330,25 @@ def test_prompt_ris_instance_contrast_repels_masks_that_coincide():
     assert apart < loss
 
 
-def test_prompt_ris_instance_contrast_of_masks_without_any_mass_is_finite():
-    """Prompt-RIS Eq. (7) is 0 / 0 there; w is 0."""
-    logits = torch.full((2, 1, 4, 4), -90.0, requires_grad=True)
+@pytest.mark.parametrize("level", [-20.0, -46.0, -50.0, -90.0])
+def test_prompt_ris_instance_contrast_of_masks_without_any_mass_is_finite(level):
+    """Prompt-RIS Eq. (7) is 0 / 0 there, or a quotient of the smallest numbers that there are; w is 0."""
+    logits = torch.full((2, 1, 4, 4), level, requires_grad=True)
     for instance in (torch.tensor([1, 1]), torch.tensor([1, 2])):
         loss = instance_contrastive_loss(logits, torch.ones(2, 1, 4, 4) > 0, torch.zeros(2), instance)
         gradient, = torch.autograd.grad(loss.sum(), logits)
         assert loss.tolist() == [0, 0] and gradient.abs().max() == 0
+
+
+def test_prompt_ris_instance_contrast_at_its_ends():
+    """Prompt-RIS Eq. (8): one pixel each, found, w = 1. Two objects in one mask cost -log(1e-4) / 2, apart none."""
+    truth = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
+    truth[:, 0, 0, 0] = True
+    same = instance_contrastive_loss(torch.where(truth, 60.0, -60.0), truth, torch.zeros(2), torch.tensor([1, 2]))
+    assert same.tolist() == pytest.approx([math.log(1e4) / 2] * 2, rel=1e-4)
+    truth[1] = truth[1].flip(-1)
+    apart = instance_contrastive_loss(torch.where(truth, 60.0, -60.0), truth, torch.zeros(2), torch.tensor([1, 2]))
+    assert apart.tolist() == [0, 0]
 
 
 def test_prompt_ris_instance_contrast_weighs_by_a_detached_iou():
@@ -379,34 +393,29 @@ def test_prompt_ris_instance_contrast_computes_in_float32_under_autocast():
 # --------------------------------------------------------------------------------------------------------- RSRefSeg 2
 
 
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b, strict=True))
+def unit(vectors):
+    return vectors / np.sqrt((vectors ** 2).sum(-1, keepdims=True))
 
 
-def cosine(a, b):
-    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
-
-
-def test_rsrefseg2_orthogonal_loss_by_loops():
+def test_rsrefseg2_orthogonal_loss_by_its_formula(double):
     """RSRefSeg 2 Eq. (11): the square of the cosine of the means, 0 for orthogonal and 1 for opposite subspaces."""
-    t1, t2 = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    for got, a, b in zip(orthogonal_loss(t1, t2).tolist(), t1.tolist(), t2.tolist(), strict=True):
-        mean_a, mean_b = ([sum(column) / 4 for column in zip(*rows, strict=True)] for rows in (a, b))
-        assert got == pytest.approx(cosine(mean_a, mean_b) ** 2, rel=1e-4)
+    t1, t2 = normal(2, 3, 4, 5)
+    check(orthogonal_loss, lambda a, b: (unit(a.mean(1)) * unit(b.mean(1))).sum(-1) ** 2, t1, t2)
     across = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
     assert orthogonal_loss(*across).item() == 0
-    assert orthogonal_loss(t1, -3 * t1).tolist() == pytest.approx([1] * 3)
+    assert orthogonal_loss(torch.from_numpy(t1), torch.from_numpy(-3 * t1)).tolist() == pytest.approx([1] * 3)
 
 
-def test_rsrefseg2_mask_pooling_counts_a_cell_by_its_share():
+def test_rsrefseg2_mask_pooling_counts_a_cell_by_its_share(double):
     """RSRefSeg 2 Eq. (12): an object smaller than a cell is not lost, an empty mask is zero and not NaN."""
-    features = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
     masks = torch.zeros(3, 1, 8, 8, dtype=torch.bool)
-    masks[0, 0, 2, 5], masks[1, 0, 2:6, 0:3] = True, True
-    pooled = mask_pooled(features, masks)
-    assert pooled[0].tolist() == pytest.approx(features[0, :, 0, 1].tolist(), rel=1e-4)
-    assert pooled[1].tolist() == pytest.approx(features[1, :, :, 0].mean(1).tolist(), rel=1e-4)
-    assert pooled[2].tolist() == [0, 0]
+    masks[0, 0, 2, 5], masks[1, 0, 2:6, 0:5] = True, True               # one cell; 8, 2, 8 and 2 pixels of four cells
+
+    def formula(features):
+        quarters = np.array([[0, 1, 0, 0], [0.4, 0.1, 0.4, 0.1], [0, 0, 0, 0]])
+        return (features.reshape(3, 2, 4) * quarters[:, None]).sum(-1)
+
+    check(lambda x: mask_pooled(x, masks), formula, normal(3, 2, 2, 2))
 
 
 def test_rsrefseg2_official_masks_are_cut_on_the_grid():
@@ -414,9 +423,10 @@ def test_rsrefseg2_official_masks_are_cut_on_the_grid():
     masks = torch.zeros(2, 1, 7, 7, dtype=torch.bool)
     masks[0, :, :3, 4:], masks[1, :, 1:3, 1:3] = True, True
     assert on_grid(masks, (3, 3))[:, 0].long().tolist() == [[[0, 0, 1], [0, 0, 0], [0, 0, 0]], [[0] * 3] * 3]
-    half = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    half[:, :, :2] = True                                       # the middle point lies half way: not above one half
-    assert on_grid(half, (3, 3))[0, 0].long().tolist() == [[1] * 3, [0] * 3, [0] * 3]
+    for side, grid, rows in ((4, 3, 1), (6, 5, 2)):     # the second row lies at 1.5: value 1/2, not above; at 1.25: 3/4
+        upper = torch.zeros(1, 1, side, side, dtype=torch.bool)
+        upper[:, :, :2] = True
+        assert on_grid(upper, (grid, grid))[0, 0].sum(0).tolist() == [rows] * grid
     features = torch.randn(2, 4, 3, 3)
     pooled = mask_pooled(features, masks, cut=True)
     torch.testing.assert_close(pooled[0], features[0, :, 0, 2])
@@ -442,73 +452,138 @@ def test_rsrefseg2_official_gather_has_no_gradient_from_elsewhere(monkeypatch):
             assert not got[[row for row in range(5) if row not in range(rows.start, rows.stop)]].any()
 
 
-def test_rsrefseg2_contrast_by_loops():
-    """RSRefSeg 2 Eq. (12), L_samp: rows 1 and 2 of five, each way round."""
-    every_image, every_text = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2))
-    got = contrastive_loss(every_image[1:3], every_text[1:3], every_image, every_text, 1, torch.tensor(7.0))
-    images, texts = every_image.tolist(), every_text.tolist()
-    for k, loss in zip((1, 2), got.tolist(), strict=True):
-        to_text = [math.exp(7 * cosine(images[k], text)) for text in texts]
-        to_image = [math.exp(7 * cosine(image, texts[k])) for image in images]
-        expected = -(math.log(to_text[k] / sum(to_text)) + math.log(to_image[k] / sum(to_image))) / 2
-        assert loss == pytest.approx(expected, rel=1e-4)
+def both_ways(images, texts, every_image, every_text, first, scale):
+    values = []
+    for k in range(len(images)):
+        to_text = np.exp(scale * unit(every_text) @ unit(images[k]))
+        to_image = np.exp(scale * unit(every_image) @ unit(texts[k]))
+        values.append(-np.log(to_text[first + k] / to_text.sum()) - np.log(to_image[first + k] / to_image.sum()))
+    return np.array(values) / 2
 
 
-def test_rsrefseg2_multi_instance_loss_by_loops():
+def test_rsrefseg2_contrast_by_its_formula(double):
+    """RSRefSeg 2 Eq. (12), L_samp: rows 1 and 2 of five, each way round; alone, a process has every row."""
+    (images, texts), (every_image, every_text), scale = normal(2, 2, 4), normal(2, 5, 4, seed=1), np.array(2.5)
+    check(lambda *x: contrastive_loss(*x[:4], 1, x[4]), lambda *x: both_ways(*x[:4], 1, x[4]),
+          images, texts, every_image, every_text, scale)
+    check(contrast, lambda a, b, scale: both_ways(a, b, a, b, 0, scale), every_image, every_text, scale)
+    check(lambda *x: contrast(*x, remote_gradient=False),
+          lambda a, b, scale: both_ways(a, b, a, b, 0, scale).mean() * np.ones(5), every_image, every_text, scale)
+
+
+class Threads:
+    """torch.distributed for threads of this process: what losses.py asks of it, each thread a rank."""
+
+    def __init__(self, world):
+        self.world, self.given = world, [None] * world
+        self.own, self.barrier = threading.local(), threading.Barrier(world)
+
+    def is_available(self):
+        return True
+
+    def is_initialized(self):
+        return hasattr(self.own, "rank")
+
+    def get_world_size(self):
+        return self.world
+
+    def get_rank(self):
+        return self.own.rank
+
+    def exchanged(self, tensor):
+        self.given[self.own.rank] = tensor.clone()
+        self.barrier.wait(20)
+        given = list(self.given)
+        self.barrier.wait(20)
+        return given
+
+    def all_gather(self, places, tensor):
+        for place, other in zip(places, self.exchanged(tensor), strict=True):
+            assert place.shape == other.shape and place.dtype == other.dtype            # as gloo and NCCL demand
+            place.copy_(other)
+
+    def all_reduce(self, tensor):
+        tensor.copy_(sum(self.exchanged(tensor)))
+
+
+def test_rsrefseg2_contrast_over_processes_is_that_of_all_rows(monkeypatch, double):
+    """RSRefSeg 2 Eq. (12), L_samp: three processes of 2, 3 and 1 rows, the second of them here, the rest in threads."""
+    group, rows = Threads(3), (slice(0, 2), slice(2, 5), slice(5, 6))
+    factors = torch.arange(1.0, 7.0)
+    whole = [torch.from_numpy(array).requires_grad_() for array in (normal(6, 4), normal(6, 4, seed=1))]
+    shares = [[one[part].detach().clone().requires_grad_() for one in whole] for part in rows]
+    expected = contrast(*whole, 2.5)
+    (expected * factors).sum().backward()
+    monkeypatch.setattr(losses, "dist", group)
+    values = [None] * 3
+
+    def process(rank):
+        group.own.rank = rank
+        values[rank] = contrast(*shares[rank], 2.5)
+        (values[rank] * factors[rows[rank]]).sum().backward()
+
+    others = [threading.Thread(target=process, args=(rank,), daemon=True) for rank in (0, 2)]
+    for other in others:
+        other.start()
+    process(1)
+    for other in others:
+        other.join(20)
+    torch.testing.assert_close(torch.cat(values), expected)
+    for k in range(2):
+        torch.testing.assert_close(torch.cat([share[k].grad for share in shares]), whole[k].grad)
+    assert group.get_rank() == 1 and losses.processes() == 3
+    del group.own.rank
+    assert losses.processes() == 1                                      # there, but no group was made
+
+
+def test_rsrefseg2_multi_instance_loss_by_its_formula(double):
     """RSRefSeg 2 Eq. (12), L_spat: the mass of the touched cells; an empty mask costs nothing and has no gradient."""
-    logits = torch.randn(3, 1, 3, 3, generator=torch.Generator().manual_seed(3), requires_grad=True)
     masks = torch.zeros(3, 1, 6, 6, dtype=torch.bool)
     masks[0, 0, 1, 1], masks[1, 0, 1:3, 4] = True, True
-    loss = multi_instance_loss(logits, masks)
-    for m, cells in ((0, [(0, 0)]), (1, [(0, 2), (1, 2)])):
-        mass = {(y, x): math.exp(logits[m, 0, y, x].item()) for y in range(3) for x in range(3)}
-        share = sum(mass[cell] for cell in cells) / sum(mass.values())
-        assert loss[m].item() == pytest.approx(-math.log(share), rel=1e-4)
-    loss.sum().backward()
-    assert loss[2].item() == pytest.approx(0, abs=1e-6)
-    assert logits.grad.isfinite().all() and logits.grad[2].abs().max() < 1e-6
+    touched = np.zeros((3, 3, 3), bool)
+    touched[0, 0, 0] = touched[1, 0, 2] = touched[1, 1, 2] = touched[2] = True
+
+    def formula(logits):
+        mass = np.exp(logits[:, 0])
+        return -np.log((mass * touched).sum((1, 2)) / mass.sum((1, 2))) + 0 * over_pixels(logits)
+
+    logits = normal(3, 1, 3, 3, seed=3)
+    assert formula(logits)[2] == pytest.approx(0, abs=1e-12)
+    check(lambda x: multi_instance_loss(x, masks)[:2], lambda x: formula(x)[:2], logits)
+    empty = torch.from_numpy(logits).requires_grad_()
+    loss = multi_instance_loss(empty, masks)[2]
+    gradient, = torch.autograd.grad(loss, empty)
+    assert abs(loss.item()) < 1e-12 and gradient.abs().max() < 1e-12
 
 
 # --------------------------------------------------------------------------------------------------------- RS2-SAM 2
 
 
-def gradient_map(values):
-    """Vertical plus horizontal absolute difference of a list of lists, 0 where there is no neighbour."""
-    return [[(abs(values[y][x] - values[y - 1][x]) if y else 0.0) + (abs(values[y][x] - values[y][x - 1]) if x else 0.0)
-             for x in range(len(values[0]))] for y in range(len(values))]
+def gradient_map(maps):
+    """Vertical plus horizontal absolute difference, 0 where there is no neighbour."""
+    result = np.zeros(maps.shape)
+    result[..., 1:, :] += np.abs(maps[..., 1:, :] - maps[..., :-1, :])
+    result[..., 1:] += np.abs(maps[..., 1:] - maps[..., :-1])
+    return result
 
 
-@pytest.mark.parametrize(("hard", "cut"), [(False, 0.0), (True, 0.0), (True, -1.0)])
-def test_rs2sam2_boundary_loss_by_loops(hard, cut):
-    """RS2-SAM 2 Eq. (7)."""
-    logits, _, masks = example()
-    weight = torch.tensor([0.5, -2.0, 1.5])
-    loss = boundary_loss(logits, masks, weight, hard=hard, cut=cut)
-    assert loss.shape == (3,)
-    for m, (values, truth) in enumerate(zip(pixels(logits), pixels(masks), strict=True)):
-        p = [[float(value > cut) if hard else sigmoid(value) for value in row] for row in values]
-        y = [[float(inside) for inside in row] for row in truth]
-        terms = [(weight[m].item() * (a - b)) ** 2
-                 for row_p, row_y in zip(gradient_map(p), gradient_map(y), strict=True)
-                 for a, b in zip(row_p, row_y, strict=True)]
-        assert loss[m].item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+@pytest.mark.parametrize("options", [{}, {"hard": True}, {"hard": True, "cut": -1.0}])
+def test_rs2sam2_boundary_loss_by_its_formula(options, double):
+    """RS2-SAM 2 Eq. (7): towards the logits and the weight; a hard p has no gradient, the weight still has."""
+    masks, logits, weight = example()[2], normal(3, 1, 5, 4), np.array([0.5, -2.0, 1.5])
 
+    def formula(logits, weight):
+        p = (logits > options.get("cut", 0)).astype(float) if options else sigmoid(logits)
+        difference = weight[:, None, None, None] * (gradient_map(p) - gradient_map(masks.numpy().astype(float)))
+        return (difference ** 2).mean((1, 2, 3))
 
-def test_rs2sam2_boundary_loss_has_the_gradient_of_its_formula():
-    """RS2-SAM 2 Eq. (7): towards the logits and the weight, here written out in float64."""
-    logits, _, masks = example()
-    logits, weight = logits.double().requires_grad_(), torch.tensor([0.5, -2.0, 1.5]).double().requires_grad_()
-    difference = 0.0
-    for values, sign in ((logits.sigmoid(), 1), (masks.double(), -1)):
-        for axis in (2, 3):
-            first = torch.zeros_like(values.narrow(axis, 0, 1))
-            difference = difference + sign * torch.cat((first, values.diff(dim=axis).abs()), axis)
-    expected = (weight[:, None, None, None] * difference).square().mean((1, 2, 3))
-    ours = boundary_loss(logits.float(), masks, weight.float())
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
-    for one, other in zip(torch.autograd.grad(ours.sum(), (logits, weight)),
-                          torch.autograd.grad(expected.sum(), (logits, weight)), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    if options:
+        hard = torch.from_numpy(logits).requires_grad_()
+        check(lambda w: boundary_loss(hard, masks, w, **options), lambda w: formula(logits, w), weight)
+        values = boundary_loss(hard, masks, torch.from_numpy(weight).requires_grad_(), **options)
+        assert torch.autograd.grad(values.sum(), hard, allow_unused=True) == (None,)
+    else:
+        check(lambda x, w: boundary_loss(x, masks, w), formula, logits, weight)
 
 
 def test_rs2sam2_gradients_of_an_edge():
@@ -518,26 +593,6 @@ def test_rs2sam2_gradients_of_an_edge():
     assert absolute_differences(square)[0, 0].tolist() == [[0, 0, 0, 0], [0, 2, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]]
     assert boundary_loss(square * 100 - 50, square > 0, torch.ones(1)).item() < 1e-9
     assert boundary_loss(square / 4, square > 0, torch.ones(1), hard=True).item() == 0         # p = 1 above 0, not at 0
-
-
-def test_rs2sam2_boundary_gradient_of_two_is_the_mean_of_two_single_runs():
-    """RS2-SAM 2 Eq. (7): the gradient reaches the logits, no expression sees another, and weight 0 is an optimum."""
-    logits, _, masks = example(M=2, H=6, W=7)
-    weight = torch.tensor([0.7, -1.3])
-
-    def gradient(these):
-        inputs = logits[these].clone().requires_grad_(), weight[these].clone().requires_grad_()
-        return torch.autograd.grad(boundary_loss(inputs[0], masks[these], inputs[1]).mean(), inputs)
-
-    both = gradient(slice(0, 2))
-    single = [gradient(slice(m, m + 1)) for m in range(2)]
-    assert both[0].abs().max() > 1e-3
-    for k in range(2):
-        torch.testing.assert_close(both[k], torch.cat([gradients[k] for gradients in single]) / 2)
-    assert boundary_loss(logits, masks, torch.zeros(2)).abs().max() == 0
-    hard = boundary_loss(logits.requires_grad_(), masks, weight.requires_grad_(), hard=True).mean()
-    to_logits, to_weight = torch.autograd.grad(hard, (logits, weight), allow_unused=True)
-    assert to_logits is None and to_weight.abs().min() > 1e-3
 
 
 def test_rs2sam2_boundary_loss_refuses_what_it_would_read_wrongly():

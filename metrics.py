@@ -142,7 +142,7 @@ def summarize(records, empty="zero", bootstrap=1000, seed=0):
                "InstAcc": _mean_of_means(columns[2], _groups(lines, "image", "instance")),
                **{part: {} for part in ("intervals", "categories", "mean_over_categories", "kinds", "diagnostics")}}
     if bootstrap:
-        intersection, union, iou, n = _resampled(columns, images, bootstrap, seed)
+        intersection, union, iou, n = resampled(columns, images, bootstrap, seed)
         draws = {"oIoU": _ratio(intersection, union, empty), "mIoU": iou / n}
         summary["intervals"] = {key: np.quantile(100 * draws[key], INTERVAL).tolist() for key in draws}
     categories = np.array([line["category"] or "" for line in lines])
@@ -198,7 +198,7 @@ def compare(records_a, records_b, empty="zero", bootstrap=1000, seed=0):
 
 def _paired(columns, images, empty, bootstrap, seed):
     """{score: A, B, difference, its interval} of the paired columns (6,N)."""
-    draws, result = _resampled(columns, images, bootstrap, seed), {}
+    draws, result = resampled(columns, images, bootstrap, seed), {}
     differences = {"oIoU": _ratio(draws[3], draws[4], empty) - _ratio(draws[0], draws[1], empty),
                    "mIoU": (draws[5] - draws[2]) / draws[6]}
     for key, values in differences.items():
@@ -254,7 +254,7 @@ def _mean_of_means(iou, groups):
     return 100 * float((np.bincount(groups, weights=iou) / np.bincount(groups)).mean())
 
 
-def _resampled(columns, groups, bootstrap, seed):
+def resampled(columns, groups, bootstrap, seed):
     """Sums of K columns (N,), and N itself, over G groups drawn with replacement out of G -> (K + 1, bootstrap).
 
     The groups are the images: expressions of one image rise and fall together, so they are drawn together.

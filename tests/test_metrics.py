@@ -87,6 +87,9 @@ def test_scores_come_back_by_sample_number_each_once():
     assert merged["intersection"].tolist() == [0, 10, 20, 30, 40]
     assert merged["union"].tolist() == [5, 100, 200, 300, 400]
     np.testing.assert_array_equal(merged["spread"], [math.nan, 0, 0, 1, 0.25])
+    flags = Scores()
+    flags.add(torch.arange(2), *torch.ones(2, 2, dtype=torch.int64), wrong=torch.tensor([True, False]))
+    assert flags.merged()["wrong"].tolist() == [1, 0]
 
 
 def test_scores_refuse_missing_samples_and_mixed_columns():
@@ -102,18 +105,20 @@ def test_scores_refuse_missing_samples_and_mixed_columns():
     for wrong in ({}, {"spread": torch.zeros(2)}, {"spread": torch.zeros(1), "other": torch.zeros(1)}):
         with pytest.raises(ValueError, match="one value per sample"):
             scores.add(one, one, one, **wrong)
-    with pytest.raises(ValueError, match="named like a field"):
-        Scores().add(one, one, one, iou=torch.zeros(1))
+    for name in ("number", "id", "iou", "failure", "kind"):
+        with pytest.raises(ValueError, match="named like a field"):
+            Scores().add(one, one, one, **{name: torch.zeros(1)})
 
 
 def test_records_hold_what_the_numbers_are_made_of():
     samples = samples_of(3)
     merged = {"number": np.array([0, 2]), "intersection": np.array([3, 0]), "union": np.array([4, 0]),
-              "spread": np.array([0.5, math.nan])}
+              "spread": np.array([0.5, math.nan]), "slope": np.array([-math.inf, -1.0])}
     first, second = records(samples, merged)
-    assert list(first) == [*metrics.FIELDS, "spread"]
+    assert list(first) == [*metrics.FIELDS, "spread", "slope"]
     assert first == {"id": "s0", "image": "i0", "expression": "expression 0", "instance": "o0", "category": "ship",
-                     "category_source": "file", "intersection": 3, "union": 4, "iou": 0.75, "spread": 0.5}
+                     "category_source": "file", "intersection": 3, "union": 4, "iou": 0.75, "spread": 0.5,
+                     "slope": None}
     assert (second["id"], second["iou"], second["spread"], second["category"]) == ("s2", 0.0, None, None)
     assert [type(first[name]) for name in ("intersection", "union", "iou")] == [int, int, float]
     assert records(samples, merged, empty="one")[1]["iou"] == 1.0
@@ -259,18 +264,40 @@ def test_optional_fields_have_rows_of_their_own_and_are_no_diagnostics():
 # ------------------------------------------------------------------------------------------------------------ intervals
 
 
-def test_intervals_hold_the_value_repeat_and_narrow_with_the_images():
-    lines = random_lines(600, 600)
-    summary = summarize(lines)
+def resamples(*runs, draws=1000, seed=0):
+    """The lines of the runs over as many images as there are, drawn with replacement, each with all its expressions."""
+    places = {}
+    for place, row in enumerate(runs[0]):
+        places.setdefault(row["image"], []).append(place)
+    images, rng = list(places.values()), np.random.default_rng(seed)
+    for _ in range(draws):
+        drawn = [place for image in rng.integers(len(images), size=len(images)) for place in images[image]]
+        yield [[run[place] for place in drawn] for run in runs]
+
+
+def plain_scores(lines, empty):
+    intersections, unions = ([row[name] for row in lines] for name in ("intersection", "union"))
+    return {"oIoU": 100 * sum(intersections) / sum(unions),
+            "mIoU": 100 * np.mean([i / u if u else empty for i, u in zip(intersections, unions, strict=True)])}
+
+
+@pytest.mark.parametrize(("empty", "value"), [("zero", 0), ("one", 1)])
+def test_intervals_are_the_middle_95_percent_of_resampled_images(empty, value):
+    a, b = random_lines(40, 15), random_lines(40, 15, seed=1)
+    for row in (a[3], a[20], b[3]):
+        row |= {"intersection": 0, "union": 0}
+    drawn = [[plain_scores(lines, value) for lines in runs] for runs in resamples(a, b)]
+    single, paired = summarize(a, empty=empty)["intervals"], compare(a, b, empty=empty)
     for key in ("oIoU", "mIoU"):
-        low, high = summary["intervals"][key]
-        assert low < summary[key] < high
-    assert summarize(lines, empty="zero", bootstrap=1000, seed=0)["intervals"] == summary["intervals"]
-    assert summarize(lines, seed=1)["intervals"] != summary["intervals"]
-    assert summarize(lines, bootstrap=0)["intervals"] == {}
-    iou = np.array([row["iou"] for row in lines])
-    low, high = summary["intervals"]["mIoU"]
-    assert high - low == pytest.approx(100 * 2 * 1.96 * iou.std() / len(iou) ** 0.5, rel=0.1)
+        assert single[key] == pytest.approx(np.quantile([of_a[key] for of_a, _ in drawn], (0.025, 0.975)))
+        difference = [of_b[key] - of_a[key] for of_a, of_b in drawn]
+        assert paired[key]["interval"] == pytest.approx(np.quantile(difference, (0.025, 0.975)))
+    fewer = [plain_scores(lines, value)["mIoU"] for lines, in resamples(a, draws=50, seed=7)]
+    assert summarize(a, empty, 50, 7)["intervals"]["mIoU"] == pytest.approx(np.quantile(fewer, (0.025, 0.975)))
+    assert compare(a, b, empty, 50, 7)["mIoU"]["interval"] == pytest.approx(np.quantile(
+        [plain_scores(of_b, value)["mIoU"] - plain_scores(of_a, value)["mIoU"]
+         for of_a, of_b in resamples(a, b, draws=50, seed=7)], (0.025, 0.975)))
+    assert summarize(a, bootstrap=0)["intervals"] == {}
 
 
 def test_intervals_draw_the_expressions_of_an_image_together():
@@ -285,6 +312,23 @@ def test_intervals_draw_the_expressions_of_an_image_together():
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
+
+
+def test_what_other_processes_counted_is_merged_by_number(monkeypatch):
+    """Three processes: this one has samples 2 and 0, another 1 and, for the second time, 2; the third has none."""
+    def all_gather_object(places, own):
+        assert len(places) == 3
+        places[:] = [own, {name: np.array(values) for name, values in other.items()}, {}]
+
+    other = {"number": [2, 1], "intersection": [7, 10], "union": [7, 100], "spread": [0.5, 0.25]}
+    monkeypatch.setattr(metrics, "dist", SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 3,
+        all_gather_object=all_gather_object))
+    scores = Scores()
+    scores.add(torch.tensor([2, 0]), torch.tensor([20, 0]), torch.tensor([200, 5]), spread=torch.zeros(2))
+    merged = {name: values.tolist() for name, values in scores.merged(expected=3).items()}
+    assert merged == {"number": [0, 1, 2], "intersection": [0, 10, 20], "union": [5, 100, 200], "spread": [0, 0.25, 0]}
+    assert Scores().merged()["number"].tolist() == [1, 2]               # of a process that had no share
 
 
 def share(rank, world, n):
@@ -328,34 +372,45 @@ def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
 
 
 def test_table_says_what_it_scored():
-    lines = [line(0, 3, 4, category="ship", spread=0.125), line(1, 1, 4, category="road", source="parsed")]
-    fields = {"dataset": "rrsisd", "split": "val", "protocol": "resized", "threshold": "logits > 0", "empty": "zero"}
-    printed = table(summarize(lines), fields).splitlines()
-    assert printed[0] == ("dataset rrsisd · split val · protocol resized · threshold logits > 0 · samples 2 · "
-                          "empty union: zero (0 found) · Pr@X: IoU >= X")
-    assert printed[1].split() == ["Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "oIoU", "(cIoU)", "mIoU", "(gIoU)",
-                                  "ImgAcc", "InstAcc"]
-    assert printed[2].split() == ["50.00"] * 3 + ["0.00"] * 2 + ["50.00"] * 4
-    assert printed[3].startswith("oIoU 95 % interval 25.00 .. 75.00 (bootstrap over 2 images)")
-    assert printed[4].startswith("mIoU 95 % interval")
-    assert [row.split() for row in printed[5:8]] == [["category", "n", "oIoU", "mIoU", "Pr@0.5"],
-                                                     ["road", "1", "25.00", "25.00", "0.00"],
-                                                     ["ship", "1", "75.00", "75.00", "100.00"]]
-    assert printed[8].split() == ["mean", "over", "2", "categories", "2", "50.00", "50.00", "50.00"]
-    assert printed[9:] == ["(1 of 2 categories parsed from the expression)", "spread 0.1250 (mean over 1 samples)"]
-    assert len({len(row) for row in printed[1:3]}) == len({len(row) for row in printed[5:9]}) == 1
-    with pytest.raises(ValueError, match="threshold"):
-        table(summarize(lines), {"split": "val", "protocol": "resized"})
+    lines = [line(0, 3, 4, category="ship", spread=0.125, failure="none", kind="size", on_distractor=0.0),
+             line(1, 1, 4, category="road", source="parsed", never=None, failure="wrong", kind="place"),
+             line(2, 0, 0, image=1, instance="1", failure="wrong", kind="size", on_distractor=1.0)]
+    summary = summarize(lines, bootstrap=0)
+    summary["intervals"] = {"oIoU": [25.0, 75.0], "mIoU": [20.126, 50.0]}
+    fields = {"dataset": "rrsisd", "split": "val", "protocol": "resized", "threshold": "logits > 0", "empty": "zero",
+              "subset": "", "control": None}
+    assert table(summary, fields).splitlines() == [
+        "dataset rrsisd · split val · protocol resized · threshold logits > 0 · samples 3 · "
+        "empty union: zero (1 found) · Pr@X: IoU >= X",
+        "  Pr@0.5  Pr@0.6  Pr@0.7  Pr@0.8  Pr@0.9  oIoU (cIoU)  mIoU (gIoU)  ImgAcc  InstAcc",
+        "   33.33   33.33   33.33    0.00    0.00        50.00        33.33   43.75    33.33",
+        "oIoU 95 % interval 25.00 .. 75.00 (bootstrap over 2 images)",
+        "mIoU 95 % interval 20.13 .. 50.00 (bootstrap over 2 images)",
+        "category                      n    oIoU    mIoU  Pr@0.5",
+        "road                          1   25.00   25.00    0.00",
+        "ship                          1   75.00   75.00  100.00",
+        "mean over 2 categories        2   50.00   50.00   50.00",
+        "(1 of 2 categories parsed from the expression)",
+        "failures, % of the samples: none 33.33, nothing 0.00, wrong 66.67, spill 0.00, boundary 0.00",
+        "kind of sentence              n    mIoU  mask on another object of the category",
+        "place                         1   25.00",
+        "size                          2   37.50  50.0%",
+        "spread 0.1250 (mean over 1 samples)",
+        "on_distractor 0.5000 (mean over 2 samples)",
+        "never nan (mean over 0 samples)"]
+    plain = table(summarize([line(0, 3, 4, category="ship")], bootstrap=0), fields).splitlines()
+    assert len(plain) == 6 and plain[5].startswith("mean over 1 categories")        # nothing of what is not there
+    for name in ("split", "protocol", "threshold"):
+        with pytest.raises(ValueError, match=f"lacks .'{name}'"):
+            table(summary, {key: value for key, value in fields.items() if key != name})
 
 
 def test_rows_hold_a_split_each():
     summaries = {"val": summarize([line(0, 3, 4), line(1, 1, 4)]), "testA": summarize([line(0, 9, 10, image="a")])}
-    printed = [row.split() for row in rows(summaries).splitlines()]
-    assert printed[0] == ["split", "samples", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "oIoU", "mIoU",
-                          "ImgAcc", "InstAcc"]
-    assert printed[1] == ["val", "2", *["50.00"] * 3, *["0.00"] * 2, *["50.00"] * 4]
-    assert printed[2] == ["testA", "1", *["100.00"] * 5, *["90.00"] * 4]
-    assert len({len(row) for row in rows(summaries).splitlines()}) == 1
+    assert rows(summaries).splitlines() == [
+        "split             samples   Pr@0.5   Pr@0.6   Pr@0.7   Pr@0.8   Pr@0.9     oIoU     mIoU   ImgAcc  InstAcc",
+        "val                     2    50.00    50.00    50.00     0.00     0.00    50.00    50.00    50.00    50.00",
+        "testA                   1   100.00   100.00   100.00   100.00   100.00    90.00    90.00    90.00    90.00"]
 
 
 def test_compare_is_paired_by_id():
@@ -409,8 +464,9 @@ def test_compare_refuses_other_samples():
     a = lines_of([(1, 2), (3, 4)])
     with pytest.raises(ValueError, match=r"not in both: \['s1'\]"):
         compare(a, a[:1])
-    with pytest.raises(ValueError, match="each once"):
-        compare([*a, a[0]], a)
+    for pair in (([*a, a[0]], a), (a, [*a, a[0]])):
+        with pytest.raises(ValueError, match="each once"):
+            compare(*pair)
     with pytest.raises(ValueError, match="nothing to score"):
         compare([], [])
 
@@ -424,15 +480,9 @@ def test_command_line_compares_two_files(tmp_path, monkeypatch):
     assert read_records(a) == lines and summarize(read_records(a)) == summarize(lines)
 
     done = subprocess.run([sys.executable, metrics.__file__, a, b], capture_output=True, text=True)
-    rows = [row.split() for row in done.stdout.splitlines()]
     result = compare(read_records(a), read_records(b))
-    assert done.returncode == 0 and rows[0][:2] == ["60", "samples,"]
-    for row, key in ((rows[2], "oIoU"), (rows[3], "mIoU")):
-        assert row[0] == key and row[1:4] == [f"{result[key]['A']:.2f}", f"{result[key]['B']:.2f}",
-                                              f"{result[key]['difference']:+.2f}"]
-
-    assert rows[4][0] == "mIoU" and " ".join(rows[4]).endswith("59 samples, up to 2 words")
-    assert rows[-1][:5] == ["IoU", "higher", "in", "B:", f"{result['wins']['B']:.2f}"]
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == "60 samples, empty union: zero"
+    assert done.stdout.splitlines()[-1].startswith(f"IoU higher in B: {result['wins']['B']:.2f} % of the samples, in A")
 
     broken.write_text(a.read_text(encoding="utf-8") + '{"id": "s60"}\n', encoding="utf-8")
     for wrong, message in ((broken, f"{broken}, line 61: expected a record"), (tmp_path / "none.jsonl", "none.jsonl"),
@@ -441,6 +491,26 @@ def test_command_line_compares_two_files(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             metrics.main()
         assert message in stopped.value.code and "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize(("options", "samples", "miou"), [((), 4, "37.50   50.00   +12.50  +12.50 .. +12.50"),
+                                                          (("--empty", "skip"), 3,
+                                                           "50.00   66.67   +16.67  +16.67 .. +16.67")])
+def test_command_line_prints_the_comparison(options, samples, miou, tmp_path, monkeypatch, capsys):
+    """All sentences on one image, so that each resample is that image and the interval the difference itself."""
+    for name, pairs in (("a", [(1, 4), (2, 4), (6, 8), (0, 0)]), ("b", [(2, 4), (2, 4), (8, 8), (0, 0)])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines_of(pairs, image="i", truth=4)))
+    monkeypatch.setattr(sys, "argv", ["metrics.py", str(tmp_path / "a"), str(tmp_path / "b"), *options])
+    metrics.main()
+    equal = 100 * (samples - 2) / samples
+    assert capsys.readouterr().out.splitlines() == [
+        f"{samples} samples, empty union: {options[-1] if options else 'zero'}",
+        "           A       B    B - A  95 % interval",
+        "oIoU   56.25   75.00   +18.75  +18.75 .. +18.75",
+        f"mIoU   {miou}",
+        f"mIoU   {miou}   {samples} samples, up to 2 words",
+        f"mIoU   {miou}   {samples} samples, up to 4 pixels of the object",
+        f"IoU higher in B: {100 - equal:.2f} % of the samples, in A: 0.00 %, equal: {equal:.2f} %"]
 
 
 def test_a_run_stands_for_its_test_split(tmp_path):

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -27,14 +28,12 @@ from safetensors.torch import save_file
 
 import data
 
-PAPERS = {
-    "crobim_u": "CroBIMU",
-    "icipnet": "ICIPNet",
-    "rsrefseg2": "RSRefSeg2",
-    "rs2sam2": "RS2SAM2",
-    "prompt_ris": "PromptRIS",
-}
+PAPERS = {"crobim_u": "CroBIMU", "icipnet": "ICIPNet", "rsrefseg2": "RSRefSeg2", "rs2sam2": "RS2SAM2",
+          "prompt_ris": "PromptRIS"}
 EXPORTED = ("*.json", "*.safetensors", "*.txt", "*.spm", "*.model")        # what an export holds: text and tensors
+CHOICES = {"schedule": ("poly", "cosine", "step", "constant"), "protocol": ("resized", "original"),
+           "empty": ("zero", "one", "skip"), "precision": ("bf16", "fp16", "fp32"),
+           "select": ("mIoU", "oIoU", "mIoU+oIoU", "last")}
 
 
 # ---------------------------------------------------------------------------------------------- names and settings
@@ -62,8 +61,7 @@ def override(config, recipe, settings):
 
     Raises ValueError for an unknown field or a value of another type than the field's.
     """
-    kinds = typing.get_type_hints(type(config))
-    changes, recipe = {}, dict(recipe)
+    kinds, changes, recipe = typing.get_type_hints(type(config)), {}, dict(recipe)
     for setting in settings:
         field, equals, text = setting.partition("=")
         if not equals:
@@ -72,34 +70,11 @@ def override(config, recipe, settings):
         if field in kinds and not (field in recipe and re.fullmatch(r"[-+.\de]+", text)):
             changes[field] = _typed(field, text, kinds[field])
         elif field in recipe:
-            kind = dict | None if field == "phases" else type(recipe[field])
-            recipe[field] = _typed(field, text, kind)
+            recipe[field] = _typed(field, text, dict | None if field == "phases" else type(recipe[field]))
         else:
             raise ValueError(f"--set {setting}: neither the configuration nor the recipe has a field '{field}'; "
                              f"there are {', '.join(sorted([*kinds, *recipe]))}")
     return dataclasses.replace(config, **changes), recipe
-
-
-CHOICES = {"schedule": ("poly", "cosine", "step", "constant"), "protocol": ("resized", "original"),
-           "empty": ("zero", "one", "skip"), "precision": ("bf16", "fp16", "fp32"),
-           "select": ("mIoU", "oIoU", "mIoU+oIoU", "last")}
-
-
-def check_recipe(recipe):
-    """ValueError, in one line, for a recipe that no run can follow, before anything is read or written."""
-    for field, choices in CHOICES.items():
-        if recipe.get(field, choices[0]) not in choices:
-            raise ValueError(f"{field}={recipe[field]}: there are {', '.join(choices)}")
-    for field, value in recipe.items():
-        if type(value) not in (int, float):
-            continue
-        least = 1 if field in ("epochs", "batch_size", "micro_batch") else 0
-        if not least <= value < math.inf:
-            raise ValueError(f"{field}={value}: expected a number of at least {least}")
-    fractions = list((recipe.get("phases") or {}).values())
-    if fractions and not (all(type(one) in (int, float) and one > 0 for one in fractions)
-                          and math.isclose(sum(fractions), 1)):
-        raise ValueError(f"phases={recipe['phases']}: expected a share of the run for each phase, 1 together")
 
 
 def _typed(field, text, kind):
@@ -107,22 +82,29 @@ def _typed(field, text, kind):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, type(int | None)) else (kind,)
+    kinds = [typing.get_origin(one) or one for one in (kind.__args__ if isinstance(kind, types.UnionType) else [kind])]
     for one in kinds:
-        base = typing.get_origin(one) or one
-        if base is type(None) and value is None:
-            return None
-        if base is tuple and isinstance(value, (list, tuple)):
-            return tuple(value)
-        if base is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        absent = value is None and type(None) in kinds      # none is a word where the field can't be empty
-        if base is str and not absent and not isinstance(value, (list, tuple, dict)):
-            return text.strip("'\"")
-        if base in (bool, int, dict) and type(value) is base:
+        if one is type(value):
             return value
-    wanted = " or ".join(getattr(one, "__name__", str(one)) for one in kinds)
+        if (one, type(value)) in ((tuple, list), (float, int)):
+            return one(value)
+        if one is str and type(value) not in (list, tuple, dict):
+            return text
+    wanted = " or ".join(one.__name__ for one in kinds)
     raise ValueError(f"--set {field}={text}: {field} takes {wanted}, got {type(value).__name__}")
+
+
+def check_recipe(recipe):
+    """ValueError, in one line, for a recipe that no run can follow, before anything is read or written."""
+    for field, value in recipe.items():
+        if value not in CHOICES.get(field, (value,)):
+            raise ValueError(f"{field}={value}: there are {', '.join(CHOICES[field])}")
+        least = 1 if field in ("epochs", "batch_size", "micro_batch") else 0
+        if type(value) in (int, float) and not least <= value < math.inf:
+            raise ValueError(f"{field}={value}: expected a number of at least {least}")
+    shares = (recipe.get("phases") or {"whole": 1}).values()
+    if not all(type(one) in (int, float) and one > 0 for one in shares) or not math.isclose(sum(shares), 1):
+        raise ValueError(f"phases={recipe['phases']}: expected a share of the run for each phase, 1 together")
 
 
 def config_from(name, values):
@@ -139,25 +121,20 @@ def settings_from(name, config, recipe):
     module, parts, missing = paper(name), [], {}
     retired, old = getattr(module, "RETIRED", {}), getattr(module, "OLD_DEFAULTS", {})
     defaults = {field.name: field.default for field in dataclasses.fields(module.Config)}
-    for values, known in ((config, defaults), (recipe, {**module.RECIPE_TINY, **module.RECIPE} if recipe else {})):
-        values = {field: _tuples(value) for field, value in values.items()}
-        for field in set(values) - set(known):
-            value = values.pop(field)
-            if field not in retired or value != _tuples(retired[field]):
+    for values, known in ((config, defaults), (recipe, module.RECIPE if recipe else {})):
+        values = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+        for field in sorted(values.keys() - known):
+            if field not in retired or values[field] != retired[field]:
                 only = f", which knows {field}={retired[field]} only" if field in retired else ""
-                raise ValueError(f"config.json is of another version of {name}{only}: {field}={value}; "
+                raise ValueError(f"config.json is of another version of {name}{only}: {field}={values[field]}; "
                                  "use the version of the code that wrote it, or train anew")
-        lacking = {field: old.get(field, known[field]) for field in known if field not in values}
-        parts.append({**values, **lacking})
-        missing |= lacking
+        then = {field: old.get(field, default) for field, default in known.items()}
+        parts.append({field: values.get(field, then[field]) for field in known})
+        missing |= {field: then[field] for field in known if field not in values}
     if missing:
         print(f"config.json is of an older version of {name}; what it lacks is taken as it was then: "
               + "  ".join(f"{field}={value}" for field, value in missing.items()))
     return module.Config(**parts[0]), parts[1]
-
-
-def _tuples(value):
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 # --------------------------------------------------------------------------------------------------------- exports
@@ -173,12 +150,8 @@ def remember_sources(model, sources):
     Call it once the parameters that learn are known: only what has requires_grad=False can stay out of an export.
     """
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.unchanged = {
-        name: (source, _digest(tensor))
-        for name, tensor in model.state_dict().items()
-        for prefix, source in sources.items()
-        if name.startswith(prefix) and name not in learning
-    }
+    model.unchanged = {name: (source, _digest(tensor)) for name, tensor in model.state_dict().items()
+                       for prefix, source in sources.items() if name.startswith(prefix) and name not in learning}
 
 
 def own_state(model):
@@ -190,31 +163,31 @@ def own_state(model):
 
 def load_own_state(model, tensors, left_out, origin):
     """Load what `own_state` gave into `model`, whose left-out tensors must already be those of their source."""
-    for old, new in getattr(sys.modules[type(model).__module__], "RENAMED", {}).items():
-        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-    state = model.state_dict()
-    expected = set(state) - set(left_out)
-    if set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)
-        raise ValueError(f"{origin} is not of this model: {len(odd)} tensors differ by name, the first {odd[:3]}; "
-                         "the configuration and the weights must come from one run")
-    shapes = [name for name, tensor in tensors.items() if tensor.shape != state[name].shape]
-    if shapes:
-        name = shapes[0]
-        raise ValueError(f"{origin} does not fit this configuration: {name} is {tuple(tensors[name].shape)} there and "
-                         f"{tuple(state[name].shape)} here; leave the fields that change shapes as they were trained")
+    tensors, state = renamed(model, tensors), model.state_dict()
+    odd = sorted(tensors.keys() ^ (state.keys() - left_out)) or [
+        f"{name} {tuple(tensor.shape)}, here {tuple(state[name].shape)}"
+        for name, tensor in tensors.items() if tensor.shape != state[name].shape]
+    if odd:
+        raise ValueError(f"{origin} does not fit this configuration: {len(odd)} tensors differ by name or shape, the "
+                         f"first {odd[:3]}; both must be of one run; leave fields that change shapes as trained")
     for name, (source, digest) in left_out.items():
         if _digest(state[name]) != digest:
             raise ValueError(f"{origin} was trained on another version of {source}: the tensor {name} differs; "
                              "give the folder with the original files as --set pretrained=DIR")
-    model.load_state_dict({**{name: state[name] for name in left_out}, **tensors})
+    model.load_state_dict(state | tensors)
+
+
+def renamed(model, tensors):
+    """`tensors` of a version of before under the names of today: RENAMED of the model's file, {old part: new part}."""
+    for old, new in getattr(sys.modules[type(model).__module__], "RENAMED", {}).items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 @contextlib.contextmanager
 def put_in_place(path):
     """The name of a file to write beside `path`: synced and moved there at the end, gone if the write fails."""
-    part = Path(f"{path}.part")
-    umask = os.umask(0)
+    part, umask = Path(f"{path}.part"), os.umask(0)
     os.umask(umask)
     try:
         yield part
@@ -239,9 +212,7 @@ def save(model, path):
 
 
 def read_weights(path):
-    """(tensors, left_out) of an export. FileNotFoundError or ValueError with the file's name."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights file {path}")
+    """(tensors, left_out) of an export. ValueError with the file's name if it is none."""
     try:
         with safe_open(path, "pt") as file:
             left_out = json.loads((file.metadata() or {}).get("left_out", "{}"))
@@ -254,13 +225,18 @@ def read_weights(path):
 
 def run_settings(run, option="--checkpoint"):
     """config.json of a run folder, an export, here or on the hub, or that beside a weights file -> (dict, folder)."""
-    run, name = Path(run), str(run)
-    if not run.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not run.parent.exists():
-        run = from_hub(name, option)
+    name, run = str(run), Path(run)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not run.exists() and not run.parent.exists():
+        import huggingface_hub
+        try:
+            run = Path(huggingface_hub.snapshot_download(name, allow_patterns=EXPORTED))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"{option} {name}: no such folder here, and not reached on the hub "
+                                    f"({str(error).strip().splitlines()[0]})") from error
     folder = run if run.is_dir() else run.parent
+    path = folder / "config.json"
     if not run.exists():
         raise FileNotFoundError(f"{option} {run}: no such run folder or weights file")
-    path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{option} {run}: no config.json in {folder}; give a folder that train.py wrote, "
                                 "or a weights file inside one")
@@ -275,23 +251,12 @@ def run_settings(run, option="--checkpoint"):
     return values, folder
 
 
-def from_hub(name, option):
-    """An export in the repository `name` of the hub: the folder that its files are kept in."""
-    import huggingface_hub
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=EXPORTED))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{option} {name}: no such folder here, and not reached on the hub "
-                                f"({str(error).strip().splitlines()[0]})") from error
-
-
 def weights_file(run, folder):
     """The weights that `run` stands for: itself, or the best, the last or the exported ones in its folder."""
-    files = [folder / f"{name}.safetensors" for name in ("best", "last", "model")]
-    path = Path(run) if Path(run).is_file() else next((file for file in files if file.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder} holds no best.safetensors or last.safetensors; has its first epoch ended?")
-    return path
+    for path in (Path(run), *(folder / f"{name}.safetensors" for name in ("best", "last", "model"))):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{folder} holds no best.safetensors or last.safetensors; has its first epoch ended?")
 
 
 def word_tokenizer(name, config, words):
@@ -323,28 +288,24 @@ def load(run, settings=(), device="cpu"):
     hub; a path that exists comes first. settings: `field=value` strings that change no tensor's shape. Raises
     FileNotFoundError or ValueError naming the file or the field.
     """
-    check_device(device)
     values, folder = run_settings(run)
-    name = values["model"]
-    config, recipe = override(*settings_from(name, values["config"], values["recipe"]), settings)
-    check_recipe(recipe)
     path = weights_file(run, folder)
-    tensors, left_out = read_weights(path)
-    model = build(name, config)
-    if left_out:
-        model.load_pretrained()
-    load_own_state(model, tensors, left_out, path)
+    config, recipe = override(*settings_from(values["model"], values["config"], values["recipe"]), settings)
+    check_recipe(recipe)
     exported = path.name == "model.safetensors" and config.pretrained != "none"
     own = dataclasses.replace(config, pretrained=str(folder)) if exported else config
-    return ready(model, read_tokenizer(name, own, folder), {**values, "recipe": recipe}, device)
+    tokenizer = read_tokenizer(values["model"], own, folder)
+    return ready(config, {**values, "recipe": recipe}, read_weights(path), path, tokenizer, device)
 
 
-def check_device(device):
+def ready(config, run, weights, origin, tokenizer, device):
+    """The model of `run` with `weights`, as `read_weights` gives them, in eval mode on `device`."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device}: torch sees no CUDA device here; use device=\"cpu\"")
-
-
-def ready(model, tokenizer, run, device):
+    (tensors, left_out), model = weights, build(run["model"], config)
+    if left_out:
+        model.load_pretrained()
+    load_own_state(model, tensors, left_out, origin)
     model.tokenizer, model.run = tokenizer, run
     return model.eval().requires_grad_(False).to(device)
 
@@ -365,7 +326,6 @@ def export(run, folder):
     for name, content in files.items():
         with put_in_place(folder / name) as part:
             part.write_bytes(content)
-    model.unchanged = {}                                    # nothing is left out
     save(model, folder / "model.safetensors")
 
 
@@ -385,11 +345,12 @@ def official_reader(name, path):
 class LaterTokenizer:
     """The published tokenizer, whose files are looked for when the first text is given."""
 
-    def __init__(self, make, length):
-        self.make, self.length = functools.lru_cache(make), length
+    def __init__(self, name, config):
+        config = dataclasses.replace(config, pretrained="hub") if config.pretrained == "none" else config
+        self.find, self.length = functools.cache(lambda: paper(name).tokenizer(config)), config.text_length
 
     def __call__(self, expressions):
-        tokenizer = copy.copy(self.make())
+        tokenizer = copy.copy(self.find())
         tokenizer.length = self.length
         return tokenizer(expressions)
 
@@ -399,22 +360,15 @@ def load_official(name, path, config=None, device="cpu"):
 
     config: another Config for the sizes; every field of ABLATIONS["official"]["all"] is set in it.
     """
-    check_device(device)
     reader, module = official_reader(name, path), paper(name)
     if reader is None:
         raise FileNotFoundError(f"{path}: no such file of the authors; it takes their released weights of {name}")
-    config, recipe = config or module.Config(), dict(module.RECIPE)
-    for field, value in module.ABLATIONS["official"]["all"].items():
-        if hasattr(config, field):
-            config = dataclasses.replace(config, **{field: value})
-        else:
-            recipe[field] = value
-    model = build(name, dataclasses.replace(config, pretrained="none"))
-    load_own_state(model, reader(path), {}, path)
-    published = dataclasses.replace(config, pretrained="hub") if config.pretrained == "none" else config
-    tokenizer = LaterTokenizer(lambda: module.tokenizer(published), config.text_length)
+    config, changes = config or module.Config(), module.ABLATIONS["official"]["all"]
+    config = dataclasses.replace(config, **{field: changes[field] for field in changes if hasattr(config, field)})
+    recipe = module.RECIPE | {field: changes[field] for field in changes if not hasattr(config, field)}
     run = {"model": name, "config": dataclasses.asdict(config), "recipe": recipe}
-    return ready(model, tokenizer, run, device)
+    tokenizer = LaterTokenizer(name, config)
+    return ready(dataclasses.replace(config, pretrained="none"), run, (reader(path), {}), path, tokenizer, device)
 
 
 def starting_weights(name, path):
@@ -422,7 +376,7 @@ def starting_weights(name, path):
     if reader := official_reader(name, path):
         return reader(path), {}, None
     values, folder = run_settings(path, "--start")
-    config, _ = settings_from(values["model"], values["config"], values["recipe"])
+    config = config_from(values["model"], values["config"])
     words = read_tokenizer(values["model"], config, folder).words if config.pretrained == "none" else None
     return *read_weights(weights_file(path, folder)), words
 
@@ -438,17 +392,15 @@ def start_from(model, start, path, words):
         raise ValueError(f"--start {path} leaves out {len(left_out)} tensors of {source}; say --set pretrained=hub")
     tables = {f"{name}.weight" for name, module in model.named_modules()
               if isinstance(module, torch.nn.Embedding) and module.num_embeddings == model.config.vocab_size}
-    for name, tensor in tensors.items():
+    for name, tensor in renamed(model, tensors).items():
         if name in tables and words and their_words and tensor.shape[1] == own[name].shape[1]:
-            special, numbers = len(own[name]) - len(words), {word: k for k, word in enumerate(their_words)}
-            taken[name] = own[name].clone()
-            taken[name][:special] = tensor[:special]
-            for row, word in enumerate(words, special):
-                if word in numbers:
-                    taken[name][row] = tensor[special + numbers[word]]
+            theirs, ours = ([*range(len(table) - len(known)), *known]               # numbers for the marks, then words
+                            for table, known in ((tensor, their_words), (own[name], words)))
+            rows = dict(zip(theirs, tensor, strict=True))
+            taken[name] = torch.stack([rows.get(key, row) for key, row in zip(ours, own[name], strict=True)])
         elif name in own and own[name].shape == tensor.shape:
             taken[name] = tensor
-    new = sorted(set(own) - set(taken) - set(left_out))
+    new = sorted(own.keys() - taken.keys() - left_out.keys())
     if not taken:
         raise ValueError(f"--start {path}: none of its {len(tensors)} tensors fits this model; is it of another model?")
     model.load_state_dict({**own, **taken})

@@ -416,7 +416,7 @@ class CrossScaleInteraction(nn.Module):
     def __init__(self, channels, side, heads=8, key=32, as_released=False):
         super().__init__()
         self.side, self.as_released = side, as_released
-        self.channels, self.reduced = list(channels), [one // 4 for one in channels]
+        self.channels, self.reduced = channels, [one // 4 for one in channels]
         total, inner = sum(self.channels), sum(self.reduced)
         self.reduce = nn.Conv2d(total, inner, 1)
         self.attentions = nn.ModuleList(CrossScaleAttention(inner, side, heads, key, as_released) for _ in range(2))
@@ -690,7 +690,7 @@ class BertWords:
         self.words, self.length = words, length
 
     def __call__(self, expressions):
-        batch = self.words(list(expressions), padding="max_length", truncation=True, max_length=self.length,
+        batch = self.words(expressions, padding="max_length", truncation=True, max_length=self.length,
                            return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"].bool()
 

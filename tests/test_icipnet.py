@@ -2,13 +2,16 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import pickle
 import re
 import runpy
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from transformers import (
@@ -99,6 +102,31 @@ def linear(layer, x):
 
 def mlp(layers, x):
     return linear(layers[2], np.array([gelu(value) for value in linear(layers[0], x)]))
+
+
+def stirred(module):
+    """In evaluation mode, with batch norms that have statistics and scales of their own: their place counts."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.normal_(layer.running_mean, std=0.3)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+            nn.init.uniform_(layer.weight, 0.5, 2)
+            nn.init.normal_(layer.bias, std=0.3)
+    return module.eval()
+
+
+def batch_norm(layer, x):
+    mean, var, weight, bias = (value.view(1, -1, *[1] * (x.ndim - 2)) for value in (
+        layer.running_mean, layer.running_var, layer.weight, layer.bias))
+    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def conv(layer, x, **options):
+    return nn.functional.conv2d(x, layer.weight, layer.bias, **options)
+
+
+def conv_norm(layers, x, **options):
+    return batch_norm(layers[1], conv(layers[0], x, **options))
 
 
 # ------------------------------------------------------------------------------------------------ the paper's numbers
@@ -482,24 +510,23 @@ def test_pixel_word_attention():
 @pytest.mark.parametrize("bif", [True, False])
 def test_stage_brings_prompts_and_words_to_the_tokens(bif):
     """LAVT's shell round ICIP and BIF: what the stage hands on is put together by hand from its parts."""
-    stage = build(bif=bif).stages[1].eval()
-    awake(stage)
+    stage = stirred(awake(build(bif=bif).stages[1]))
     torch.manual_seed(0)
     V, L = torch.randn(2, 64, 32), torch.randn(2, 5, 32)
     mask = torch.tensor([[True, True, False, False, False], [True] * 5])
-    after, fused = stage(V, (8, 8), L, mask)
+    after, fused = stage(V, (4, 16), L, mask)
     L_o = torch.cat((stage.icip(V, L, mask)[0][:, :2], L), 1)
     read = stage.attention(V, L_o, torch.cat((torch.ones(2, 2, dtype=torch.bool), mask), 1))
     if bif:
         assert isinstance(stage.attention.reconstruct, MultiModalFeatureReconstruction)
         stage.attention.reconstruct = nn.Identity()
-        assert not torch.allclose(stage(V, (8, 8), L, mask)[1], fused, atol=1e-2)
+        assert not torch.allclose(stage(V, (4, 16), L, mask)[1], fused, atol=1e-2)
     gated, gelu_ = V, nn.functional.gelu
     language = stage.W(read)
     language = (language - language.mean(1, keepdim=True)) / (language.var(1, False, keepdim=True) + 1e-5).sqrt()
     expected = gelu_(stage.project(gelu_(stage.visual(V)) * language))
     assert torch.allclose(fused, expected, atol=1e-4)
-    local = stage.intra_scale(V.mT.reshape(2, 32, 8, 8)).flatten(2).mT
+    local = stage.intra_scale(V.mT.reshape(2, 32, 4, 16)).flatten(2).mT
     for gate, tokens in ((stage.gate, expected), (stage.visual_gate, local)):
         first, _, second, _ = gate.layers
         gated = gated + torch.tanh(second(first(tokens).relu())) * tokens
@@ -540,81 +567,109 @@ def test_rotated_convolution_turns_and_scales_by_image():
         assert torch.allclose(out[b:b + 1], expected, atol=1e-5)
 
 
+def test_rotated_convolution_drops_what_decides_and_keeps_the_kernel_exact(monkeypatch):
+    """RMSIN's router drops before alpha and before theta: without anything left, alpha is its bias' and theta 0."""
+    torch.manual_seed(0)
+    module, features = RotatedConv(4, dropout=1.0).train(), torch.randn(2, 4, 5, 6)
+    nn.init.normal_(module.theta.weight, std=5)
+    nn.init.constant_(module.alpha.bias, 0.7)
+    plain = nn.functional.conv2d(features, module.kernel, padding=1) / (1 + math.exp(-0.7))
+    assert torch.allclose(module(features), plain, atol=1e-5)
+    nn.init.zeros_(module.alpha.bias)
+    kernels, conv2d = [], nn.functional.conv2d
+    monkeypatch.setattr(nn.functional, "conv2d", lambda x, weight, *rest, **options: (
+        kernels.append(weight), conv2d(x, weight, *rest, **options))[1])
+    with torch.autocast("cpu", torch.bfloat16):                # halved, by alpha, and not rounded to bfloat16
+        module(features)
+    assert torch.equal(kernels[-1], module.kernel.repeat(2, 1, 1, 1) / 2)
+
+
 def test_intra_scale_interaction_weighs_places():
     torch.manual_seed(0)
-    module, features = IntraScaleInteraction().eval(), torch.randn(2, 5, 4, 6)
+    module, features = stirred(IntraScaleInteraction()), torch.randn(2, 5, 4, 6)
     out = module(features)
     weight = out / features
     assert out.shape == features.shape
     assert torch.allclose(weight, weight[:, :1].expand_as(weight), atol=1e-4)
     assert (weight > 0).all() and (weight < 1).all()
-    x = features.mean(1, keepdim=True)
-    scale = 1 / math.sqrt(1 + 1e-5)
+    x = features.sum(1, keepdim=True) / 5
     for k, last in ((0, torch.relu), (1, torch.sigmoid)):
-        point, deep, _ = module.rounds[k]
-        inner = deep[0][0].weight.item() * x * scale
-        conv = nn.functional.conv2d(inner, deep[1][0].weight, padding=1) * scale
-        x = last(point[0].weight.item() * x * scale + conv + x * scale)
+        point, deep, own = module.rounds[k]
+        surroundings = conv_norm(deep[1], conv_norm(deep[0], x), padding=1)
+        x = last(conv_norm(point, x) + surroundings + batch_norm(own, x))
+        assert x.std() > 0.01
     assert torch.allclose(weight[:, :1], x, atol=1e-4)
+
+
+def tokens_of(module, features):
+    """The three maps of a cross-scale attention, side by side: (B,C,n)."""
+    x = batch_norm(module.norm, features)
+    maps = [x, *(conv_norm(layer, x, stride=stride, padding=stride - 1, groups=x.shape[1])
+                 for layer, stride in zip(module.coarser, (2, 3), strict=True))]
+    return torch.cat([one.flatten(2) for one in maps], 2)
+
+
+def out_of(module, rows):
+    """What leaves a cross-scale attention, of rows (h*w,C)."""
+    return conv(module.out[2], nn.functional.hardswish(batch_norm(module.out[0], rows.T.reshape(1, -1, 5, 5))))[0]
 
 
 def test_cross_scale_attention_keeps_heads_and_tokens_apart():
     torch.manual_seed(0)
-    module, features = CrossScaleAttention(6, side=5, heads=2, key=3).eval(), torch.randn(2, 6, 5, 5)
-    module.out = nn.Identity()
+    module, features = stirred(CrossScaleAttention(6, side=5, heads=2, key=3)), torch.randn(2, 6, 5, 5)
     assert module.to_map.in_features == 25 + 9 + 4
-    out = module(features)
-    x = module.norm(features)
-    tokens = torch.cat([m.flatten(2) for m in (x, *(layer(x) for layer in module.coarser))], 2)     # (2,6,38)
+    out, tokens = module(features), tokens_of(module, features)                                     # (2,6,38)
     for b in range(2):
         heads = []
+        qkv = batch_norm(module.qkv_norm, (module.qkv.weight @ tokens[b])[None])[0].T               # (38,24)
         for a in range(2):
-            rows = slice(12 * a, 12 * a + 12)
-            qkv = torch.stack([module.qkv(tokens[b, :, n])[rows] for n in range(38)]) / math.sqrt(1 + 1e-5)
-            q, k, v = qkv[:, :3], qkv[:, 3:6], qkv[:, 6:]
+            q, k, v = qkv[:, 12 * a:12 * a + 12].split([3, 3, 6], 1)
             own = slice(6 * a, 6 * a + 6)
             mixed = (q @ k.T / math.sqrt(3)).softmax(-1) @ v                                        # (38,6)
             mixed = module.to_map.weight @ mixed + module.to_map.bias[:, None]                      # (25,6)
             image = nn.functional.hardswish(v[:25]).T.reshape(1, 6, 5, 5)
             local = nn.functional.conv2d(image, module.local.weight[own], module.local.bias[own], padding=1, groups=6)
             heads.append(mixed + local[0].flatten(1).T)
-        expected = module.to_out(torch.cat(heads, 1)).T.reshape(6, 5, 5)
-        assert torch.allclose(out[b], expected, atol=1e-4)
+        assert near(out[b], out_of(module, module.to_out(torch.cat(heads, 1))))
 
 
 @pytest.mark.parametrize("as_released", [False, True])
 def test_cross_scale_interaction_gates_each_map_by_the_shared_one(as_released):
     torch.manual_seed(0)
     widths = [8, 16, 32, 64]
-    module = CrossScaleInteraction(widths, side=2, heads=2, key=4, as_released=as_released).eval()
-    features = [torch.randn(1, width, side, side) for width, side in zip(widths, (16, 8, 4, 2), strict=True)]
+    module = stirred(CrossScaleInteraction(widths, side=2, heads=2, key=4, as_released=as_released))
+
+    def feed_forward(layers, x):
+        first, wider, second, deep, _, narrower = layers
+        x = batch_norm(second, conv(wider, batch_norm(first, x)))
+        return conv(narrower, conv(deep, x, padding=1, groups=len(first.weight)).clamp(0, 6))
+
+    features = [3 * torch.randn(1, width, side, side) for width, side in zip(widths, (16, 8, 4, 2), strict=True)]
     out = module(features)
     assert [f.shape for f in out] == [f.shape for f in features]
     x = module.reduce(torch.cat([nn.functional.avg_pool2d(f, f.shape[-1] // 2) for f in features], 1))
     x = x + module.attentions[0](x)
-    own = [layer(part) for layer, part in zip(module.per_scale, x.split([2, 4, 8, 16], 1), strict=True)]
+    own = [feed_forward(*pair) for pair in zip(module.per_scale, x.split([2, 4, 8, 16], 1), strict=True)]
     x = x + torch.cat(own, 1) + (x if as_released else 0)      # RMSIN's feed-forward adds its input itself as well
     x = x + module.attentions[1](x)
-    x = module.expand(x + module.across(x)).split(widths, 1)
+    x = x + feed_forward(module.across, x)
+    x = conv(module.expand[1], batch_norm(module.expand[0], x)).split(widths, 1)
     for i in range(4):
-        weight = (module.weight[i](x[i]) / 6 + 0.5).clamp(0, 1)
+        weight = (conv_norm(module.weight[i], x[i]) / 6 + 0.5).clamp(0, 1)
         weight, shift = (nn.functional.interpolate(m, features[i].shape[-2:], mode="bilinear")
-                         for m in (weight, module.shift[i](x[i])))
-        assert torch.allclose(out[i], module.local[i](features[i]) * weight + shift, atol=1e-5)
+                         for m in (weight, conv_norm(module.shift[i], x[i])))
+        assert near(out[i], conv_norm(module.local[i], features[i]) * weight + shift)
 
 
 def test_cross_scale_as_released_reshapes_straight():
     """RMSIN's code: values, and what was attended, are read in another order of heads, places and widths."""
     torch.manual_seed(0)
-    module, features = CrossScaleAttention(6, 5, 2, 3, as_released=True).eval(), torch.randn(2, 6, 5, 5)
-    nn.init.normal_(module.to_map.weight)
-    nn.init.normal_(module.to_out.weight)
-    module.out = nn.Identity()
-    out = module(features)
-    x = module.norm(features)
-    tokens = torch.cat([m.flatten(2) for m in (x, *(layer(x) for layer in module.coarser))], 2)     # (2,6,38)
+    module, features = stirred(CrossScaleAttention(6, 5, 2, 3, as_released=True)), torch.randn(2, 6, 5, 5)
+    for layer in (module.qkv, module.to_map, module.to_out):
+        nn.init.normal_(layer.weight)
+    out, tokens = module(features), tokens_of(module, features)                                     # (2,6,38)
     for b in range(2):
-        qkv = (module.qkv(tokens[b].T) / math.sqrt(1 + 1e-5)).detach().numpy()                      # (38,24)
+        qkv = batch_norm(module.qkv_norm, module.qkv(tokens[b].T)).detach().numpy()                 # (38,24)
         q, k, v = (np.stack([qkv[:, 12 * a + first:12 * a + last] for a in range(2)])               # (2,38,d)
                    for first, last in ((0, 3), (3, 6), (6, 12)))
         flat = [v[a, place, d] for a in range(2) for place in range(25) for d in range(6)]
@@ -624,23 +679,21 @@ def test_cross_scale_as_released_reshapes_straight():
         attended = weights @ v                                                                      # (2,38,6)
         flat = [attended[a, place, d] for place in range(38) for a in range(2) for d in range(6)]
         mixed = module.to_map(torch.tensor(flat).reshape(12, 38))                                   # (12,25)
-        expected = module.to_out((mixed + local).T).T.reshape(6, 5, 5)
-        assert near(out[b], expected)
+        assert near(out[b], out_of(module, module.to_out((mixed + local).T)))
 
 
 def test_decoder_goes_from_coarse_to_fine():
     torch.manual_seed(0)
-    decoder = Decoder([4, 8, 16, 32], 6, rotated=False).eval()
+    decoder = stirred(Decoder([4, 8, 16, 32], 6, rotated=False))
     features = [torch.randn(2, width, side, side) for width, side in ((4, 9), (8, 5), (16, 3), (32, 2))]
-    x, scale = features[3], math.sqrt(1 + 1e-5)
+    x = features[3]
     for k, feature in enumerate(features[2::-1]):
         x = nn.functional.interpolate(x, feature.shape[-2:], mode="bilinear", align_corners=True)
-        for conv in (decoder.merge[k][0], decoder.refine[k][0]):
-            x = torch.cat((x, feature), 1) if conv is decoder.merge[k][0] else x
-            x = (nn.functional.conv2d(x, conv.weight, padding=1) / scale).relu()
+        x = conv_norm(decoder.merge[k], torch.cat((x, feature), 1), padding=1).relu()
+        x = conv_norm(decoder.refine[k], x, padding=1).relu()
     background, foreground = decoder.classify(x).unbind(1)
     logits = decoder(features)
-    assert torch.allclose(logits[:, 0], foreground - background, atol=1e-5)
+    assert near(logits[:, 0], foreground - background)
     assert torch.allclose(logits[:, 0].sigmoid(), torch.stack((background, foreground)).softmax(0)[1], atol=1e-5)
 
 
@@ -652,6 +705,7 @@ def test_decoder_norms():
         decoder = Decoder([4, 8, 16, 32], 8, norm=kind)
         assert decoder(features).shape == (2, 1, 16, 16)
     layer, x = icipnet.TanhNorm(3), torch.randn(1, 3, 2, 2)
+    assert torch.equal(layer(x), torch.tanh(x))                # official code: starts at alpha 1, scale 1, shift 0
     for parameter, value in ((layer.alpha, 0.5), (layer.scale, 2.0), (layer.shift, 1.0)):
         nn.init.constant_(parameter, value)
     assert torch.allclose(layer(x), 2 * torch.tanh(x / 2) + 1)
@@ -825,8 +879,10 @@ def test_what_would_be_misread_is_refused_in_one_line(module):
     V, L, mask = torch.randn(2, 6, 5), torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
     wrong = {"visual tokens (2, 5, 6), expected (B,P,5)": (V.mT, L, mask),
              "visual tokens (2, 5, 2, 3), expected (B,P,5)": (V.mT.reshape(2, 5, 2, 3), L, mask),
+             "visual tokens (2, 2, 3, 5), expected (B,P,5)": (V.reshape(2, 2, 3, 5), L, mask),
              "words (2, 4, 3), expected (2,n,4)": (V, L.mT, mask),
              "words (1, 3, 4), expected (2,n,4)": (V, L[:1], mask),
+             "words (2, 3, 4, 1), expected (2,n,4)": (V, L[..., None], mask),
              "text_mask (2, 3) of torch.int64, expected (2, 3) of torch.bool": (V, L, mask.long()),
              "text_mask (2, 3) of torch.float32, expected (2, 3) of torch.bool": (V, L, mask.float()),
              "text_mask (2, 3, 1) of torch.bool, expected (2, 3) of torch.bool": (V, L, mask[..., None])}
@@ -898,33 +954,31 @@ def test_documented_shapes():
     assert Config().sides == [120, 60, 30, 15] and Config().channels == [128, 256, 512, 1024]
 
 
-def test_fig2_put_together_by_hand():
+@pytest.mark.parametrize("wide, changes", [(64, {}), (96, {"bif": False, "cross_scale": False})])
+@torch.no_grad()
+def test_fig2_put_together_by_hand(wide, changes):
     """The forward from its parts: pixels by ImageNet's statistics, BERT's words, Swin, fusion, norms, decoder."""
-    model = build(depths=(1, 2, 1, 1), bert_layers=2).eval()
-    awake(model)
+    model = stirred(awake(build(depths=(1, 2, 1, 1), bert_layers=2, **changes)))
     pictures, tokens, text_mask, image_index = inputs(images=2, per_image=2)
+    pictures = torch.cat((pictures, pictures.flip(2)), 3)[..., :wide]
     mean, std = (torch.tensor(value)[:, None, None] for value in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     pixels = (pictures[image_index].double() / 255 - mean) / std
-    with torch.no_grad():
-        L = model.bert(tokens, attention_mask=text_mask.long()).last_hidden_state
-        V, size = model.swin.embeddings(pixels.float())
-        assert size == (16, 16)
-        features = []
-        for i, layer in enumerate(model.swin.encoder.layers):
-            for block in layer.blocks:
-                V = block(V, size, always_partition=True)[0]
-            V, fused = model.stages[i](V, size, L, text_mask)
-            features.append(model.norms[i](fused).mT.unflatten(2, size))
-            if i < 3:
-                V, size = layer.downsample(V, size), (size[0] // 2, size[1] // 2)
-        expected = model.decoder(model.cross_scale(features))
-        logits = model(pictures, tokens, text_mask, image_index)["logits"]
-        assert near(logits, expected)
-        without = model.decoder(features)
+    L = model.bert(tokens, attention_mask=text_mask.long()).last_hidden_state
+    V, size = model.swin.embeddings(pixels.float())
+    assert size == (16, wide // 4)
+    features = []
+    for i, layer in enumerate(model.swin.encoder.layers):
+        for block in layer.blocks:
+            V = block(V, size, always_partition=True)[0]
+        V, fused = model.stages[i](V, size, L, text_mask)
+        features.append(model.norms[i](fused).mT.unflatten(2, size))
+        if i < 3:
+            V, size = layer.downsample(V, size), (size[0] // 2, size[1] // 2)
+    expected = model.decoder(features)
+    if not changes:
+        without, expected = expected, model.decoder(model.cross_scale(features))
         assert (without - expected).abs().max() > 0.1 * expected.abs().max()
-        plain = build(depths=(1, 2, 1, 1), bert_layers=2, cross_scale=False).eval()
-        plain.load_state_dict({name: value for name, value in model.state_dict().items() if "cross" not in name})
-        assert near(plain(pictures, tokens, text_mask, image_index)["logits"], without)
+    assert near(model(pictures, tokens, text_mask, image_index)["logits"], expected)
 
 
 def test_official_all_takes_the_codes_forms():
@@ -1116,7 +1170,7 @@ def test_what_is_frozen():
     pictures, tokens, text_mask, _ = inputs()
     for freeze in (False, True):
         model = build(freeze=freeze, bert_layers=3, bert_trained_layers=2, bert_embeddings=False, dropout=0.1).train()
-        model.param_groups(RECIPE)
+        model.requires_grad_(False).param_groups(RECIPE)        # whatever was said before, as by models.load
         learning = {name for name, parameter in model.bert.named_parameters() if parameter.requires_grad}
         assert {name.rsplit("layer.", 1)[-1][0] for name in learning} == (set() if freeze else {"0", "1"})
         assert not model.bert.encoder.layer[2].training and not model.bert.embeddings.training
@@ -1131,6 +1185,8 @@ def test_another_input_size_is_refused_with_the_remedy():
     pictures, tokens, text_mask, _ = inputs(size=96)
     with pytest.raises(ValueError, match=r"96 x 96: the token mixture of Eq. \(10\) ties.*image_size=64.*build and"):
         build()(pictures, tokens, text_mask)
+    with pytest.raises(ValueError, match=r"96 x 96: the token mixture of Eq. \(10\) ties"):
+        build(**PLAIN)(pictures, tokens, text_mask)
     with pytest.raises(ValueError, match="96 x 96: the cross-scale interaction ties.*image_size=64; resize"):
         build(bif=False)(pictures, tokens, text_mask)
     with pytest.raises(ValueError, match=r"got \(1, 7, 4\), expected \(B,6,4\).*weights for 6 visual tokens"):
@@ -1155,6 +1211,7 @@ def test_settings_reach_the_modules():
         assert stage.intra_scale is stage.visual_gate is None
     assert all(one.heads == 4 and one.qkv.out_features == 4 * 4 * 8 for one in model.cross_scale.attentions)
     assert model.decoder.classify.in_channels == 6 and model.decoder.refine[0][0].dropout.p == 0.3
+    assert model.bert.config.initializer_range == model.swin.config.initializer_range == TINY.init_std == 0.1
     assert model(*inputs()[:3])["logits"].shape == (2, 1, 16, 16)
     plain = build(**PLAIN)
     assert not hasattr(plain, "cross_scale") and type(plain.decoder.refine[0][0]) is nn.Conv2d
@@ -1242,6 +1299,8 @@ def folder(tmp_path_factory):
     bert = BertConfig(vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                       intermediate_size=32)
     BertForPreTraining(bert).half().save_pretrained(root / "bert-base-uncased")
+    settings = root / "swin-base-patch4-window12-384-in22k/config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "dtype": "float16"}))       # a file may say so
     BertTokenizer(vocab={word: k for k, word in enumerate(VOCABULARY)}).save_pretrained(root / "bert-base-uncased")
     return root
 
@@ -1252,7 +1311,8 @@ def test_weights_from_a_folder(folder, capsys):
                                        "bert.": "google-bert/bert-base-uncased"}
     printed = capsys.readouterr().out
     assert f"{len(model.swin.state_dict())} tensors" in printed and f"{len(model.bert.state_dict())} tensors" in printed
-    reference = SwinModel.from_pretrained(folder / "swin-base-patch4-window12-384-in22k", add_pooling_layer=False)
+    reference = SwinModel.from_pretrained(folder / "swin-base-patch4-window12-384-in22k", add_pooling_layer=False,
+                                          dtype=torch.float32)
     for name, tensor in model.swin.state_dict().items():
         assert torch.equal(tensor, reference.state_dict()[name]), name
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
@@ -1315,6 +1375,16 @@ def test_wrong_weights_are_named(folder, tmp_path):
         load(image_backbone="swin_base_patch4_window12_384_22k.pth")
     with pytest.raises(FileNotFoundError, match="nobody/nothing: not reached on the hub.*HF_ENDPOINT.*pretrained=DIR"):
         load(pretrained="hub", image_backbone="nobody/nothing")
+    shutil.copytree(folder / "bert-base-uncased", tmp_path / "bert")
+    file = tmp_path / "bert/model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = "bert.encoder.layer.1.output.dense.bias"
+    wrong = {**tensors, name + "es": torch.zeros(3)}, {key: value for key, value in tensors.items() if key != name}
+    for changed in wrong:                                      # one too many, one too few
+        safetensors.torch.save_file(changed, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"1 of \d+ tensors.*first .*encoder.layer.1.output.dense.bias"):
+            load(pretrained="hub", text_backbone=str(tmp_path / "bert"),
+                 image_backbone=str(folder / "swin-base-patch4-window12-384-in22k"))
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     torch.save([1], tmp_path / "list.pth")
     (tmp_path / "empty.pth").touch()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import pickle
 import re
@@ -9,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+import safetensors.torch
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -295,18 +297,18 @@ def test_structures_of_table_4_drop_the_text_update_and_the_text():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [64, 96])
-def test_hand_run_hiera_with_closed_fusion_is_transformers_own(size):
+@pytest.mark.parametrize(("size", "wide"), [(64, 64), (96, 96), (64, 160)])
+def test_hand_run_hiera_with_closed_fusion_is_transformers_own(size, wide):
     model = build(lively=True, image_size=size, hiera_windows=(8, 4, 6, 2))
     for layer in model.fusion:
         for closed in (layer.up, layer.side[-1]):
             nn.init.zeros_(closed.weight)
             nn.init.zeros_(closed.bias)
-    pixels, T = torch.randn(M, 3, size, size), torch.randn(M, L, 16)
+    pixels, T = torch.randn(M, 3, size, wide), torch.randn(M, L, 16)
     features = model.encode_image(pixels, T, example()[2])
     expected = model.sam.vision_encoder(pixels).fpn_hidden_states
     for feature, other, stride in zip(features, expected, (4, 8, 16), strict=True):
-        assert feature.shape == (M, 16, size // stride, size // stride)
+        assert feature.shape == (M, 16, size // stride, wide // stride)
         torch.testing.assert_close(feature, other, rtol=0, atol=0)
     without = build(image_size=size, hiera_windows=(8, 4, 6, 2), fusion="none")
     without.load_state_dict(model.state_dict(), strict=False)
@@ -485,6 +487,8 @@ def test_diagnose_reports_the_text_weight_and_the_pseudo_mask():
     expected = cells / (32 * 64 + masks.sum((1, 2)) - cells)
     torch.testing.assert_close(model.diagnose({**outputs, "pseudo_mask": half}, masks)["pseudo_mask_iou"], expected)
     assert model.diagnose({**outputs, "pseudo_mask": half * 0.5}, masks & False)["pseudo_mask_iou"].tolist() == [0] * M
+    edge = {**outputs, "pseudo_mask": torch.full((M, 1, 2, 2), 0.5)}          # at 0.5 it is background
+    assert model.diagnose(edge, masks)["pseudo_mask_iou"].tolist() == [0] * M
     assert (model.diagnose({**outputs, "logits": -outputs["logits"]}, masks)["boundary"] < 1e-5).all()
     shifted = {**outputs, "logits": outputs["logits"].roll(9, 2)}
     ones = torch.ones(M)                                                      # (7) at weight 1
@@ -571,6 +575,11 @@ def test_copied_modules_refuse_what_they_would_read_wrongly(copied):
             (lambda: gate(feature.movedim(1, -1), feature, T_i, text_mask), r"\(M,6,h,w\) .*got \(3, 3, 5, 6\)"),
             (lambda: fusion(*(x.movedim(-1, 1) for x in (F_in, F_i)), T_i, text_mask, norm, norm),
              r"\(M,h,w,8\), channels last, got \(3, 8, 2, 3\)"),
+            (lambda: fusion(F_in.flatten(1, 2), F_i.flatten(1, 2), T_i, text_mask, norm, norm),
+             r"\(M,h,w,8\), channels last, got \(3, 6, 8\)"),
+            (lambda: fusion(F_in[:, :1], F_i, T_i, text_mask, norm, norm), r"got \(3, 1, 3, 8\) and \(3, 2, 3, 8\)"),
+            (lambda: gate(feature.flatten(2), feature[:1].flatten(2), T_i, text_mask), r"got \(3, 6, 15\)"),
+            (lambda: gate(feature, feature[:1, ..., :1], T_i, text_mask), r"got \(3, 6, 3, 5\) and \(1, 6, 3, 1\)"),
             (lambda: generator(torch.randn(M, 1, 8), torch.randn(M, 36, 8), (6, 7)), r"\(M,6\*7,8\), got .*36"),
             (lambda: generator(torch.randn(M, 8), torch.randn(M, 6, 8), (2, 3)), r"\(M,1,8\) .*got \(3, 8\)"),
             (lambda: copied[2](8, 6, structure="Bi"), "structure=Bi.*: expected bi, uni or linear"),
@@ -659,7 +668,7 @@ def test_pixels_of_the_two_encoders():
     edge = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     edge[..., 30:] = 255
     sharp = rs2sam2.to_pixels(edge, 32, *model.beit_statistics, "bicubic")
-    assert sharp.min() >= -1 and sharp.max() <= 1                             # bicubic overshoot is cut as PIL cuts it
+    assert sharp.min() == -1 and sharp.max() == 1                             # bicubic overshoot is cut as PIL cuts it
 
 
 @torch.no_grad()
@@ -718,7 +727,9 @@ def cancels(name):
 
 ALL_LOUD = {"lambda_ce": 10.0, "lambda_dice": 10.0, "lambda_tbl": 10.0}    # gradients ten times above the threshold
 VARIANTS = [{}, {"fusion": "uni"}, {"fusion": "linear"}, {"fusion": "none"}, {"gate": False}, {"mpg": False},
-            {"mpg_attention": False}, {"official_fusion": True},
+            {"mpg_attention": False}, {"official_fusion": True}, {"official_precision": True, "mpg": False},
+            {"boundary_loss": False}, *({"fusion": fusion, "gate": False, "boundary_loss": False}
+                                        for fusion in ("bi", "uni", "linear")),
             {"fusion": "none", "gate": False, "mpg": False, "boundary_loss": False}]
 
 
@@ -751,7 +762,7 @@ def test_every_loss_term_reaches_what_it_should():
 def test_two_learning_rates_and_what_is_frozen():
     model = build(freeze=True)
     recipe = {**rs2sam2.RECIPE, **rs2sam2.RECIPE_FOR["refsegrs"]}
-    low, high = model.param_groups(recipe)
+    low, high = model.requires_grad_(False).param_groups(recipe)              # as models.load leaves it
     assert (low["lr"], high["lr"]) == (5e-5, 1e-4)
     assert low["weight_decay"] == high["weight_decay"] == 0.01
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -868,6 +879,20 @@ def test_rows_of_tables_3_and_4_have_what_the_paper_says(table, row):
     assert ("pseudo_mask" in outputs) == ("MPG" in has) and ("text_weight" in outputs) == ("L_tbl" in has)
 
 
+PRINTED = {     # Tables 3 and 4: oIoU, mIoU in the order of ROWS
+    "3": ("55.51 36.64", "57.36 38.63", "70.89 60.20", "78.36 68.71", "80.87 73.90"),
+    "4": ("79.89 71.59", "80.87 73.90", "77.39 68.19", "78.93 70.10", "80.87 73.90", "77.54 67.61", "72.33 61.08",
+          "80.87 73.90")}
+
+
+def test_figures_stand_at_their_rows():
+    for table, figures in PRINTED.items():
+        rows = [row for name, row in ROWS if name == table]
+        assert rs2sam2.FIGURES[table] == {row: "oIoU {}, mIoU {}".format(*pair.split())
+                                          for row, pair in zip(rows, figures, strict=True)}
+    assert set(rs2sam2.FIGURES) == set(PRINTED)
+
+
 def test_rows_with_everything_are_the_full_model():
     full = Config()
     for (table, row), has in ROWS.items():
@@ -977,6 +1002,17 @@ def test_official_files_are_read_back_strictly(tmp_path, words_file, capsys):
         torch.testing.assert_close(value, tensors[f"beit3.{name}"].float(), rtol=0, atol=0)
     for name, value in model.sam.state_dict().items():
         torch.testing.assert_close(value, source.sam.state_dict()[name], rtol=0, atol=0)
+    settings, weights = (tmp_path / "sam2-hiera-large" / name for name in ("config.json", "model.safetensors"))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "dtype": "float16"}))      # a file may say so
+    assert model.load_pretrained() == sources
+    for name, value in model.sam.state_dict().items():
+        torch.testing.assert_close(value, source.sam.state_dict()[name], rtol=0, atol=0)
+    file, name = safetensors.torch.load_file(weights), "no_memory_embedding"
+    for changed in ({**file, name + "s": torch.zeros(3)}, {key: value for key, value in file.items() if key != name}):
+        safetensors.torch.save_file(changed, weights, {"format": "pt"})       # one too many, one too few
+        with pytest.raises(ValueError, match=rf"sam2-hiera-large: does not fit hiera_width.*1 of \d+ tensors.*{name}"):
+            model.load_pretrained()
+    safetensors.torch.save_file(file, weights, {"format": "pt"})
     missing = {name: value for name, value in tensors.items() if name != "beit3.encoder.layers.1.ffn.B.fc2.weight"}
     torch.save({"model": missing}, path)
     with pytest.raises(ValueError, match=r"patch16_224\.pth: does not fit .*encoder\.layers\.1\.ffn\.B\.fc2\.weight"):
@@ -1009,11 +1045,34 @@ def test_missing_weights_are_named_with_their_place(tmp_path, pretrained):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("fusion", "both"), ("hiera_blocks", (1, 1, 1)), ("image_size", 1000), ("beit_size", 220), ("hiera_width", 100),
-    ("text_length", 1024), ("beit_width", 1000), ("gate_heads", 3), ("mpg_heads", 5)])
+    ("fusion", "both"), ("hiera_blocks", (1, 1, 1)), ("hiera_windows", (8, 4, 16)), ("image_size", 1000),
+    ("hiera_windows", (12, 4, 16, 8)), ("beit_size", 220), ("hiera_width", 100), ("hiera_width", 104),
+    ("text_length", 1023), ("beit_width", 1000), ("gate_heads", 3), ("mpg_heads", 5)])
 def test_wrong_settings_are_named(field, value):
-    with pytest.raises(ValueError, match=f"{field}="):
+    with pytest.raises(ValueError, match=f"{field}=|image_size=1024: expected a multiple of .*48"):
         dataclasses.replace(Config(), **{field: value})
+
+
+def test_settings_at_the_edge_are_taken():
+    assert dataclasses.replace(Config(), text_length=1022).beit_positions == 1024
+    assert dataclasses.replace(Config(), image_size=960, hiera_windows=(12, 4, 16, 8))
+    with pytest.raises(ValueError, match="image_size=112: expected a multiple of 32"):         # of 4 windows it is
+        dataclasses.replace(Config(), image_size=112, hiera_windows=(7, 4, 16, 8))
+
+
+def test_settings_reach_the_modules():
+    """Each number of heads, rows and weights another one, none of them a default."""
+    model = build(fusion_reduction=2, fusion_heads=2, gate_heads=16, mpg_heads=1, beit_heads=2, sam_heads=4,
+                  sam_mask_channels=8, alpha_text=0.3, alpha_image=0.7, official_fusion=True)
+    for layer, block in zip(model.fusion, model.sam.vision_encoder.backbone.blocks, strict=True):
+        assert layer.down.out_features == block.dim_out // 2 and layer.image_reads_text.heads == 2
+        assert (layer.alpha_text, layer.alpha_image, layer.official) == (0.3, 0.7, True)
+        assert layer.text_reads_image.heads == 2 and layer.text_in.in_features == 16
+    assert (model.gate.attention.heads, model.prompt_generator.attention.heads) == (16, 1)
+    assert {layer.self_attn.heads for layer in model.beit3.encoder.layers} == {2}
+    decoder, prompts = model.sam.mask_decoder.config, model.sam.prompt_encoder
+    assert (decoder.num_attention_heads, decoder.mlp_dim, decoder.iou_head_hidden_dim) == (4, 24, 16)
+    assert prompts.mask_embed.conv2.out_channels == 8 and prompts.mask_input_size == (16, 16)
 
 
 def test_attention_is_pytorchs_from_its_start_on():
@@ -1277,7 +1336,8 @@ def test_files_that_are_not_theirs_are_refused_in_one_line(tmp_path):
     torch.save({"module": print}, path)             # asks to run code
     with pytest.raises(ValueError, match=f"^{message}: .*asks to run code is not opened"):
         rs2sam2.read_official(path)
-    for content, found in (([1, 2], "found list"), ({"epoch": 3, "model": {}}, r"found \['epoch', 'model'\]")):
+    for content, found in (([1, 2], "found list"), ({"epoch": 3, "model": {}}, r"found \['epoch', 'model'\]"),
+                           ({"epoch": 3, "x": torch.ones(1)}, r"found \['epoch', 'x'\]")):
         torch.save(content, path)
         with pytest.raises(ValueError, match=f"^{message}: expected tensors by name.*{found}"):
             rs2sam2.read_official(path)
@@ -1288,6 +1348,8 @@ def test_files_that_are_not_theirs_are_refused_in_one_line(tmp_path):
     for change, wrong in (
             (lambda tensors: tensors | {"visual_model.mask_decoder.x": torch.ones(1)},
              r"1 unknown as \['visual_model\.mask_decoder\.x'\]"),
+            (lambda tensors: tensors | {"gate.attention.to_q.weight": torch.ones(1)},       # ours is not theirs
+             r"1 unknown as \['gate\.attention\.to_q\.weight'\]"),
             (without("vmtoken"), None), (without("mm_extractor"), r"none of \['beit3\.'\]; found .*, vmtoken"),
             (without("visual_model"), r"none of \['fusion\.', 'gate\.', 'sam\.vision_encoder\."),
             *((without(begin), r"none of \['" + re.escape(part)) for begin, part in (
@@ -1298,7 +1360,7 @@ def test_files_that_are_not_theirs_are_refused_in_one_line(tmp_path):
                 ("visual_model.sam_prompt_encoder.mask_downscaling", "sam.prompt_encoder.mask_embed."),
                 ("visual_model.sam_prompt_encoder.point_embeddings", "sam.prompt_encoder.point_embeddings."))),
             (without("visual_model.sam_prompt_encoder.pe_layer"), r"none of \['sam\.prompt_encoder\.shared_embedding"),
-            (lambda tensors: {"backbone.model.x": torch.ones(1), "prompter.y": torch.ones(1)},
+            (lambda tensors: {"backbone.model.neck.x": torch.ones(1), "prompter.y": torch.ones(1)},
              r"2 unknown as .*found backbone\.model, prompter$")):
         their_file(path, SMALL_OFFICIAL, change=change)
         if wrong is None:                           # what is half there is found by the model that it does not fill
@@ -1374,6 +1436,8 @@ def test_official_losses_are_the_codes():
     each = boundary_loss(2 * m - 1, masks[:, None], weight, hard=True, cut=-1.0)
     torch.testing.assert_close(losses["tbl"], 0.2 * each.mean())
     assert (boundary_loss(2 * m - 1, masks[:, None], weight, hard=True) - each).abs().min() > 1e-3
+    plain = build(hard_boundary=True).criterion({"logits": m, "text_weight": weight}, {"masks": masks}, 0.0)
+    torch.testing.assert_close(plain["tbl"], losses["tbl"])                   # our one logit m is cut at 0 as well
 
 
 def test_starts_are_those_of_the_notes():
@@ -1382,7 +1446,7 @@ def test_starts_are_those_of_the_notes():
     for table, std in ((beit3.encoder.embed_positions["A"], 0.02), (beit3.encoder.embed_positions["B"], 0.02),
                        (beit3.text_embed, 1.0)):
         assert table.weight.std().item() == pytest.approx(std, rel=0.1)
-    assert not beit3.vision_embed.cls_token.any()
+    assert not beit3.vision_embed.cls_token.any() and not beit3.vision_embed.mask_token.any()
     layer = BidirectionalHierarchicalFusion(64, 48)
     for linear_layer in (layer.down, layer.up, layer.text_in, layer.text_out, layer.side[0], layer.side[2]):
         for values in (linear_layer.weight, linear_layer.bias):               # PyTorch's: uniform, 1/sqrt(fan in)

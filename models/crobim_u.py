@@ -33,7 +33,6 @@ Where the paper is departed from or silent: Notes, at the end of this file.
 
 import argparse
 import math
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,7 @@ from losses import binary_cross_entropy, dice_loss, uncertainty_loss
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's: our choice, ConvNeXt's usual ones
 MAPS = ("uncertainty", "refine_mask", "coarse")
-AT_ONCE = 2 ** 26                                   # numbers, C x S x S an expression: more leave a processor's caches
+AT_ONCE = 2 ** 26                                   # C x S x S numbers that a CPU decodes together; more leave caches
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,6 @@ class Config:
 
 def resize(maps, size):
     """(B,C,h,w) -> (B,C,*size), bilinear; uncertainty is resized as logits, III-B."""
-    if maps.shape[-2:] == size:
-        return maps
     return functional.interpolate(maps, size, mode="bilinear", align_corners=False)  # Silent: resizing
 
 
@@ -213,14 +210,13 @@ class DeformableAttention(nn.Module):
         offsets = rearrange(self.offsets(queries), "b n (a l p c) -> l c (b a) p n", a=self.heads, l=self.levels, c=2)
         weights = rearrange(self.weights(queries), "b n (a p) -> (b a) 1 p n", a=self.heads).float().softmax(2)
         weights = weights.chunk(self.levels, 2)                               # for each level (B*heads,1,points,n)
-        with torch.autocast(tokens.device.type, enabled=False):
-            values = value.float().split([h * w for h, w in sizes], -1)
-            centre_x, centre_y = (2 * centres - 1).unbind(-1)                 # (n,) in [-1,1]
-            mixed = 0
-            for level, (h, w), (x, y), weight in zip(values, sizes, offsets.float(), weights, strict=True):
-                where = torch.stack((centre_x + x * (2 / w), centre_y + y * (2 / h)), -1)         # (B*heads,points,n,2)
-                sampled = functional.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False)
-                mixed = mixed + (sampled * weight).sum(2)                     # (B*heads,C/heads,n)
+        values = value.float().split([h * w for h, w in sizes], -1)
+        centre_x, centre_y = (2 * centres - 1).unbind(-1)                     # (n,) in [-1,1]
+        mixed = 0
+        for level, (h, w), (x, y), weight in zip(values, sizes, offsets.float(), weights, strict=True):
+            where = torch.stack((centre_x + x * (2 / w), centre_y + y * (2 / h)), -1)           # (B*heads,points,n,2)
+            sampled = functional.grid_sample(level.unflatten(-1, (h, w)), where, align_corners=False)
+            mixed = mixed + (sampled * weight).sum(2)                         # (B*heads,C/heads,n)
         return self.to_out(rearrange(mixed, "(b a) d n -> b n (a d)", a=self.heads).to(self.to_out.weight.dtype))
 
 
@@ -279,9 +275,9 @@ class MaskDecoder(nn.Module):
         """feature4 (B,C,S/4,S/4); features, positions from the encoder; T (B,L,C) -> F (B,C,S/4,S/4), (B,1,S/4,S/4)."""
         F = self.smooth(feature4 + resize(features[0], feature4.shape[-2:]))  # (B,C,S/4,S/4)
         query = T[:, :1]                                                      # (B,1,C), Silent: P_fg, the word at [CLS]
-        for i in range(len(features)):
-            tokens = rearrange(features[-1 - i], "b c h w -> b (h w) c")      # coarse to fine
-            query = self.norms[i](query + self.read_image[i](query, tokens + positions[-1 - i], tokens))
+        for read, norm, level, places in zip(self.read_image, self.norms, features[::-1], positions[::-1], strict=True):
+            tokens = rearrange(level, "b c h w -> b (h w) c")                 # coarse to fine
+            query = norm(query + read(query, tokens + places, tokens))
         logits = torch.einsum("bqc,bchw->bqhw", self.embed(query), F).float()                       # (B,1,S/4,S/4)
         return F, logits / math.sqrt(query.shape[-1]) + self.bias
 
@@ -324,8 +320,8 @@ class ReferringUncertaintyScorer(nn.Module):
 
 
 def online_error(logits, masks):
-    """P_fg and y, (B,1,H,W) -> the present prediction and where it errs, bool (B,1,H,W), without gradient."""
-    prediction = logits.detach().sigmoid() > 0.5  # Eq. (4)
+    """P_fg and y, (B,1,H,W) -> the present prediction and where it errs, bool (B,1,H,W)."""
+    prediction = logits.sigmoid() > 0.5  # StopGrad: a comparison has no gradient  # Eq. (4)
     return prediction, prediction != masks  # Eq. (5)
 
 
@@ -427,7 +423,7 @@ class CroBIMU(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
         self.convnext = ConvNextModel(ConvNextConfig(
-            depths=list(c.convnext_depths), hidden_sizes=list(c.convnext_widths), drop_path_rate=c.drop_path,
+            depths=c.convnext_depths, hidden_sizes=c.convnext_widths, drop_path_rate=c.drop_path,
             layer_scale_init_value=c.layer_scale))
         self.convnext.layernorm = nn.Identity()                               # it serves the classifier only
         self.bert = BertModel(BertConfig(
@@ -455,10 +451,13 @@ class CroBIMU(nn.Module):
         c = self.config
         if c.pretrained == "none":
             return {}
-        load_tower(self.convnext, find_weights(c, c.image_backbone), ("layernorm.", "classifier.", "norm", "head."),
+        source = find_weights(c, c.image_backbone)
+        tensors = read_meta_convnext(source) if source.endswith(".pth") else read_huggingface(ConvNextModel, source)
+        load_tower(self.convnext, tensors, source, ("layernorm.", "classifier.", "norm", "head."),
                    "convnext_depths, convnext_widths")
-        load_tower(self.bert, find_weights(c, c.text_backbone), ("pooler.", "cls."),
-                   "bert_width, bert_layers, bert_ffn, vocab_size")
+        source = find_weights(c, c.text_backbone)
+        tensors = read_huggingface(BertModel, source)
+        load_tower(self.bert, tensors, source, ("pooler.", "cls."), "bert_width, bert_layers, bert_ffn, vocab_size")
         return {"convnext.": c.image_backbone, "bert.": c.text_backbone}
 
     def train(self, mode=True):
@@ -469,20 +468,17 @@ class CroBIMU(nn.Module):
 
     def encode_images(self, images):
         """images (N,3,S,S) uint8 -> V_4, V_8, V_16, V_32 (N,C,S/s,S/s)."""
-        feature = (images / 255 - self.mean) / self.std                       # (N,3,S,S)
-        features = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
-            feature = self.convnext.embeddings(feature)
-            for stage in self.convnext.encoder.stages:
-                feature = stage(feature)                                      # (N,width of the stage,S/s,S/s)
-                features.append(feature)
-        return [project(feature) for project, feature in zip(self.visual_projections, features, strict=True)]
+        pixels = (images / 255 - self.mean) / self.std                        # (N,3,S,S)
+        feature, projected = self.convnext.embeddings(pixels), []
+        for stage, project in zip(self.convnext.encoder.stages, self.visual_projections, strict=True):
+            feature = stage(feature)                                          # (N,width of the stage,S/s,S/s)
+            projected.append(project(feature))
+        return projected
 
     def encode_text(self, tokens, text_mask):
         """tokens, text_mask (B,L) -> T (B,L,C)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
-            # A mask with an axis for queries is taken as it is; about a plain one transformers asks the device.
-            words = self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state
+        # A mask with an axis for queries is taken as it is; about a plain one transformers asks the device.
+        words = self.bert(tokens, attention_mask=text_mask[:, None, None]).last_hidden_state
         return self.text_projection(words)
 
     def forward(self, images, tokens, text_mask, image_index=None):
@@ -491,34 +487,33 @@ class CroBIMU(nn.Module):
         logits: above 0 is the mask. coarse, uncertainty, refine_mask: maps in [0,1]. coarse_logits, uncertainty_logits:
         for the criterion. What is switched off is absent.
         """
-        size = tuple(images.shape[-2:])
+        size = images.shape[2:]
         features = self.encode_images(images)                                 # four of (N,C,S/s,S/s)
         T = self.encode_text(tokens, text_mask)                               # (B,L,C)
-        at_once = len(T)
+        index = torch.arange(len(T), device=T.device) if image_index is None else image_index
+        at_once = len(T)                                                      # expressions decoded together
         if T.device.type == "cpu" and not torch.is_grad_enabled():
-            at_once = max(1, AT_ONCE // (T.shape[-1] * size[0] * size[1]))
-        parts = []
-        for first in range(0, len(T), at_once):
-            some = slice(first, first + at_once)
-            rows = some if image_index is None else image_index[some]
-            parts.append(self.decode([feature[rows] for feature in features], T[some], text_mask[some], size))
-        return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            at_once = max(1, AT_ONCE // (self.config.width * size.numel()))
+        parts = [self.decode([feature[rows] for feature in features], words, mask, size)
+                 for rows, words, mask in zip(*(one.split(at_once) for one in (index, T, text_mask)), strict=True)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def decode(self, features, T, text_mask, size):
         """features, four of (B,C,S/s,S/s); T (B,L,C); text_mask (B,L) -> what `forward` gives."""
-        c, (feature4, *features) = self.config, features
-        if c.rus:
-            U = self.scorer(features[-1], T, text_mask).float()               # (B,1,S/32,S/32), Silent: (6)
-        if c.ugf:
-            features = [self.fusion(feature, T, text_mask, U) for feature in features]              # Silent: UGF
-        features, positions = self.encoder(features, T, text_mask)
-        F, logits = self.decoder(feature4, features, positions, T)            # (B,C,S/4,S/4), (B,1,S/4,S/4)
+        feature4, feature8, feature16, feature32 = features
+        levels = [feature8, feature16, feature32]
+        if self.config.rus:
+            U = self.scorer(feature32, T, text_mask).float()                  # (B,1,S/32,S/32), Silent: (6)
+        if self.config.ugf:
+            levels = [self.fusion(level, T, text_mask, U) for level in levels]                      # Silent: UGF
+        levels, positions = self.encoder(levels, T, text_mask)
+        F, logits = self.decoder(feature4, levels, positions, T)              # (B,C,S/4,S/4), (B,1,S/4,S/4)
         P_fg = resize(logits, size)                                           # (B,1,S,S)
         outputs = {"logits": P_fg, "coarse_logits": P_fg, "coarse": P_fg.detach().sigmoid()}
-        if c.rus:
+        if self.config.rus:
             U_tilde = resize(U, size)  # Eq. (2)
             outputs |= {"uncertainty_logits": U_tilde, "uncertainty": U_tilde.detach().sigmoid()}
-        if c.udlr:
+        if self.config.udlr:
             outputs["logits"], outputs["refine_mask"] = self.refinement(F, P_fg, U_tilde)
         return outputs
 
@@ -611,21 +606,29 @@ SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # [PAD] [UN
 class BertWords:
     """BERT's own tokenizer: strings -> tokens (B,L) int64, text_mask (B,L) bool; cut to L with [CLS] and [SEP] kept."""
 
-    def __init__(self, tokenizer, length):
-        self.tokenizer, self.length = tokenizer, length
+    def __init__(self, words, length):
+        self.words, self.length = words, length
 
     def __call__(self, expressions):
-        batch = self.tokenizer(list(expressions), padding="max_length", truncation=True, max_length=self.length,
-                               return_tensors="pt")
+        batch = self.words(expressions, padding="max_length", truncation=True, max_length=self.length,
+                           return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"].bool()
 
 
 def tokenizer(config):
     source = find_weights(config, config.text_backbone)
-    words = from_hub(BertTokenizer, source)
+    words = from_hub(read_words, source)
     if len(words) != config.vocab_size:
         raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
     return BertWords(words, config.text_length)
+
+
+def read_words(source):
+    """The tokenizer there. Where its files are missing, transformers answers with one of the special words alone."""
+    words = BertTokenizer.from_pretrained(source)
+    if len(words) == len(words.all_special_tokens):
+        raise OSError("neither vocab.txt nor tokenizer.json found")
+    return words
 
 
 def find_weights(config, name):
@@ -639,13 +642,10 @@ def find_weights(config, name):
     return str(path)
 
 
-def from_hub(kind, source, **options):
-    """What transformers' `kind` reads there, with an answer that helps if it fails."""
+def from_hub(load, source, **options):
+    """`load(source)` of transformers, with an answer that helps if it fails."""
     try:
-        found = kind.from_pretrained(source, **options)
-        if kind is BertTokenizer and len(found) <= 5:           # its answer to missing files: the five special words
-            raise OSError("neither vocab.txt nor tokenizer.json found")
-        return found
+        return load(source, **options)
     except (OSError, ValueError, RuntimeError) as error:
         if Path(source).is_dir():
             raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
@@ -655,16 +655,16 @@ def from_hub(kind, source, **options):
             f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
-def load_tower(tower, source, extra, fields):
-    """All of a published tower's tensors into `tower`, float32; names that begin with `extra` serve a head."""
-    if source.endswith(".pth"):
-        tensors = read_meta_convnext(source)
-    else:
-        model, info = from_hub(type(tower), source, dtype=torch.float32, output_loading_info=True)
-        tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in info["missing_keys"]}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(extra)}
-    own = tower.state_dict()
+def read_huggingface(kind, source):
+    """{name: tensor} of a published `kind`, None where it has no place for one."""
+    model, info = from_hub(kind.from_pretrained, source, output_loading_info=True)
+    tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
+    return {name: tensor for name, tensor in tensors.items() if name not in info["missing_keys"]}
+
+
+def load_tower(tower, tensors, source, extra, fields):
+    """Every tensor into `tower`, in its float32, none missing, unknown or of another shape; `extra` begin a head's."""
+    tensors, own = {name: tensors[name] for name in tensors if not name.startswith(extra)}, tower.state_dict()
     wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
         raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
@@ -692,9 +692,9 @@ def read_meta_convnext(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: damaged or no PyTorch weights file ({why})") from error
+    except Exception as error:                      # a flipped bit raises anything from AssertionError to struct.error
+        raise ValueError(f"{path}: damaged or no PyTorch weights file of plain tensors; one that asks to run code is "
+                         "not opened") from error
     if not isinstance(file, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(file).__name__}")
     file = next((file[key] for key in ("module", "state_dict", "model") if isinstance(file.get(key), dict)), file)

@@ -40,7 +40,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional
 from transformers import (
-    CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel, SamConfig,
+    CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel, SamConfig,
     SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig,
 )
 
@@ -323,9 +323,7 @@ def nearest(masks, size):
 
 def normalised(images, size, mean, std):
     """uint8 (N,3,h,w) -> pixels (N,3,size,size), antialiased where it shrinks."""
-    pixels = images.float() / 255
-    if pixels.shape[2:] != (size, size):
-        pixels = functional.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    pixels = functional.interpolate(images / 255, (size, size), mode="bilinear", align_corners=False, antialias=True)
     mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
     return (pixels - mean) / std
 
@@ -378,20 +376,16 @@ class PromptRIS(nn.Module):
 
     def load_pretrained(self):
         """CLIP and SAM from the hub or a folder, CLIP's projections also for the decoder -> {prefix: source}."""
-        c, decoder = self.config, self.decoder
-        own = CLIPConfig(text_config=self.clip_text.config.to_dict(), vision_config=self.clip_image.config.to_dict(),
-                         projection_dim=c.decoder_width)
-        clip, source = published_weights(CLIPModel, c.pretrained, c.clip_backbone, own,
-                                         "decoder_width and the clip_ fields")
-        self.clip_image.load_state_dict(clip.vision_model.state_dict())
-        self.clip_text.load_state_dict(clip.text_model.state_dict())
-        decoder.image_projection.load_state_dict(clip.visual_projection.state_dict())
-        decoder.text_projection.load_state_dict(clip.text_projection.state_dict())
+        c = self.config
+        source = find_weights(c, c.clip_backbone)
+        load_tower(nn.ModuleDict({
+            "vision_model": self.clip_image, "visual_projection": self.decoder.image_projection,
+            "text_model": self.clip_text, "text_projection": self.decoder.text_projection}),
+            read_huggingface(CLIPModel, source), source, "logit_scale", "decoder_width and the clip_ fields")
         sources = {"clip_image.": source, "clip_text.": source}
         if c.sam:
-            sam, sources["sam."] = published_weights(SamModel, c.pretrained, c.sam_backbone, self.sam.config,
-                                                     "image_size and the sam_ fields")
-            self.sam.load_state_dict(sam.state_dict())
+            source = sources["sam."] = find_weights(c, c.sam_backbone)
+            load_tower(self.sam, read_huggingface(SamModel, source), source, (), "image_size and the sam_ fields")
         return sources
 
     def choose_what_learns(self):
@@ -578,12 +572,12 @@ def build_clip(c):
 
 
 def build_sam(c):
-    """SAM of a Config `c` with random weights; transformers' defaults pass hardly any signal."""
+    """SAM of a Config `c` with random weights; those that transformers starts with pass hardly any signal."""
     sides = {"image_size": c.image_size, "patch_size": c.sam_patch}
     vision = SamVisionConfig(
         **sides, hidden_size=c.sam_width, mlp_dim=c.sam_ffn, num_hidden_layers=c.sam_layers,
         num_attention_heads=c.sam_heads, window_size=c.sam_window, global_attn_indexes=c.sam_global,
-        initializer_range=0.02, output_channels=c.sam_prompt_width, num_pos_feats=c.sam_prompt_width // 2)
+        output_channels=c.sam_prompt_width, num_pos_feats=c.sam_prompt_width // 2)
     prompts = SamPromptEncoderConfig(**sides, hidden_size=c.sam_prompt_width, mask_input_channels=c.sam_mask_channels)
     decoder = SamMaskDecoderConfig(
         hidden_size=c.sam_prompt_width, mlp_dim=c.sam_decoder_ffn, num_attention_heads=c.sam_decoder_heads,
@@ -615,55 +609,72 @@ SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # as CLIP m
 class ClipWords:
     """CLIP's own tokenizer, cut inside its marks or padded with [EOS] to `length`: strings -> tokens, text_mask."""
 
-    def __init__(self, tokenizer, length):
-        self.tokenizer, self.length = tokenizer, length
+    def __init__(self, words, length):
+        self.words, self.length = words, length
 
     def __call__(self, expressions):
-        batch = self.tokenizer(list(expressions), padding="max_length", truncation=True, max_length=self.length,
-                               return_tensors="pt")
+        batch = self.words(expressions, padding="max_length", truncation=True, max_length=self.length,
+                           return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"].bool()
 
 
 def tokenizer(config):
     """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
-    words, source = published(CLIPTokenizer, config.pretrained, config.clip_backbone)
+    source = find_weights(config, config.clip_backbone)
+    words = from_hub(read_words, source)
     if len(words) != config.vocab_size:
         raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
     return ClipWords(words, config.text_length)
 
 
-def published(kind, pretrained, name, **options):
-    """What transformers' `kind` reads of a backbone, from the hub or the folder `pretrained` -> it, where from."""
-    folder = Path(pretrained) / name.split("/")[-1]
-    source = name if pretrained == "hub" else str(folder)
-    if source != name and not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; put the files of huggingface.co/{name} there, "
-                                "or say --set pretrained=hub")
+def read_words(source):
+    """The tokenizer there. Where its files are missing, transformers answers with one of the special words alone."""
+    words = CLIPTokenizer.from_pretrained(source)
+    if len(words) == len(words.all_special_tokens):
+        raise OSError("neither vocab.json with merges.txt nor tokenizer.json found")
+    return words
+
+
+def find_weights(config, name):
+    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder."""
+    if config.pretrained == "hub":
+        return name
+    path = Path(config.pretrained) / name.split("/")[-1]
+    if path.exists():
+        return str(path)
+    raise FileNotFoundError(f"{path}: no such folder; put the files of huggingface.co/{name} there, "
+                            "or say --set pretrained=hub")
+
+
+def from_hub(load, source, **options):
+    """`load(source)` of transformers, with an answer that helps if it fails."""
     try:
-        found = kind.from_pretrained(source, **options)
-        if kind is CLIPTokenizer and len(found) <= 2:               # its answer to missing files: the two special words
-            raise OSError("neither vocab.json with merges.txt nor tokenizer.json found")
-        return found, source
+        return load(source, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        if source != name:
+        if Path(source).is_dir():
             raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
                              f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
         raise FileNotFoundError(
-            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, or put "
-            f"its files in DIR/{folder.name} and say --set pretrained=DIR") from error
+            f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
+            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
-def published_weights(kind, pretrained, name, own, fields):
-    """A published model in float32 that is, tensor for tensor, of the configuration `own` -> it, where from."""
-    (model, info), source = published(kind, pretrained, name, config=own, dtype=torch.float32, output_loading_info=True,
-                                      ignore_mismatched_sizes=True)
-    wrong = {*info["missing_keys"], *info["unexpected_keys"], *(one[0] for one in info["mismatched_keys"])}
-    wrong = sorted(one for one in wrong if not one.endswith(".position_ids"))           # a table that old files keep
+def read_huggingface(kind, source):
+    """{name: tensor} of a published `kind`, None where it has no place for one."""
+    model, info = from_hub(kind.from_pretrained, source, output_loading_info=True)
+    tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
+    return {name: tensor for name, tensor in tensors.items() if name not in info["missing_keys"]}
+
+
+def load_tower(tower, tensors, source, extra, fields):
+    """Every tensor into `tower`, in its float32, none missing, unknown or of another shape; `extra` begin a head's."""
+    tensors, own = {name: tensors[name] for name in tensors if not name.startswith(extra)}, tower.state_dict()
+    wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
-        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} tensors are missing, unknown or of another "
-                         f"shape, the first {wrong[:2]}")
-    print(f"{source}: {len(model.state_dict())} tensors loaded")
-    return model, source
+        raise ValueError(f"{source}: does not fit {fields}: {len(wrong)} of {len(own)} tensors are missing, unknown or "
+                         f"of another shape, the first {wrong[:2]}")
+    tower.load_state_dict(tensors)
+    print(f"{source}: {len(tensors)} tensors loaded")
 
 
 # Notes

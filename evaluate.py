@@ -15,12 +15,14 @@ import dataclasses
 import dis
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import sys
+import typing
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -28,9 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
-from torch.utils.data import DataLoader
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
@@ -43,13 +43,13 @@ SCREEN = 2048                                                     # longer side 
 SUFFIXES = (".bmp", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ROWS = ("first", "worst", "best", *metrics.FAILURES)              # what --rows takes beside ids
 NOT_FINITE = "the model's output is not finite: a weight is not, or half precision overflows (--precision fp32)"
+USER_ERRORS = (ValueError, OSError, ImportError)
 
 
-# ------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------------- processes, batches
 
 
-@dataclasses.dataclass(frozen=True)
-class Processes:
+class Processes(typing.NamedTuple):
     """This process among those that torchrun started; alone where it did not."""
 
     rank: int
@@ -65,14 +65,13 @@ def start_processes(device=None):
     """Join the process group if torchrun started us; `device` is "cpu", "cuda" or None (cuda where there is one)."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    where = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(where)
+    rank, world, local = (int(os.environ.get(*one)) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return Processes(rank, world, where)
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Processes(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
 
 
 def autocast(device, precision):
@@ -109,9 +108,9 @@ def load_batch(dataset, numbers):
 
 def batches(dataset, plan, workers, device):
     """Generates the batches of `plan`, a list of the dataset's indices for each."""
-    loader = DataLoader(list(plan), batch_size=None, collate_fn=functools.partial(load_batch, dataset),
-                        num_workers=workers, worker_init_fn=outlast_signals, pin_memory=device.type == "cuda",
-                        generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(
+        list(plan), batch_size=None, collate_fn=functools.partial(load_batch, dataset), num_workers=workers,
+        worker_init_fn=outlast_signals, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
     for batch in started(loader):
         if isinstance(batch, Exception):
             raise batch
@@ -135,11 +134,6 @@ def outlast_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     shown = sys.excepthook          # of the thread that hands tensors over, when the main process has gone first
     sys.excepthook = lambda kind, *rest: None if issubclass(kind, (OSError, EOFError)) else shown(kind, *rest)
-
-
-# ---------------------------------------------------------------------------------------------------------- errors
-
-USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 def is_users(error):
@@ -198,12 +192,11 @@ def shuffled(samples, seed=0):
     every, result = set(said), {}
     for place, numbers in enumerate(cycle):
         own = {said[number] for number in numbers}
-        for there in (cycle[place + 1:] + cycle[:place] if own < every else []):
-            if others := [number for number in there if said[number] not in own]:
-                for k, number in enumerate(numbers):
-                    sentence = samples[others[k % len(others)]].expression
-                    result[number] = dataclasses.replace(samples[number], expression=sentence, kind=None)
-                break
+        if own == every:
+            continue
+        foreign = ([number for number in there if said[number] not in own] for there in cycle[place:] + cycle[:place])
+        for number, other in zip(numbers, itertools.cycle(next(filter(None, foreign)))):
+            result[number] = dataclasses.replace(samples[number], expression=samples[other].expression, kind=None)
     if not result:
         raise NoControl("--control shuffled: each picture of the split holds all sentences that there are; the "
                         "control takes at least two images, one with a sentence that the other lacks")
@@ -227,13 +220,12 @@ def upsampled(logits, size):
 
 def counts(outputs, batch, save_masks=None):
     """{name: (M,)} of `count`, at the square or at every mask's own size."""
-    rows = []
-    truths = batch.get("original_masks", batch["masks"])
-    for i, (sample, truth) in enumerate(zip(batch["samples"], truths, strict=True)):
-        prediction = upsampled(outputs["logits"][i:i + 1], truth.shape)[0, 0] > 0
+    rows, truths = [], batch.get("original_masks", batch["masks"])
+    for logits, sample, truth in zip(outputs["logits"], batch["samples"], truths, strict=True):
+        prediction = upsampled(logits[None], truth.shape)[0, 0] > 0
         rows.append(count(sample, prediction, truth.to(prediction.device)))
         if save_masks:
-            write_mask(prediction.cpu().numpy(), save_masks / f"{sample.id}.png")
+            Image.fromarray(prediction.cpu().numpy()).convert("L").save(save_masks / f"{sample.id}.png")
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -247,10 +239,6 @@ def count(sample, prediction, truth):
         covered = (prediction & others).sum((1, 2))                                                     # (K,)
         row["on_distractor"] = (covered > intersection).any().float() if len(others) else covered.sum() * torch.nan
     return row
-
-
-def write_mask(mask, path, **options):
-    Image.fromarray(mask.astype(np.uint8) * 255).save(path, **options)
 
 
 def not_finite(outputs):
@@ -270,14 +258,14 @@ def evaluate(model, samples, processes, *, tokenizer, protocol, empty="zero", pr
     dataset = data.ReferringDataset(samples, model.config.image_size, tokenizer, original=protocol == "original")
     mine = packed(dataset.images[processes.rank::processes.world], micro_batch)
     loaded = batches(dataset, mine, workers, processes.device)
+    bar = tqdm(loaded, label, len(mine), disable=not processes.first, leave=False)
     scores, training = metrics.Scores(), model.training
     model.eval()
-    for images, batch in zip(mine, tqdm(loaded, label, len(mine), disable=not processes.first, leave=False),
-                             strict=True):
+    for images, batch in zip(mine, bar, strict=True):
         outputs, batch = forward(model, batch, processes.device, precision)
         diagnostics = model.diagnose(outputs, batch["masks"]) if hasattr(model, "diagnose") else {}
-        scores.add(torch.tensor([number for image in images for number in image]), **diagnostics,
-                   **counts(outputs, batch, save_masks), not_finite=not_finite(outputs))
+        scores.add(torch.tensor(sum(images, ())), **counts(outputs, batch, save_masks), **diagnostics,
+                   not_finite=not_finite(outputs))
     model.train(training)
     merged = scores.merged(expected=len(samples))
     if (bad := np.flatnonzero(merged.pop("not_finite"))).size:
@@ -285,44 +273,40 @@ def evaluate(model, samples, processes, *, tokenizer, protocol, empty="zero", pr
     return metrics.records(samples, merged, empty)
 
 
-def score_split(model, processes, *, dataset, data_root, split, recipe, output, tokenizer, precision, micro_batch=32,
-                workers=1, control=False, save_masks=False, rows="", checkpoint="", prefix=(), changes=(), **selection):
+def score_split(model, processes, *, recipe, tokenizer, precision, micro_batch=32, workers=1, save_masks=False, rows="",
+                checkpoint="", changes=(), **selection):
     """Score one split; write metrics.json, per_sample.jsonl and sheet.png, print the table -> the summary.
 
-    selection: categories, limit, small, refs. control: every picture carries another one's sentences, see `shuffled`.
-    rows: see `chosen`. changes: `field=value`, what differs from the run's own settings. The folder is named by the
-    prefix, the split, the categories, the control and the changes, as far as there are any, so that no score of one
-    kind takes the place of another.
+    selection: what `read_split` takes. rows: see `chosen`. changes: `field=value`, what differs from the run's own
+    settings. masks/ of an earlier scoring gives way to the new one or, without save_masks, is removed.
     """
-    samples, about = read_split(dataset, data_root, split, rows, **selection)
+    samples, folder, about = read_split(rows=rows, changes=changes, **selection)
     about |= {"protocol": recipe["protocol"], "threshold": "logits > 0", "checkpoint": str(checkpoint),
               "changes": ", ".join(changes), "precision": precision}
     if recipe["protocol"] == "resized":
         about["side"] = model.config.image_size
-    if control:
-        every, samples = len(samples), shuffled(samples)
-        about |= {"split": f"{about['split']}-shuffled",
-                  "control": f"{len(samples)} of {every} sentences changed, the others left out"}
-    folder = Path(output) / in_file_name("-".join([*prefix, about["split"], *changes]))
-    masks = folder / "masks.part" if save_masks else None
+    part = folder / "masks.part"
     if processes.first:
-        print(*notes(samples, tokenizer), sep="", end="", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        if masks:
-            shutil.rmtree(masks, ignore_errors=True)
-            masks.mkdir()
+        if strange := [sample.expression for sample in samples if unknown(sample.expression, tokenizer)]:
+            print(f"{len(strange)} of {len(samples)} sentences hold no word that the model knows, for example "
+                  f"{strange[0]:.200}")
+        if cut := data.cut(samples, tokenizer):
+            print(cut, flush=True)
+        shutil.rmtree(part, ignore_errors=True)
+        (part if save_masks else folder).mkdir(parents=True, exist_ok=True)
     if processes.world > 1:
         dist.barrier()
     try:
         lines = evaluate(model, samples, processes, tokenizer=tokenizer, protocol=recipe["protocol"],
                          empty=recipe["empty"], precision=precision, micro_batch=micro_batch, workers=workers,
-                         save_masks=masks, label=folder.name)
-        if masks and processes.first:
+                         save_masks=part if save_masks else None, label=folder.name)
+        if processes.first:
             shutil.rmtree(folder / "masks", ignore_errors=True)
-            masks.rename(folder / "masks")
+            if save_masks:
+                part.rename(folder / "masks")
     finally:
-        if masks and processes.first:
-            shutil.rmtree(masks, ignore_errors=True)
+        if processes.first:
+            shutil.rmtree(part, ignore_errors=True)
     summary = metrics.summarize(lines, empty=recipe["empty"])
     if processes.first:
         report(folder, lines, summary, about, rows, lambda numbers: sheet_rows(
@@ -330,26 +314,32 @@ def score_split(model, processes, *, dataset, data_root, split, recipe, output, 
     return summary
 
 
-def read_split(dataset, data_root, split, rows="", categories="all", limit=0, small=False, refs=None):
-    """(samples, what the table says of them). `rows` may name some by id: all of them must be there."""
-    options = {"small": small} if dataset == "synthetic" else {"refs": refs}
-    samples = data.read(dataset, data_root, split, categories=categories, limit=limit, **options)
-    asked = set(rows.split(",")) if rows and rows not in ROWS else set()
-    if absent := sorted(asked - {sample.id for sample in samples}):
+def read_split(*, output, dataset, data_root, split, rows="", categories="all", control=False, prefix=(), changes=(),
+               **options):
+    """(samples, folder of their scores, what the table says of them); options: limit, small, refs.
+
+    control: see `shuffled`. The folder is named by the prefix, the split, the categories, the control and the changes,
+    as far as there are any, so that no score of one kind takes the place of another. ValueError if it holds scores of
+    another data_root, or if `rows` names a sample that is not there.
+    """
+    samples = data.read(dataset, data_root, split, categories=categories, **options)
+    ids = set() if rows in ("", *ROWS) else set(rows.split(","))
+    if absent := sorted(ids - {sample.id for sample in samples}):
         raise ValueError(f"--rows {rows}: the split {split} has no sample {', '.join(absent)}; --rows takes ids, as "
                          f"{samples[0].id}, or one of {', '.join(ROWS)}")
     name = split if categories == "all" else f"{split}-{categories}"
-    return samples, {"dataset": dataset, "split": name, "subset": f"{categories} categories"}
-
-
-def notes(samples, tokenizer):
-    """Lines on the sentences that do not reach the model as they are."""
-    strange = [sample.expression for sample in samples if unknown(sample.expression, tokenizer)]
-    if strange:
-        yield (f"{len(strange)} of {len(samples)} sentences hold no word that the model knows, for example "
-               f"{strange[0]:.200}\n")
-    if cut := data.cut(samples, tokenizer):
-        yield cut + "\n"
+    root = "" if dataset == "synthetic" else str(data_root)
+    about = {"dataset": dataset, "data_root": root, "split": name, "subset": f"{categories} categories"}
+    if control:
+        every, samples = len(samples), shuffled(samples)
+        about |= {"split": f"{name}-shuffled",
+                  "control": f"{len(samples)} of {every} sentences changed, the others left out"}
+    folder = Path(output) / in_file_name("-".join([*prefix, about["split"], *changes]))
+    with contextlib.suppress(OSError, AttributeError, json.JSONDecodeError):        # no scores there, or none of ours
+        other = json.loads((folder / "metrics.json").read_text(errors="replace")).get("data_root", root)
+        if Path(other).resolve() != Path(root).resolve():
+            raise ValueError(f"{folder} holds the scores of the data in {other}, not {root}: give another --output")
+    return samples, folder, about
 
 
 def unknown(expression, tokenizer):
@@ -377,57 +367,48 @@ def write_text(path, text):
 
 def chosen(lines, rows, most=10):
     """Numbers of the lines that the sheet shows: spread over the split, the first of one of ROWS, or by their ids."""
-    numbers = list(range(len(lines)))
+    numbers = range(len(lines))
     if not rows:
-        shown = min(most, len(lines))
-        return [round(k * (len(lines) - 1) / max(1, shown - 1)) for k in range(shown)]
+        return np.linspace(0, len(lines) - 1, min(most, len(lines))).round().astype(int).tolist()
     if rows not in ROWS:
         return [number for name in rows.split(",") for number in numbers if lines[number]["id"] == name]
     if rows in metrics.FAILURES:
         numbers = [number for number in numbers if lines[number]["failure"] == rows]
     elif rows != "first":
-        numbers = [number for number in numbers if lines[number]["iou"] is not None]
-        numbers.sort(key=lambda number: lines[number]["iou"], reverse=rows == "best")
-    return numbers[:most]
+        scored = [number for number in numbers if lines[number]["iou"] is not None]
+        numbers = sorted(scored, key=lambda number: lines[number]["iou"], reverse=rows == "best")
+    return list(numbers[:most])
 
 
-# ------------------------------------------------------------------------------------------------ others' predictions
+def score_predictions(args, splits, protocol, empty, selection):
+    """Score DIR/ID.png of each sample; whatever cannot be scored is listed, and then nothing is written."""
+    def counted(sample):
+        try:
+            row = file_row(args, sample)
+        except (OSError, ValueError) as error:
+            return error
+        return count(sample, torch.from_numpy(row["prediction"]), torch.from_numpy(row["truth"]))
 
-
-def score_predictions(args):
-    """Score DIR/ID.png of each sample as `args` says; whatever cannot be scored is listed, and then nothing written."""
-    if not Path(args.predictions).is_dir():
-        raise FileNotFoundError(f"--predictions {args.predictions}: no such folder")
-    found, empty, root = [], args.empty or "zero", args.data_root or "data"
-    for split in data.split_names(args.dataset, args.split, root, args.refs):
-        samples, about = read_split(args.dataset, root, split, args.rows, args.categories, args.limit, args.small,
-                                    args.refs)
+    found = []
+    for split in splits:
+        samples, folder, about = read_split(split=split, **selection)
         with ThreadPool() as pool:
-            rows = list(tqdm(pool.imap(functools.partial(score_file, args), samples), split, len(samples), leave=False))
-        found.append((samples, about, rows))
-    faults = [str(row) for _, _, rows in found for row in rows if isinstance(row, Exception)]
-    ids = {sample.id for samples, _, _ in found for sample in samples}
+            rows = list(tqdm(pool.imap(counted, samples), split, len(samples), leave=False))
+        found.append((samples, folder, about, rows))
+    faults = [str(row) for *_, rows in found for row in rows if isinstance(row, Exception)]
+    ids = {sample.id for samples, *_ in found for sample in samples}
     extra = sorted(file.name for file in Path(args.predictions).glob("*.png") if file.stem not in ids)
     for line in [*faults, *(f"{name}: no sample of {args.split} has this name" for name in extra)]:
         print(line, file=sys.stderr)
     if faults:
         raise ValueError(f"{len(faults)} of {len(ids)} predictions cannot be scored, see above; nothing is written")
-    for samples, about, rows in found:
+    for samples, folder, about, rows in found:
         merged = {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
         lines = metrics.records(samples, {"number": np.arange(len(rows)), **merged}, empty)
-        about |= {"protocol": "resized" if args.side else "original", "threshold": "255 of 0 and 255",
-                  "predictions": str(args.predictions), "side": args.side, "limit": args.limit or ""}
-        report(Path(args.output or args.predictions) / about["split"], lines, metrics.summarize(lines, empty), about,
-               args.rows, lambda numbers, samples=samples: [file_row(args, samples[number]) for number in numbers])
-
-
-def score_file(args, sample):
-    """What `count` gives, or the error that says why the sample's file cannot be scored."""
-    try:
-        row = file_row(args, sample)
-    except (OSError, ValueError) as error:
-        return error
-    return count(sample, torch.from_numpy(row["prediction"]), torch.from_numpy(row["truth"]))
+        about |= {"protocol": protocol, "threshold": "255 of 0 and 255",
+                  "predictions": args.predictions, "side": args.side, "limit": args.limit or ""}
+        report(folder, lines, metrics.summarize(lines, empty), about, args.rows,
+               lambda numbers, samples=samples: [file_row(args, samples[number]) for number in numbers])
 
 
 def file_row(args, sample):
@@ -449,13 +430,10 @@ def file_row(args, sample):
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
-STOPS = np.array([[20, 20, 80], [30, 110, 140], [60, 180, 110], [250, 230, 40]])           # dark blue, green, yellow
-PALETTE = np.stack([np.interp(np.arange(256), [0, 85, 170, 255], stop) for stop in STOPS.T], 1).astype(np.uint8)
-
-
 def shades(values):
-    """(h,w) in [0,1] -> RGB image."""
-    return Image.fromarray(PALETTE[(np.clip(values, 0, 1) * 255).round().astype(np.uint8)])
+    """(h,w) in [0,1] -> RGB image, dark blue over green to yellow."""
+    levels = np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)
+    return ImageOps.colorize(Image.fromarray(levels), (20, 20, 80), (250, 230, 40), mid=(45, 145, 125))
 
 
 def outlined(image, mask, size):
@@ -479,16 +457,15 @@ def sheet_rows(model, samples, tokenizer, device, precision):
     model.eval()
     for number, sample in enumerate(samples):
         outputs, batch = forward(model, data.collate([dataset[(number,)]]), device, precision)
-        size = batch["masks"].shape[-2:]
-        shown = {name: upsampled(outputs[name], size)[0, 0].cpu().numpy()
+        shown = {name: upsampled(outputs[name], batch["masks"].shape[-2:])[0, 0].cpu().numpy()
                  for name in ("logits", *models.maps(model)) if name in outputs}
         rows.append({"expression": sample.expression, "truth": batch["masks"][0].cpu().numpy(),
                      "image": Image.fromarray(batch["images"][0].permute(1, 2, 0).cpu().numpy()),
                      "prediction": shown.pop("logits") > 0, "maps": shown})
         if "point" in outputs:                                                      # a map that is 1 at the point
-            point = outputs["point"][0, 0]
-            y, x = divmod(int(point.argmax()), point.shape[1])
-            rows[-1]["point"] = ((x + 0.5) / point.shape[1], (y + 0.5) / point.shape[0])
+            height, width = outputs["point"].shape[-2:]
+            y, x = divmod(int(outputs["point"].argmax()), width)
+            rows[-1]["point"] = (x + 0.5) / width, (y + 0.5) / height
     model.train(training)
     return rows
 
@@ -496,39 +473,30 @@ def sheet_rows(model, samples, tokenizer, device, precision):
 def sheet(rows, ious, path, cell=160):
     """The picture sheet: a row per sample with image, truth, prediction and maps; its IoU and sentence beneath.
 
-    Under a map's name stands its scale; a cross on the prediction is the point that prompted it.
+    Under a map's name stands its scale; a dot on the prediction is the point that prompted it.
     """
     titles, font = ["image", "truth", "prediction", *rows[0]["maps"]], ImageFont.load_default(13)
-    gap, head, caption = 6, 42, 22
-    size = max(len(titles) * (cell + gap) + gap, 480), head + len(rows) * (cell + caption + gap)
-    page = Image.new("RGB", size, "white")
-
-    def write(x, y, text):
-        try:
-            ImageDraw.Draw(page).text((x, y), text, "black", font)
-        except UnicodeEncodeError:                 # of the one font that there is without FreeType
-            ImageDraw.Draw(page).text((x, y), text.encode("latin-1", "replace"), "black", font)
-
-    for column, title in enumerate(titles):
-        left = gap + column * (cell + gap)
-        write(left, 5, title)
+    across, down, head = cell + 6, cell + 28, 42
+    page = Image.new("RGB", (max(len(titles) * across + 6, 480), head + len(rows) * down), "white")
+    draw = ImageDraw.Draw(page)
+    for left, title in zip(itertools.count(6, across), titles):
+        draw.text((left, 5), title, "black", font)
         if title in rows[0]["maps"]:
-            write(left, 21, "0")
-            write(left + cell - 8, 21, "1")
+            draw.text((left, 21), "0", "black", font)
+            draw.text((left + cell - 8, 21), "1", "black", font)
             page.paste(shades(np.linspace(0, 1, cell - 28)[None].repeat(8, 0)), (left + 14, 26))
-    for r, (row, iou) in enumerate(zip(rows, ious, strict=True)):
-        top = head + r * (cell + caption + gap)
+    for top, row, iou in zip(itertools.count(head, down), rows, ious):
         panels = [row["image"], *(outlined(row["image"], row[name], (cell, cell)) for name in ("truth", "prediction")),
                   *map(shades, row["maps"].values())]
         if "point" in row:
             x, y = (cell * share for share in row["point"])
-            for colour, width in (("black", 5), ("yellow", 1)):
-                ImageDraw.Draw(panels[2]).line((x - 7, y, x + 7, y), colour, width)
-                ImageDraw.Draw(panels[2]).line((x, y - 7, x, y + 7), colour, width)
-        for column, panel in enumerate(panels):
-            page.paste(panel.resize((cell, cell), Image.Resampling.BILINEAR), (gap + column * (cell + gap), top))
+            ImageDraw.Draw(panels[2]).ellipse((x - 4, y - 4, x + 4, y + 4), "yellow", "black", 2)
+        for left, panel in zip(itertools.count(6, across), panels):
+            page.paste(panel.resize((cell, cell), Image.Resampling.BILINEAR), (left, top))
         text = f"IoU {'left out' if iou is None else format(iou, '.2f')}   {row['expression'][:200]}"
-        write(gap, top + cell + 3, text)
+        if not isinstance(font, ImageFont.FreeTypeFont):        # without FreeType there is a font of latin-1 alone
+            text = text.encode("latin-1", "replace")
+        draw.text((6, top + cell + 3), text, "black", font)
     with models.put_in_place(path) as part:
         page.save(part, "PNG")
 
@@ -552,7 +520,17 @@ def predict(model, image, expressions, precision="fp32", *, tile=None, overlap=1
         raise ValueError("the expression is empty: give a sentence that names the object, for example 'the red ship'")
     if tile is not None and not 0 <= overlap < tile:
         raise ValueError(f"tile {tile}, overlap {overlap}: the overlap must be smaller than the tile")
-    picture = read_picture(image)
+    if isinstance(image, (str, Path)) and Path(image).is_dir():
+        raise ValueError(f"{image} is a folder; predict takes one picture, evaluate.py --image also a folder")
+    if isinstance(image, (str, Path)):
+        picture = data.read_image(image)
+    elif isinstance(image, Image.Image):
+        picture = data.to_rgb(image)
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+        picture = Image.fromarray(image)
+    else:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else f"{image!r:.80}"
+        raise ValueError(f"expected a uint8 array (H,W,3), got {got}; a path or a PIL image may also be gray or 16-bit")
     for text in texts:
         if unknown(text, model.tokenizer):
             print(f"the model knows no word of '{text:.200}': its mask means nothing", file=sys.stderr)
@@ -564,19 +542,6 @@ def predict(model, image, expressions, precision="fp32", *, tile=None, overlap=1
                    with_maps=tile is None if maps is None else maps)
 
 
-def read_picture(image):
-    if isinstance(image, (str, Path)):
-        if Path(image).is_dir():
-            raise ValueError(f"{image} is a folder; predict takes one picture, evaluate.py --image also a folder")
-        return data.read_image(image)
-    if isinstance(image, Image.Image):
-        return data.to_rgb(image)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else f"{image!r:.80}"
-        raise ValueError(f"expected a uint8 array (H,W,3), got {got}; a path or a PIL image may also be gray or 16-bit")
-    return Image.fromarray(image)
-
-
 @torch.no_grad()
 def segment(model, picture, texts, precision, tile, overlap, with_maps):
     """`predict` on a PIL image by rows of tiles, of which the whole image may be the only one."""
@@ -584,7 +549,8 @@ def segment(model, picture, texts, precision, tile, overlap, with_maps):
     tokens, text_mask = model.tokenizer(texts)
     batch = {"tokens": tokens, "text_mask": text_mask, "image_index": torch.zeros(len(texts), dtype=torch.long)}
     rows, columns = (windows(length, tile or length, overlap) for length in (height, width))
-    result, band = {"masks": np.empty((len(texts), height, width), bool)}, {}
+    names, band = ["logits", *(models.maps(model) if with_maps else ())], {}
+    result = {"masks": np.empty((len(texts), height, width), bool)}
     bar = tqdm(total=len(rows) * len(columns), desc="tiles", disable=tile is None, leave=False)
     for (top, down), below in zip(rows, [*(start for start, _ in rows[1:]), height], strict=True):
         for left, across in columns:
@@ -595,19 +561,17 @@ def segment(model, picture, texts, precision, tile, overlap, with_maps):
             if (bad := not_finite(outputs)).any():
                 raise ValueError(f"'{texts[int(bad.int().argmax())]:.200}': {NOT_FINITE}")
             window = torch.from_numpy(down[:, None] * across)                                           # (h,w)
-            for name in ("logits", *(models.maps(model) if with_maps else ())):
-                if name in outputs:
-                    sums = band.setdefault(name, torch.zeros(len(texts), len(down), width))
-                    sums[..., left:left + len(across)] += upsampled(outputs[name], window.shape)[:, 0].cpu() * window
+            for name in (name for name in names if name in outputs):
+                sums = band.setdefault(name, torch.zeros(len(texts), len(down), width))
+                sums[..., left:left + len(across)] += upsampled(outputs[name], window.shape)[:, 0].cpu() * window
             bar.update()
         for name, sums in band.items():            # what the next row of tiles does not reach is done
-            done = sums[:, :below - top]
+            done, band[name] = sums[:, :below - top], F.pad(sums[:, below - top:], (0, 0, 0, below - top))
             if name == "logits":
                 result["masks"][:, top:below] = done > 0
                 name, done = "probs", done.sigmoid()
             if with_maps:
                 result.setdefault(name, np.empty(result["masks"].shape, np.float32))[:, top:below] = done
-        band = {name: F.pad(sums[:, below - top:], (0, 0, 0, below - top)) for name, sums in band.items()}
     bar.close()
     return result
 
@@ -615,8 +579,8 @@ def segment(model, picture, texts, precision, tile, overlap, with_maps):
 def windows(length, tile, overlap):
     """[(start, weights)] of the tiles along one side; at every pixel the weights of all tiles sum to one."""
     tile = min(tile, length)
-    count = 1 + -(-(length - tile) // (tile - overlap)) if tile < length else 1
-    starts = [round(k * (length - tile) / max(1, count - 1)) for k in range(count)]
+    count = 1 + -(-(length - tile) // max(1, tile - overlap))
+    starts = np.linspace(0, length - tile, count).round().astype(int).tolist()
     slope = np.minimum(np.arange(1, tile + 1), np.arange(tile, 0, -1)).clip(max=overlap + 1)
     total = np.zeros(length)
     for start in starts:
@@ -624,52 +588,35 @@ def windows(length, tile, overlap):
     return [(start, (slope / total[start:start + tile]).astype(np.float32)) for start in starts]
 
 
-def pictures_in(names):
-    """The files among `names`, and the pictures in the folders among them."""
-    files = []
+def segment_files(model, names, texts, output, precision, tile, overlap):
+    """`predict` on every file, and every picture of a folder, with every sentence; writes mask, overlay and maps.
+
+    The mask of a georeferenced TIFF is a TIFF with the same tags, so that it lands on the map in a GIS.
+    """
+    files, output = [], Path(output)
     for path in map(Path, names):
         inside = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not path.exists() or not inside:
             raise FileNotFoundError(f"--image: no such file, or no picture ({', '.join(SUFFIXES)}) in {path}")
         files += inside
-    return files
-
-
-def segment_files(model, names, texts, output, precision, tile, overlap):
-    """`predict` on every file, or every picture of a folder, with every sentence; writes mask, overlay and maps.
-
-    The mask of a georeferenced TIFF is a TIFF with the same tags, so that it lands on the map in a GIS.
-    """
-    files, output = pictures_in(names), Path(output)
     output.mkdir(parents=True, exist_ok=True)
     stems = [file.stem for file in files]
     for k, file in enumerate(files):
-        name = file.stem if stems.count(file.stem) == 1 else f"{file.stem}-{file.suffix[1:]}{k + 1}"
-        picture, tags = data.read_image(file), georeference(file)
+        picture = data.read_image(file)
+        with Image.open(file) as stored:
+            tags = {tag: value for tag, value in getattr(stored, "tag_v2", {}).items() if tag in GEOREFERENCE_TAGS}
         result = predict(model, picture, texts, precision, tile=tile, overlap=overlap)
         scale = min(1, SCREEN / max(picture.size))
-        for i, text in enumerate(texts):
-            mask = result["masks"][i]
+        name = file.stem if stems.count(file.stem) == 1 else f"{file.stem}-{file.suffix[1:]}{k + 1}"
+        for i, (text, mask) in enumerate(zip(texts, result["masks"], strict=True)):
             base = output / (f"{name}-{i + 1}" if len(texts) > 1 else name)
             written = Path(f"{base}-mask{'.tif' if tags else '.png'}")
-            write_mask(mask, written, **({"tiffinfo": tags} if tags else {}))
-            shown = outlined(picture, mask, [max(1, round(scale * length)) for length in picture.size])
-            shown.save(f"{base}-overlay.png")
-            for title in models.maps(model):
-                if title in result:
-                    shades(result[title][i]).save(f"{base}-{title}.png")
+            Image.fromarray(mask).convert("L").save(written, tiffinfo=tags)
+            size = [max(1, round(scale * length)) for length in picture.size]
+            outlined(picture, mask, size).save(f"{base}-overlay.png")
+            for title in result.keys() & {*models.maps(model)}:
+                shades(result[title][i]).save(f"{base}-{title}.png")
             print(f"{written}  {mask.mean():.1%} of {file}: {text}")
-
-
-def georeference(file):
-    """The georeferencing tags of a TIFF as PIL writes them; empty for any other file."""
-    kept = ImageFileDirectory_v2()
-    with Image.open(file) as image:
-        tags = getattr(image, "tag_v2", {})
-        for tag in (tag for tag in GEOREFERENCE_TAGS if tag in tags):
-            kept.tagtype[tag] = tags.tagtype[tag]
-            kept[tag] = tags[tag]
-    return kept
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -679,7 +626,16 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Names the default of an option where there is one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+
+
+class Options(argparse.ArgumentParser):
+    """argparse that takes underscores for hyphens in option names."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        words = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in words]
+        return super().parse_known_args(words, namespace)
 
 
 def at_least(least):
@@ -697,20 +653,8 @@ def in_file_name(text):
     return name if len(name) <= 160 else f"{name[:150]}-{hashlib.sha256(text.encode()).hexdigest()[:9]}"
 
 
-class Options(argparse.ArgumentParser):
-    """argparse that takes underscores for hyphens in option names."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        swapped = []
-        for word in args:
-            name, equals, value = word.partition("=")
-            swapped.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
-        return super().parse_known_args(swapped, namespace)
-
-
 def arguments(argv=None):
-    parser = Options(description=__doc__.split("\n\n")[0])
+    parser = Options(description=__doc__.split("\n\n")[0], formatter_class=Defaults)
     parser.add_argument("--checkpoint", metavar="RUN", help="a run, weights in one, an export, org/name of the hub")
     parser.add_argument("--model", choices=models.PAPERS, help="the paper whose authors released --checkpoint FILE")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
@@ -722,16 +666,17 @@ def arguments(argv=None):
     score.add_argument("--dataset", choices=data.DATASETS, help="default: the one it was trained on")
     score.add_argument("--data-root", metavar="DIR", help="folder of the dataset (default: as in training, or data)")
     score.add_argument("--refs", metavar="NAME", help="the pickle of --dataset refer (default: as in training)")
-    score.add_argument("--split", default="test", help="one or several with commas, testA+testB as one (default test)")
+    score.add_argument("--split", default="test", help="one or several with commas, testA+testB as one")
     score.add_argument("--protocol", choices=models.CHOICES["protocol"], help="size that is scored (default: recipe)")
     score.add_argument("--empty", choices=models.CHOICES["empty"], help="IoU of empty on empty (default: recipe)")
     score.add_argument("--categories", choices=["all", "seen", "unseen"], default="all", help="COCO categories to keep")
     score.add_argument("--small", action="store_true", help="synthetic scenes: objects from 0.2 %% of the image")
     score.add_argument("--control", choices=["shuffled"], help="score with another picture's sentences instead")
-    score.add_argument("--save-masks", action="store_true", help="one PNG (0/255) per sample, at the scored size")
+    score.add_argument("--save-masks", action="store_true", help="one PNG (0/255) per sample, at the scored size; "
+                       "without it, those of an earlier scoring go")
     score.add_argument("--rows", default="", metavar="WHICH", help="samples of the sheet: their ids with commas, or "
                        f"{', '.join(ROWS)} (why they failed); default: ten from the whole split")
-    score.add_argument("--micro-batch", type=at_least(1), default=32, help="expressions at once (default 32)")
+    score.add_argument("--micro-batch", type=at_least(1), default=32, metavar="N", help="expressions at once")
     score.add_argument("-j", "--workers", type=at_least(0), default=min(8, max(1, os.cpu_count() // 2)), metavar="N",
                        help="loader processes per process")
     score.add_argument("--limit", type=at_least(0), default=0, metavar="N", help="first N samples of a split (0: all)")
@@ -742,9 +687,10 @@ def arguments(argv=None):
     own.add_argument("--text", nargs="+", metavar="SENTENCE", help="what to find in each of them")
     own.add_argument("--tile", type=at_least(1), metavar="PIXELS", help="cut large scenes into overlapping tiles and "
                      "blend their masks; a tile does not know where in the scene it lies (default: the whole at once)")
-    own.add_argument("--overlap", type=at_least(0), default=128, metavar="PIXELS", help="of the tiles (default 128)")
+    own.add_argument("--overlap", type=at_least(0), default=128, metavar="PIXELS", help="of the tiles")
     args = parser.parse_args(argv)
-    for option, other in (("image", "text"), ("text", "image"), ("tile", "image"), ("side", "predictions")):
+    for option, other in (("image", "text"), ("text", "image"), ("tile", "image"), ("side", "predictions"),
+                          ("image", "checkpoint")):
         if getattr(args, option) and not getattr(args, other):
             parser.error(f"--{option} goes with --{other}")
     if bool(args.predictions) == bool(args.checkpoint):
@@ -755,7 +701,12 @@ def arguments(argv=None):
 
 
 def load_model(args, device):
-    """(model, settings that it was trained with, folder for its scores, weights file if it is not the usual one)."""
+    """(model, its run's config.json, folder for its scores, weights file if it is not the usual one)."""
+    if args.predictions:
+        if not Path(args.predictions).is_dir():
+            raise FileNotFoundError(f"--predictions {args.predictions}: no such folder")
+        recipe = {"protocol": "resized" if args.side else "original", "empty": "zero", "precision": "fp32"}
+        return None, {"dataset": args.dataset, "recipe": recipe}, args.predictions, None
     if args.model:
         paper = models.paper(args.model)
         config, _ = models.override(paper.Config(), paper.RECIPE, args.set)
@@ -763,43 +714,41 @@ def load_model(args, device):
         return model, {"dataset": args.dataset, **model.run}, Path(f"runs/{args.model}-official"), None
     if Path(args.checkpoint).is_file() and Path(args.checkpoint).suffix != ".safetensors":
         raise ValueError(f"--checkpoint {args.checkpoint}: weights as a paper's authors released them take --model too")
-    model, (trained, folder) = models.load(args.checkpoint, args.set, device), models.run_settings(args.checkpoint)
+    model, (_, folder) = models.load(args.checkpoint, args.set, device), models.run_settings(args.checkpoint)
     weights, usual = (models.weights_file(one, folder) for one in (args.checkpoint, folder))
     folder = folder if Path(args.checkpoint).exists() else Path("runs", Path(args.checkpoint).name)     # of the hub
-    return model, trained, folder, None if weights.samefile(usual) else weights.stem
+    return model, model.run, folder, None if weights.samefile(usual) else weights.stem
 
 
 def main(args):
     processes = start_processes(args.device)
-    if args.predictions:
-        if processes.first:
-            score_predictions(args)
-        return
-    model, trained, folder, weights = load_model(args, processes.device)
-    recipe, small = dict(model.run["recipe"]), args.small or trained.get("small", False)
-    precision = args.precision or (recipe["precision"] if processes.device.type == "cuda" else "fp32")
+    model, run, folder, weights = load_model(args, processes.device)
+    usual = {"small": False, "limit": 0, "refs": None, "data_root": "data", **run, **run["recipe"]}
+    precision = args.precision or (usual["precision"] if processes.device.type == "cuda" else "fp32")
     if args.image:
         segment_files(model, args.image, args.text, args.output or "out", precision, args.tile, args.overlap)
         return
-    dataset, usual_root = args.dataset or trained["dataset"], trained.get("data_root", "data")
-    data_root, refs = args.data_root or usual_root, args.refs or trained.get("refs")
-    same, moved = dataset == trained["dataset"], Path(data_root).resolve() != Path(usual_root).resolve()
-    asked = {key: value for key in ("protocol", "empty") if (value := getattr(args, key)) not in (None, recipe[key])}
-    recipe |= asked
-    asked |= {"small": small} if small != trained.get("small", False) else {}
-    asked |= {"limit": args.limit} if args.limit != trained.get("limit", 0) else {}
-    asked |= {"checkpoint": weights} if weights else {}
-    asked |= {"refs": refs} if same and refs != trained.get("refs") else {}
-    asked |= {"data_root": Path(data_root).resolve()} if same and moved and dataset != "synthetic" else {}
+    dataset, root, refs = (getattr(args, key) or usual[key] for key in ("dataset", "data_root", "refs"))
+    asked = {key: getattr(args, key) or usual[key] for key in ("protocol", "empty", "small")}
+    asked |= {"limit": args.limit, "checkpoint": weights}
+    same = dataset == run["dataset"]
+    if same and dataset != "synthetic":
+        asked |= {"refs": refs, "data_root": Path(root).resolve()}
+        usual["data_root"] = Path(usual["data_root"]).resolve()
     changes = [one for one in args.set if not one.startswith(("pretrained=", "weights_dir="))]    # where, not what
-    changes += [f"{name}={value}" for name, value in asked.items()]
+    changes += [f"{key}={value}" for key, value in asked.items() if value != usual.get(key)]
+    splits = data.split_names(dataset, args.split, root, refs)
+    selection = {"output": args.output or folder, "dataset": dataset, "data_root": root, "rows": args.rows,
+                 "categories": args.categories, "limit": args.limit, "small": asked["small"], "refs": refs}
+    if args.predictions:
+        if processes.first:
+            score_predictions(args, splits, asked["protocol"], asked["empty"], selection)
+        return
     summaries = {split: score_split(
-        model, processes, dataset=dataset, data_root=data_root, split=split, recipe=recipe,
-        output=args.output or folder, tokenizer=model.tokenizer, precision=precision, micro_batch=args.micro_batch,
-        workers=args.workers, categories=args.categories, limit=args.limit, small=small, refs=refs, rows=args.rows,
-        control=args.control == "shuffled", save_masks=args.save_masks, checkpoint=args.checkpoint,
-        prefix=[] if same else [dataset], changes=changes)
-        for split in data.split_names(dataset, args.split, data_root, refs)}
+        model, processes, split=split, recipe=asked, tokenizer=model.tokenizer, precision=precision,
+        micro_batch=args.micro_batch, workers=args.workers, control=args.control == "shuffled",
+        save_masks=args.save_masks, checkpoint=args.checkpoint, prefix=[] if same else [dataset], changes=changes,
+        **selection) for split in splits}
     if processes.first and len(summaries) > 1:
         print(metrics.rows(summaries))
 

@@ -235,6 +235,49 @@ def test_other_weights_and_other_data_have_folders_of_their_own(tmp_path, monkey
     assert scored(run, "--data-root", "other") == [evaluate.in_file_name(f"test-data_root={tmp_path / 'other'}")]
 
 
+def test_scores_of_another_folder_of_the_same_data_set_are_not_written_over(run, tmp_path, monkeypatch):
+    """By a model that was trained on other data, and by masks of others: one name of folder for two roots."""
+    monkeypatch.chdir(tmp_path)
+    for name, scenes in (("data", 1), ("other", 2)):
+        layouts.write("rrsisd", tmp_path / name, scenes=scenes)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for sample in data.read("rrsisd", "other", "test"):
+        Image.fromarray(data.load([sample])[1][0]).convert("L").save(masks / f"{sample.id}.png")
+    words = ["--dataset", "rrsisd", "--limit", "4", "--output", "out", "--data-root"]
+    for begin, name in ((["--checkpoint", str(run), "--device", "cpu", "--workers", "0"], "rrsisd-test-limit=4"),
+                        (["--predictions", str(masks)], "test")):
+        for root in ("other", str(tmp_path / "other")):                                 # one place by two names
+            evaluate.main(evaluate.arguments([*begin, *words, root]))
+            written = json.loads(Path("out", name, "metrics.json").read_text())
+            assert (written["dataset"], written["data_root"]) == ("rrsisd", root)
+        before = {path: path.read_bytes() for path in Path("out", name).iterdir()}
+        with pytest.raises(ValueError, match=f"out/{name} holds the scores of the data in .*other, not data: give "):
+            evaluate.main(evaluate.arguments([*begin, *words, "data"]))
+        assert {path: path.read_bytes() for path in Path("out", name).iterdir()} == before
+        for unreadable in ("[]", "{", '{"mIoU": 1}'):                                   # none of ours, or of before
+            Path("out", name, "metrics.json").write_text(unreadable)
+            evaluate.main(evaluate.arguments([*begin, *words, "other"]))
+            assert json.loads(Path("out", name, "metrics.json").read_text())["data_root"] == "other"
+
+
+def test_masks_of_an_earlier_scoring_do_not_pass_for_those_of_the_scores(run, tmp_path, monkeypatch):
+    score(run, tmp_path, "--save-masks")
+    [folder] = tmp_path.iterdir()
+    kept = {path.name: path.read_bytes() for path in (folder / "masks").iterdir()}
+    monkeypatch.setattr(evaluate, "forward", None)
+    for words in ([], ["--save-masks"]):                                                # one that comes to nothing
+        with pytest.raises(TypeError):
+            score(run, tmp_path, *words)
+        assert {path.name: path.read_bytes() for path in (folder / "masks").iterdir()} == kept
+    monkeypatch.undo()
+    (folder / "masks/other.png").write_bytes(b"")
+    score(run, tmp_path, "--save-masks")
+    assert {path.name for path in (folder / "masks").iterdir()} == kept.keys()
+    score(run, tmp_path)
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "per_sample.jsonl", "sheet.png"}
+
+
 def test_the_authors_weights_score_into_a_folder_of_their_own(run, photo, tmp_path, monkeypatch):
     """models.load_official gives a model without a data set; what is asked with --set is in the Config that it gets."""
     asked = []
@@ -334,6 +377,7 @@ def test_an_output_that_cannot_be_is_named_before_anything_is_scored(run, photo,
     (["--checkpoint", "run", "--text", "a ship"], "--text goes with --image"),
     (["--checkpoint", "run", "--tile", "512"], "--tile goes with --image"),
     (["--checkpoint", "run", "--side", "512"], "--side goes with --predictions"),
+    (["--predictions", "dir", "--image", "a.png", "--text", "a ship"], "--image goes with --checkpoint"),
     (["--predictions", "dir"], "--dataset is needed"), (["--model", "rs2sam2", "--checkpoint", "f"], "--dataset is"),
     (["--checkpoint", "run", "--limit", "-1"], "must be at least 0"),
     (["--checkpoint", "run", "--micro_batch=0"], "must be at least 1")])
@@ -348,8 +392,8 @@ def test_options_have_the_defaults_that_their_help_names(capsys):
     with pytest.raises(SystemExit):
         evaluate.arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for part in (f"(default {args.split})", f"at once (default {args.micro_batch})", f"tiles (default {args.overlap})",
-                 *evaluate.ROWS):
+    for part in (f"(default: {args.split})", f"at once (default: {args.micro_batch})", *evaluate.ROWS,
+                 f"tiles (default: {args.overlap})", f"process (default: {args.workers})"):
         assert part in text
     assert (args.limit, args.categories, args.rows, args.small, args.save_masks) == (0, "all", "", False, False)
     assert args.overlap == inspect.signature(evaluate.predict).parameters["overlap"].default == 128      # DESIGN's
@@ -455,6 +499,7 @@ def test_a_closed_output_ends_the_program_in_silence_with_its_scores(run, tmp_pa
 def test_ctrl_c_ends_with_a_word(run, tmp_path):
     """To the whole group, as a terminal sends it, while the loader's workers are at work."""
     words = command(run, "--workers", 2, "--micro-batch", 12, "--output", tmp_path)
+    words[2] = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + words[2]    # under nohup
     started = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     seen = b""
     while not re.search(rb" [1-9]\d*/120", seen):
@@ -644,8 +689,9 @@ def test_outlines_are_seen_on_any_picture():
 
 
 def test_shades_run_from_dark_blue_to_yellow():
-    colours = np.asarray(evaluate.shades(np.array([[0.0, 1 / 3, 2 / 3, 1.0, -5.0, 5.0]])))[0].tolist()
-    assert colours == [[20, 20, 80], [30, 110, 140], [60, 180, 110], [250, 230, 40], [20, 20, 80], [250, 230, 40]]
+    colours = np.asarray(evaluate.shades(np.array([[-5.0, 0.0, 64 / 255, 127 / 255, 191 / 255, 1.0, 5.0]])))[0]
+    blue, green, yellow = np.array([20, 20, 80]), np.array([45, 145, 125]), np.array([250, 230, 40])
+    assert np.abs(colours - [blue, blue, (blue + green) / 2, green, (green + yellow) / 2, yellow, yellow]).max() <= 1
 
 
 def test_the_sheet_shows_scale_and_point(tmp_path):

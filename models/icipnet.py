@@ -732,7 +732,7 @@ def from_hub(load, source, **options):
 
 
 def load_tower(tower, source, fields, extra=()):
-    """All of a published tower's tensors into `tower`, float32, but names that begin with one of `extra`."""
+    """A published tower into `tower`, float32: all but names that begin with `extra`; `fields` decide on the shapes."""
     if source.endswith(".pth"):
         tensors = read_pth(source)
     else:

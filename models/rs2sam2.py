@@ -5,7 +5,7 @@ Paper
     arXiv:2503.07266, 2025, https://arxiv.org/abs/2503.07266
 Official
     the authors' repository (commit 7321e75, no licence), below "the code"; weights huggingface.co/ReeF2025/RS2-SAM2.
-    No code was copied.
+    No code was copied. Where it or the paper is departed from: Notes, at the end of this file.
 Idea
     A union encoder (BEiT-3) reads image and words together. In every block of SAM 2's frozen image encoder
     image and words read each other, and behind it the image reads the words (BHFM: layers and a gate). A generator
@@ -739,7 +739,7 @@ def from_hub(load, source, **options):
 
 
 def load_tower(tower, source, fields, extra=()):
-    """All of a published tower's tensors into `tower`, float32, but names that begin with one of `extra`."""
+    """A published tower into `tower`, float32: all but names that begin with `extra`; `fields` decide on the shapes."""
     if source.endswith(".pth"):
         tensors = read_pth(source)
     else:

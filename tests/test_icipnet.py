@@ -642,8 +642,12 @@ def test_cross_scale_interaction_gates_each_map_by_the_shared_one(as_released):
     def feed_forward(layers, x):
         first, wider, second, deep, _, narrower = layers
         x = batch_norm(second, conv(wider, batch_norm(first, x)))
-        return conv(narrower, conv(deep, x, padding=1, groups=len(first.weight)).clamp(0, 6))
+        x = conv(deep, x, padding=1, groups=len(first.weight))
+        assert x.max() > 6                                     # where ReLU6 ends
+        return conv(narrower, x.clamp(0, 6))
 
+    for layers in (*module.per_scale, module.across):
+        layers[3].weight.data *= 30
     features = [3 * torch.randn(1, width, side, side) for width, side in zip(widths, (16, 8, 4, 2), strict=True)]
     out = module(features)
     assert [f.shape for f in out] == [f.shape for f in features]

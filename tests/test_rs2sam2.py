@@ -506,9 +506,11 @@ TAKEN = {BEiT3: ("multiway", "BEiT3Attention", "BEiT3FeedForward", "BEiT3Layer",
          BidirectionalHierarchicalFusion: ("Attention",), MaskPromptGenerator: ("Attention",)}
 
 
-@pytest.fixture(scope="module")
-def copied(tmp_path_factory):
-    """The four modules as an engineer copies them: their source and what they take along, in a file of its own."""
+@pytest.fixture(scope="module", params=["here", "copied"])
+def parts(request, tmp_path_factory):
+    """The four modules, and as an engineer copies them: their source and what they take along in a file of its own."""
+    if request.param == "here":
+        return list(TAKEN)
     path = tmp_path_factory.mktemp("copied") / "mine.py"
     names = dict.fromkeys(name for module in TAKEN for name in (*TAKEN[module], module.__name__))
     path.write_text(IMPORTS + "\n\n".join(inspect.getsource(getattr(rs2sam2, name)) for name in names))
@@ -537,10 +539,10 @@ def test_copied_modules_start_with_the_papers_numbers():
 
 
 @torch.no_grad()
-def test_copied_modules_run_on_maps_of_any_sides_and_with_bfloat16_weights(copied):
+def test_modules_run_on_maps_of_any_sides_and_with_bfloat16_weights(parts):
     torch.manual_seed(0)
-    beit3 = copied[0](size=8, patch=4, width=8, layers=2, heads=2, ffn=12, positions=12, vocab_size=20)
-    gate, fusion, generator = copied[1](6, 2), copied[2](8, 6, reduction=2, heads=2), copied[3](8, heads=2)
+    beit3 = parts[0](size=8, patch=4, width=8, layers=2, heads=2, ffn=12, positions=12, vocab_size=20)
+    gate, fusion, generator = parts[1](6, 2), parts[2](8, 6, reduction=2, heads=2), parts[3](8, heads=2)
     F_in, F_i, T_i, text_mask = fusion_inputs()
     pixels, feature, V = torch.randn(M, 3, 8, 8), torch.randn(M, 6, 3, 5), torch.randn(M, 6, 8)
 
@@ -559,9 +561,9 @@ def test_copied_modules_run_on_maps_of_any_sides_and_with_bfloat16_weights(copie
         assert other.dtype == torch.bfloat16 and (one - other.float()).abs().max() < 0.1 * one.abs().max()
 
 
-def test_copied_modules_refuse_what_they_would_read_wrongly(copied):
-    beit3 = copied[0](size=8, patch=4, width=8, layers=1, heads=2, ffn=12, positions=12, vocab_size=20)
-    gate, fusion, generator = copied[1](6, 2), copied[2](8, 6, reduction=2, heads=2), copied[3](8, heads=2)
+def test_modules_refuse_what_they_would_read_wrongly(parts):
+    beit3 = parts[0](size=8, patch=4, width=8, layers=1, heads=2, ffn=12, positions=12, vocab_size=20)
+    gate, fusion, generator = parts[1](6, 2), parts[2](8, 6, reduction=2, heads=2), parts[3](8, heads=2)
     F_in, F_i, T_i, text_mask = fusion_inputs()
     feature, tokens, norm = torch.randn(M, 6, 3, 5), torch.full((M, 5), 7), nn.LayerNorm(8)
     for numbers in (text_mask.long(), text_mask.float()):
@@ -582,13 +584,13 @@ def test_copied_modules_refuse_what_they_would_read_wrongly(copied):
             (lambda: gate(feature, feature[:1, ..., :1], T_i, text_mask), r"got \(3, 6, 3, 5\) and \(1, 6, 3, 1\)"),
             (lambda: generator(torch.randn(M, 1, 8), torch.randn(M, 36, 8), (6, 7)), r"\(M,6\*7,8\), got .*36"),
             (lambda: generator(torch.randn(M, 8), torch.randn(M, 6, 8), (2, 3)), r"\(M,1,8\) .*got \(3, 8\)"),
-            (lambda: copied[2](8, 6, structure="Bi"), "structure=Bi.*: expected bi, uni or linear"),
-            (lambda: copied[2](8, 6, reduction=3), "width=8: .*a multiple of reduction=3"),
-            (lambda: copied[2](8, 6, reduction=2, heads=3), "width=4: expected a multiple of heads=3"),
-            (lambda: copied[1](6, 4), "width=6: expected a multiple of heads=4"),
-            (lambda: copied[3](8, heads=3), "width=8: expected a multiple of heads=3"),
-            (lambda: copied[0](size=9, patch=4), "size=9.*expected multiples of patch=4"),
-            (lambda: copied[0](width=9, heads=2), "width=9: expected multiples of .*heads=2")):
+            (lambda: parts[2](8, 6, structure="Bi"), "structure=Bi.*: expected bi, uni or linear"),
+            (lambda: parts[2](8, 6, reduction=3), "width=8: .*a multiple of reduction=3"),
+            (lambda: parts[2](8, 6, reduction=2, heads=3), "width=4: expected a multiple of heads=3"),
+            (lambda: parts[1](6, 4), "width=6: expected a multiple of heads=4"),
+            (lambda: parts[3](8, heads=3), "width=8: expected a multiple of heads=3"),
+            (lambda: parts[0](size=9, patch=4), "size=9.*expected multiples of patch=4"),
+            (lambda: parts[0](width=9, heads=2), "width=9: expected multiples of .*heads=2")):
         with pytest.raises(ValueError, match=message):
             call()
 

@@ -59,6 +59,10 @@ class Sample:
             object.__setattr__(self, "picture", self.image_id)
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def words(expression: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", expression.lower())
 
@@ -85,7 +89,7 @@ class Benchmark:
     names: str = ""                                # pattern of the names in its lists, the picture in group "picture"
     refs: str = ""                                 # its pickle, where it is stored as REFER does
     images: tuple[str, ...] = ()                   # where it may keep its images
-    classes: dict = field(default_factory=dict)    # class -> other names of it, to find it in an expression
+    classes: dict = field(default_factory=dict)    # name -> class, the longest first, to find it in an expression
     published: dict = field(default_factory=dict)  # split -> {"refs" | "images" | "expressions": number}
     reference: dict = field(default_factory=dict)  # refs of "seen" | "unseen" categories by CGFormer's code
     note: str = ""                                 # what the numbers found should be seen beside
@@ -95,16 +99,11 @@ class NotThere(FileNotFoundError):
     """The data set is not stored in the layout that was looked for."""
 
 
-def find_category(expression: str, classes: dict[str, tuple[str, ...]]) -> str | None:
+def find_category(expression: str, classes: dict[str, str]) -> str | None:
     """The class named first, as the head noun comes before its relations, in whole words; the longest at one place."""
-    found = _class_pattern(tuple(classes.items())).search(re.sub(r"[-_]", " ", expression.lower()))
-    return next((name for name, others in classes.items() if found and found[1] in (name, *others)), None)
-
-
-@functools.lru_cache
-def _class_pattern(classes):
-    names = sorted((name for entry in classes for name in (entry[0], *entry[1])), key=len, reverse=True)
-    return re.compile(rf"\b({'|'.join(map(re.escape, names))})(?:s|es)?\b")
+    pattern = rf"\b({'|'.join(classes)})(?:s|es)?\b"
+    found = classes and re.search(pattern, re.sub(r"[-_]", " ", expression.lower()))
+    return classes[found[1]] if found else None
 
 
 def _holds(folder: Path) -> str:
@@ -161,7 +160,7 @@ def _find_name(name: str, listing: dict[str, list[str]]) -> str:
 
 def _text(path: Path) -> str:
     content = path.read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:1000]:
+    if b"\0" in content:
         raise ValueError(f"{path}: it is UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8")
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -335,7 +334,7 @@ def read_custom(benchmark: Benchmark, root: Path):
     Optional are category, split (else train) and mask_value, the object's number in a mask file of many; in .jsonl the
     mask may be an RLE {size, counts} or a list of polygons, the expression a list of several.
     """
-    files = [root] if root.is_file() else sorted([*root.glob("*.jsonl"), *root.glob("*.csv")])
+    files = [root] if root.is_file() else [*root.glob("*.jsonl"), *root.glob("*.csv")]
     if len(files) != 1 or files[0].suffix not in (".jsonl", ".csv"):
         raise FileNotFoundError(f"custom: --data-root takes a .jsonl or .csv file or a folder with one; {_holds(root)}")
     rows = _csv_rows(files[0]) if files[0].suffix == ".csv" else _rows(files[0], ", entry ")
@@ -344,7 +343,7 @@ def read_custom(benchmark: Benchmark, root: Path):
 
 def _csv_rows(path: Path) -> list[tuple[str, tuple]]:
     """(where, (header, fields)); header names lose the blanks around them."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_text(path)), strict=True)
     try:
         rows = [(reader.line_num, fields) for fields in reader if fields]
     except csv.Error as error:
@@ -376,7 +375,7 @@ def _custom_samples(folder: Path, row) -> list[Sample]:
     if isinstance(mask, str):
         name, instance, mask = Path(mask).stem, _one_name(folder, mask), folder / mask
     else:
-        name, instance = Path(image).stem, hashlib.blake2b(json.dumps(mask).encode(), digest_size=8).hexdigest()
+        name, instance = Path(image).stem, _digest(json.dumps(mask).encode())
         parts = mask if isinstance(mask, list) else [mask]
         if not all({"size", "counts"} <= set(part) if isinstance(part, dict) else isinstance(part, list)
                    and len(part) % 2 == 0 and all(isinstance(x, int | float) for x in part) for part in parts):
@@ -393,7 +392,7 @@ def _custom_samples(folder: Path, row) -> list[Sample]:
                    "file" if category else None) for text in texts]
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.cache
 def _one_name(folder: Path, name: str) -> str:
     """The same for all ways to write a file's path."""
     path, base = Path(os.path.realpath(folder / name)), Path(os.path.realpath(folder))
@@ -401,7 +400,8 @@ def _one_name(folder: Path, name: str) -> str:
 
 
 def _lists(name, folders, source, names, classes, note="", **published) -> Benchmark:
-    classes = {name: tuple(others) for name, *others in (entry.split(" = ") for entry in classes.split(", "))}
+    named = {name: group[0] for group in (entry.split(" = ") for entry in classes.split(", ")) for name in group}
+    classes = dict(sorted(named.items(), key=lambda pair: -len(pair[0])))
     return Benchmark(name, (read_lists, read_datainfo), SPLITS, folders, source, names, classes=classes, note=note,
                      images=("images", "img_rgb", "images2"),
                      published={split: {"expressions": number} for split, number in published.items()})
@@ -494,11 +494,11 @@ def _read_all(dataset: str, data_root, refs: str | None, faults: list[str] | Non
         stamps = _stamps(path for file in files for path in (file, file.parent))
         _KNOWN[key] = stamps, {split: samples for split, samples in splits.items() if samples}, wrong
     _, splits, wrong = _KNOWN[key]
-    if wrong and faults is None:
-        more = f"; {len(wrong) - 1} more entries are wrong, python data.py lists them all" if wrong[1:] else ""
-        raise ValueError(wrong[0] + more)
     if faults is not None:
         faults += wrong
+    elif wrong:
+        more = f"; {len(wrong) - 1} more entries are wrong, python data.py lists them all" if wrong[1:] else ""
+        raise ValueError(wrong[0] + more)
     return splits
 
 
@@ -574,14 +574,13 @@ def read(dataset: str, data_root, split: str, *, refs: str | None = None, catego
 def _by_content(samples: list[Sample]) -> list[Sample]:
     """RefSegRS keeps one picture under many names, which do not tell; its files are equal then."""
     with ThreadPool(os.cpu_count()) as pool:  # reading and hashing leave Python's lock to the others
-        digests = pool.map(lambda sample: sample.image.is_file() and hashlib.blake2b(
-            sample.image.read_bytes(), digest_size=8).hexdigest(), samples)
+        digests = pool.map(lambda sample: sample.image.is_file() and _digest(sample.image.read_bytes()), samples)
     return [replace(sample, picture=digest or sample.picture) for sample, digest in zip(samples, digests, strict=True)]
 
 
 def _missing(samples: list[Sample]) -> Iterator[Path]:
     """Image and mask files that are not there. One look at each folder: on a network disk one at each file is slow."""
-    names = functools.lru_cache(None)(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
+    names = functools.cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
     files = (path for s in samples for path in (s.image, s.mask.get("file") if isinstance(s.mask, dict) else s.mask))
     return (path for path in dict.fromkeys(files) if isinstance(path, Path)
             and path.name not in names(path.parent) and not path.is_file())
@@ -625,9 +624,9 @@ def _bands(image: Image.Image) -> tuple[int, str]:
     bands = len(image.getbands())
     if image.format == "PNG" and bands > 1 and "16" in str(image.tile[0][3]):
         return bands, "uint16"
-    if image.format == "JPEG2000" and bands > 1:
+    if image.format == "JPEG2000":
         content = Path(image.filename).read_bytes()  # its SIZ segment holds the depth of the first band, less one
-        return bands, "uint8" if content[content.find(b"\xff\x4f\xff\x51") + 42] & 127 < 8 else "uint16"
+        return bands, "uint8" if content[content.find(b"\xff\x4f\xff\x51") + 42] < 8 else "uint16"
     return 1 if image.mode == "LA" else bands, {"I": "uint16", "F": "float32"}.get(image.mode[0], "uint8")
 
 
@@ -672,14 +671,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values, nodata = np.asarray(image).astype(np.float32), getattr(image, "tag_v2", {}).get(42113, "").strip(" \0")
         valid = values != float(nodata) if re.fullmatch(r"[-+]?\d+(\.\d*)?", nodata) else np.full(values.shape, True)
-        low, high = np.percentile(values[valid], (2, 98)) if valid.any() else (0, 0)
+        shown = values[valid] if valid.any() else values
+        low, high = np.percentile(shown, (2, 98))
         if low == high:
-            low = values.min(where=valid, initial=65535)
-            high = max(values.max(where=valid, initial=0), low + 1)
+            low, high = shown.min(), max(shown.max(), shown.min() + 1)
         image = Image.fromarray(((values - low) / (high - low) * 255 * valid).round().clip(0, 255).astype(np.uint8))
-    elif image.format == "TIFF" and image.mode in ("RGBA", "RGBX", "RGBa"):
-        image = Image.merge("RGB", image.split()[:3])
-    elif image.has_transparency_data:
+    elif image.has_transparency_data and image.format != "TIFF":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
@@ -695,15 +692,15 @@ def _mask_from_file(path: Path, value: int | None = None) -> np.ndarray:
             raise ValueError(f"{path}: mask_value needs one band, the file has {len(image.getbands())}")
         return np.asarray(image) == value
     lossy = image.format in ("JPEG", "MPO", "WEBP", "JPEG2000") or image.info.get("compression") == "jpeg"
-    if image.mode in ("P", "PA", "CMYK"):
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode in ("P", "CMYK"):
+        image = image.convert("RGBA")
     bands = np.atleast_3d(np.asarray(image))
     if image.mode in ("LA", "RGBA"):
         bands, alpha = bands[..., :-1], bands[..., -1]
-        if (bands == bands[0, 0]).all() and (alpha != alpha[0, 0]).any():
+        if not np.ptp(bands, (0, 1)).any() and np.ptp(alpha):
             raise ValueError(f"{path}: the mask is in its alpha band, all colours are alike; save that band as gray")
     values, top = bands.max(-1), bands.max()
-    if top > 1 and (bands != values[..., None]).any():
+    if (bands != values[..., None]).any():
         colour = bands[values > top / 2].mean(0)
         off = abs(bands - values[..., None] * (colour / colour.max())).max(-1)
         if (off > 2).any() if not lossy and image.getcolors(8) else _fills_a_square(off > 48):
@@ -792,9 +789,8 @@ def _drawn(number: int, size: tuple[int, int]) -> tuple[np.ndarray, list[np.ndar
 def distractors(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     """(K, H, W) bool of `size`: the other objects of the sample's category in its synthetic scene."""
     things, masks = scene(sample.image, size=sample.size[0]).things, _drawn(sample.image, sample.size)[1]
-    others = [Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
-              for number, (thing, mask) in enumerate(zip(things, masks, strict=True))
-              if thing.category == sample.category and number != sample.mask]
+    others = [Image.fromarray(masks[number]).resize(size[::-1], Image.Resampling.NEAREST)
+              for number, thing in enumerate(things) if thing.category == sample.category and number != sample.mask]
     return np.array(others, bool).reshape(-1, *size)
 
 
@@ -884,7 +880,7 @@ class ReferringDataset(torch.utils.data.Dataset):
 
 def instance_number(sample: Sample) -> int:
     """63 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(sample.instance.encode(), digest_size=8).digest(), "big") >> 1
+    return int(_digest(sample.instance.encode()), 16) >> 1
 
 
 def collate(items: list[dict]) -> dict:
@@ -1028,18 +1024,18 @@ def look(samples: list[Sample]) -> tuple[list[tuple[str, str]], str, list[float]
 
     image = tried(picture_of, samples[0])
     for sample in {sample.instance: sample for sample in samples}.values():
-        unknown = image is None and not isinstance(sample.mask, Path)  # the size on which a mask is drawn
+        stored = sample.mask if isinstance(sample.mask, dict) else {}
+        unknown = image is None and "parts" in stored  # the size on which they are drawn
         if unknown or (mask := tried(read_mask, sample, image and image.size[::-1])) is None:
             continue
-        size = sample.mask.get("size") if isinstance(sample.mask, dict) else None
         shares.append(mask.mean())
         if not 0 < shares[-1] <= 0.95:
             findings.append(("full" if shares[-1] else "empty",
                              f"{sample.image}, sample {sample.id}: its mask covers {shares[-1]:.1%} of it"))
-        if size and tuple(size) != mask.shape:
+        if (size := stored.get("size")) and tuple(size) != mask.shape:
             findings.append(("resized", "{}, sample {}: its mask of {}x{} is resized to the image's {}x{}".format(
                 sample.image, sample.id, *size, *mask.shape)))
-    return findings, image and hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest(), shares
+    return findings, image and _digest(image.tobytes()), shares
 
 
 def _counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
@@ -1047,11 +1043,12 @@ def _counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
     def refs(*parts):
         return len({sample.id.rpartition("_")[0] for samples in parts for sample in samples})
 
-    union, benchmark = dataset == "refcoco-union", DATASETS["refcoco" if dataset == "refcoco-union" else dataset]
+    union = dataset == "refcoco-union"
+    benchmark = DATASETS["refcoco" if union else dataset]
     for name, samples in splits.items():
         counts = {"refs": refs(samples), "images": len({sample.image_id for sample in samples})}
         counts = (counts if benchmark.reference else {}) | {"expressions": len(samples)}
-        known = benchmark.published.get(name, {}) if categories == "all" and (name, union) != ("train", True) else {}
+        known = benchmark.published.get(name, {}) if categories == "all" and not (union and name == "train") else {}
         objects, pictures = (len({getattr(sample, key) for sample in samples}) for key in ("instance", "picture"))
         yield (f"{name:6s} " + ", ".join(_beside(number, what, known.get(what)) for what, number in counts.items())
                + f", of {objects} objects in {pictures} pictures")
@@ -1061,14 +1058,17 @@ def _counts(dataset: str, splits: dict[str, list[Sample]], categories: str):
         yield f"train  {kept} refs of {part}" + (f", of {whole} with images held out elsewhere" if whole else "")
     for name, expected in benchmark.reference.get(categories, {}).items() if categories != "all" else ():
         parts = [samples for split, samples in splits.items() if split.startswith(name)]
-        if parts and (name, union) != ("train", True):
+        if parts and not (union and name == "train"):
             yield f"{name:6s} {categories}: {_beside(refs(*parts), 'refs', expected)}"
-    yield from [benchmark.note] if benchmark.note else []
+    if benchmark.note:
+        yield benchmark.note
 
 
 def _beside(found: int, what: str, expected: int | None) -> str:
-    verdict = "OK" if found == expected else f"differs by {found - (expected or 0):+d}"
-    return f"{found} {what}" + ("" if expected is None else f" (published {expected}: {verdict})")
+    if expected is None:
+        return f"{found} {what}"
+    verdict = "OK" if found == expected else f"differs by {found - expected:+d}"
+    return f"{found} {what} (published {expected}: {verdict})"
 
 
 def check(dataset: str, data_root, split: str | None, categories: str, refs: str | None = None, file=None) -> bool:
@@ -1077,7 +1077,7 @@ def check(dataset: str, data_root, split: str | None, categories: str, refs: str
     if absent := [name for name in DATASETS[dataset].splits if name not in every]:
         print(f"not there: {', '.join(absent)}{' (without val the last epoch is kept)' if 'val' in absent else ''}")
     wanted = split_names(dataset, split, data_root, refs) if split else every
-    splits = {name: _select(dataset, list(itertools.chain(*(every[part] for part in name.split("+")))), categories)
+    splits = {name: _select(dataset, itertools.chain(*(every[part] for part in name.split("+"))), categories)
               for name in wanted}
     splits = {name: _by_content(samples) if dataset == "refsegrs" else samples for name, samples in splits.items()}
     if file:

@@ -120,22 +120,43 @@ def test_category_comes_from_the_file_where_it_is(tmp_path):
     assert found == [(layouts.COCO[layouts.COCO_NUMBER[entry.category]], "file") for entry in entries]
 
 
-@pytest.mark.parametrize(("expression", "category"), [
-    ("building along the road", "building"), ("the white road marking on the road", "road marking"),
-    ("Paved road", "paved road"), ("road along the paved road", "road"), ("two buses", "bus"),
-    ("vehicles driving on the paved road", "vehicle"),
-    ("a carport", None), ("low-vegetation", "low vegetation"), ("the roadside", None)])
-def test_category_of_refsegrs_from_the_expression(expression, category):
-    assert data.find_category(expression, data.DATASETS["refsegrs"].classes) == category
+@pytest.mark.parametrize(("dataset", "expression", "category"), [
+    ("refsegrs", "building along the road", "building"), ("refsegrs", "two buses", "bus"),
+    ("refsegrs", "the white road marking on the road", "road marking"), ("refsegrs", "Paved road", "paved road"),
+    ("refsegrs", "road along the paved road", "road"), ("refsegrs", "the carport", None),
+    ("refsegrs", "the railroad", None), ("refsegrs", "low-vegetation", "low vegetation"),
+    ("refsegrs", "vehicles driving on the paved road", "vehicle"), ("risbench", "a storage_tank", "storage tank"),
+    ("risbench", "The storage-tank beside the harbor.", "storage tank"), ("risbench", "a small-vehicle", "vehicle"),
+    ("risbench", "a grey plane left of the terminal", "airplane"),
+    ("risbench", "the baseball field near the tennis court", "baseball diamond"),
+    ("risbench", "The aircraft near the storage tank", "airplane"), ("risbench", "something in the middle", None),
+    ("custom", "a ship", None)])
+def test_category_from_the_expression(dataset, expression, category):
+    assert data.find_category(expression, data.DATASETS[dataset].classes) == category
 
 
-@pytest.mark.parametrize(("expression", "category"), [
-    ("The storage-tank beside the harbor.", "storage tank"), ("a grey plane left of the terminal", "airplane"),
-    ("the baseball field near the tennis court", "baseball diamond"), ("a small-vehicle", "vehicle"),
-    ("The aircraft near the storage tank", "airplane"), ("the expressway toll station", "expressway toll station"),
-    ("something in the middle", None)])
-def test_category_of_risbench_from_the_expression(expression, category):
-    assert data.find_category(expression, data.DATASETS["risbench"].classes) == category
+@pytest.mark.parametrize(("dataset", "classes", "others"), [
+    # 14 of RSRefSeg 2's and FIANet's lists, and the one more of ICIPNet's Table V; then what else they are called
+    ("refsegrs", "road, vehicle, car, van, building, truck, trailer, bus, road marking, bikeway, sidewalk, tree, "
+     "low vegetation, impervious surface, paved road",
+     {"house": "building", "bike lane": "bikeway", "pavement": "sidewalk", "grass": "low vegetation",
+      "vegetation": "low vegetation"}),
+    ("risbench", "expressway service area, expressway toll station, ground track field, basketball court, container "
+     "crane, roundabout, windmill, overpass, stadium, bridge, soccer ball field, baseball diamond, train station, golf "
+     "field, airport, harbor, dam, ship, helipad, vehicle, chimney, airplane, helicopter, tennis court, storage tank, "
+     "swimming pool",
+     {"service area": "expressway service area", "toll station": "expressway toll station", "harbour": "harbor",
+      "track field": "ground track field", "running track": "ground track field", "crane": "container crane",
+      "traffic circle": "roundabout", "wind turbine": "windmill", "flyover": "overpass", "golf course": "golf field",
+      "soccer field": "soccer ball field", "football field": "soccer ball field", "baseball field": "baseball diamond",
+      "railway station": "train station", "boat": "ship", "vessel": "ship", "car": "vehicle", "truck": "vehicle",
+      "van": "vehicle", "bus": "vehicle", "plane": "airplane", "aircraft": "airplane", "aeroplane": "airplane",
+      "tank": "storage tank", "pool": "swimming pool"})])
+def test_classes_that_are_looked_for(dataset, classes, others):
+    named = {name: name for name in classes.split(", ")} | others
+    assert data.DATASETS[dataset].classes == named and len(classes.split(", ")) == {"refsegrs": 15}.get(dataset, 26)
+    for name, category in named.items():
+        assert data.find_category(f"The {name.upper()}s", data.DATASETS[dataset].classes) == category
 
 
 def test_parsed_category_is_marked(tmp_path):
@@ -147,7 +168,7 @@ def test_parsed_category_is_marked(tmp_path):
 
 def test_lines_with_double_spaces_trailing_newlines_and_repeats(tmp_path):
     text = ("\ufefftrain_0_0.png  The  plane is\tleft .\r\n\n  \n"
-            "train_0_0.png a second one\ntrain_0_2.png I'm the middle \n\n")
+            "train_0_0.png a second one\rtrain_0_2.png I'm the middle \n\n")
     lists(tmp_path / "RISBench", text.lstrip("\ufeff"))
     (tmp_path / "RISBench" / "output_phrase_train.txt").write_bytes(text.encode())
     found = data.read("risbench", tmp_path, "train")
@@ -165,7 +186,7 @@ def test_ids_stay_distinct_whatever_they_are(tmp_path):
 def test_risbench_without_val_list_is_normal(tmp_path):
     layouts.write("risbench", tmp_path, splits={"train": 1, "test": 1})
     assert not data.has_split("risbench", tmp_path, "val") and data.has_split("risbench", tmp_path, "test")
-    with pytest.raises(ValueError, match=r"no split 'val'.*it has train, test"):
+    with pytest.raises(ValueError, match=r"no split 'val'.*it has train, test$"):
         data.split_names("risbench", "val", tmp_path)
     with pytest.raises(ValueError, match=r"no split 'val'"):
         data.read("risbench", tmp_path, "val")
@@ -189,9 +210,11 @@ def test_split_names(tmp_path):
     assert data.has_split("refcoco", tmp_path, "test")
     with pytest.raises(ValueError, match="no split ''"):
         data.split_names("refcoco", "val,", tmp_path)
-    with pytest.raises(ValueError, match="tests are those of refcoco, refcoco"):
+    with pytest.raises(ValueError, match="it has train, val; its tests are those of refcoco, refcoco"):
         data.split_names("refcoco-union", "test", tmp_path)
+    assert data.split_names("refcoco-union", "val", "nowhere") == ["val"]  # without reading four sets
     layouts.write("refcocog-google", tmp_path, scenes=1)
+    assert data.split_names("refcocog-google", "val+train", tmp_path) == ["val+train"]
     assert not data.has_split("refcocog-google", tmp_path, "test")
     with pytest.raises(ValueError, match="unknown data set 'refcocoo'.*risbench"):
         data.read("refcocoo", tmp_path, "val")
@@ -201,7 +224,7 @@ def test_split_names(tmp_path):
 def test_utf_16_is_named(encoding, tmp_path):
     folder = lists(tmp_path / "mine", "a.png a ship\n")
     (folder / "output_phrase_train.txt").write_text("a.png a ship\n", encoding=encoding)
-    with pytest.raises(ValueError, match="phrase_train.txt: it is UTF-16, not UTF-8; convert it: iconv -f utf-16"):
+    with pytest.raises(ValueError, match=f"^{folder}/output_phrase_train.txt: it is UTF-16, not UTF-8; convert it: ic"):
         data.read("risbench", folder, "train")
     (folder / "output_phrase_test.txt").write_bytes(b"a.png caf\xe9\n")
     with pytest.raises(ValueError, match="UTF-16.*1 more entries are wrong"):
@@ -297,6 +320,8 @@ def test_annotations_as_datainfo(dataset, folder, root, tmp_path):
                             for one in samples], key
         assert (data.load(found[:1])[1][0] == before[split]).all()
         assert len({one.instance for one in found}) == len(found)
+        assert [one.image_id for one in found] == [one.image.name for one in found]
+        assert all(one.mask["resize"] == (dataset == "rrsisd") for one in found)
     lines = next(tmp_path.rglob(f"{dataset}_train.jsonl"))
     lines.write_text(lines.read_text().replace('"sent"', '"sentence"', 1) + "{\n")
     with pytest.raises(ValueError, match=rf"{dataset}_train.jsonl:1: not as it should be .KeyError: 'sent'.*; 1 more"):
@@ -316,8 +341,10 @@ def test_coco_images_under_the_names_of_2017(tmp_path):
 @pytest.mark.parametrize("form", ["refs(unc).p", "grefs(unc).json"])
 @pytest.mark.parametrize("ann_id", [[3], [3, 4], [-1], [], None, -1])
 def test_sets_with_no_or_several_targets_are_named(form, ann_id, tmp_path):
-    root = refer(tmp_path, [], dataset="refcoco", ref={"ann_id": ann_id, "no_target": True})
-    rows = pickle.loads((root / "refcoco" / "refs(unc).p").read_bytes())
+    root = refer(tmp_path, [], dataset="refcoco")
+    [row] = pickle.loads((root / "refcoco" / "refs(unc).p").read_bytes())
+    rows = [row, {**row, "ann_id": ann_id, "no_target": True}]
+    (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(rows))
     (root / "refcoco" / "grefs(unc).json").write_text(json.dumps(rows))
     where = {"refs(unc).p": ("refcoco", root, None), "grefs(unc).json": ("refer", root / "refcoco", form)}[form]
     with pytest.raises(ValueError, match="refcoco/g?refs.unc...*: sentences of no target or of several, as gRefCOCO"):
@@ -327,8 +354,13 @@ def test_sets_with_no_or_several_targets_are_named(form, ann_id, tmp_path):
 def test_not_found_errors_say_where_it_is_downloaded(tmp_path):
     for dataset, place in (("refsegrs", "huggingface.co/datasets/JessicaYuan/RefSegRS"), ("rrsisd", "Lsan2401/RMSIN"),
                            ("risbench", "HIT-SIRS/CroBIM"), ("refcoco", "lichengunc/refer"), ("refcocog-umd", "refer")):
-        with pytest.raises(FileNotFoundError, match=f"it is downloaded from .*{place}$"):
+        with pytest.raises(FileNotFoundError, match=f" or its folder .*it is downloaded from .*{place}$"):
             data.read(dataset, tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match=f"in the data root {tmp_path}; .*from where its authors keep it$"):
+        data.read("refer", tmp_path, "train", refs="a.p")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"\{train,val,test\}.txt in .*/file or its folder .*/file is a file\."):
+        data.read("risbench", tmp_path / "file", "train")
 
 
 def test_every_wrong_entry_is_found_in_one_run(tmp_path, capsys):
@@ -404,6 +436,88 @@ def test_folder_variants(dataset, moves, root, tmp_path):
         assert data.load(samples[:1])[1][0].any()
 
 
+@pytest.mark.parametrize(("dataset", "places"), [
+    ("rrsisd", ("images/rrsisd/JPEGImages", "JPEGImages", "images/JPEGImages", "images/rrsisd", "images")),
+    ("refcoco", (*(f"{place}train{year}" for year in (2014, 2017) for place in (
+        "images/mscoco/images/", "images/", "", "images/mscoco/", "mscoco/images/", "coco/")), "images"))])
+def test_images_are_taken_from_the_first_usual_place_that_holds_them(dataset, places, tmp_path):
+    layouts.write(dataset, tmp_path, splits={"train": 1})
+    first = data.read(dataset, tmp_path, "train")[0].image
+    files = [*first.parent.iterdir()]
+    for path in files:
+        move(path, tmp_path / "aside" / path.name)
+    for place in reversed(places):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)             # empty ones do not count
+    for place in reversed(places):
+        for path in files:
+            shutil.copy(tmp_path / "aside" / path.name, tmp_path / place)
+        data._KNOWN.clear()
+        assert {one.image.parent for one in data.read(dataset, tmp_path, "train")} == {tmp_path / place}
+    for place in places[1:]:
+        (tmp_path / place / first.name).unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / places[0])
+    (tmp_path / places[0]).mkdir()
+    data._KNOWN.clear()
+    if len(files) > 1:  # one that holds some of the files is the place; what is missing is named
+        with pytest.raises(FileNotFoundError, match=f"{places[1]}/{first.name}, of {dataset} train, is missing"):
+            data.read(dataset, tmp_path, "train")
+
+
+@pytest.mark.parametrize(("dataset", "names"), [
+    ("refsegrs", ("RefSegRS", "refsegrs", "new_dataset2")), ("risbench", ("RISBench_dataset", "RISBench", "risbench")),
+    ("rrsisd", ("rrsisd", "RRSIS-D/rrsisd", "RRSIS-D", "RRSISD", "rrssid"))])
+def test_the_first_of_the_usual_folders_is_taken(dataset, names, tmp_path):
+    places = [f"{parent}{name}" for parent in ("", "refer/data/", "data/") for name in names]
+    for place in reversed([*places, ""]):
+        lists(tmp_path / place, "1.tif a ship\n")
+        data._KNOWN.clear()
+        assert only(dataset, tmp_path).image.parent == tmp_path / place / "images"
+
+
+def test_the_first_of_several_layouts_and_names_is_taken(tmp_path):
+    folder = lists(tmp_path / "rrsisd", "00009.jpg a car\n")
+    names = {"image": ("images", "img_rgb", "images2"), "mask": ("masks", "mask", "masks2")}
+    for kind, of_kind in names.items():
+        move(folder / of_kind[0], tmp_path / kind)
+        shutil.copytree(tmp_path / kind, folder / of_kind[-1])
+    for kind, of_kind in names.items():
+        for name in reversed(of_kind):
+            shutil.copytree(tmp_path / kind, folder / name, dirs_exist_ok=True)
+            data._KNOWN.clear()
+            assert getattr(only("rrsisd", folder), kind).parent == folder / name
+    (folder / "output_phrase_train.txt").unlink()
+    (folder / "phrase_txts").mkdir()
+    for name in ("phrase_txts/output_phrase_train3.txt", "output_phrase_train3.txt",
+                 "phrase_txts/output_phrase_train.txt", "output_phrase_train.txt"):
+        (folder / name).write_text(f"00009.jpg {name}\n")
+        data._KNOWN.clear()
+        assert only("rrsisd", folder).expression == name
+    refer(tmp_path, [])  # the authors' own layout beside it
+    data._KNOWN.clear()
+    assert only("rrsisd", tmp_path).expression == "The ship"
+    (folder / "refs(unc).p").unlink()
+    row = {"file_name": "00009.jpg", "segmentation": layouts.rle(box())}
+    for place in ("", "annotations", "datainfo"):  # the last reader
+        (folder / place).mkdir(exist_ok=True)
+        (folder / place / "rrsisd_train.jsonl").write_text(json.dumps({**row, "sent": f"of {place}"}))
+    data._KNOWN.clear()
+    assert only("rrsisd", folder).expression == "output_phrase_train.txt"
+    for wanted in ("of datainfo", "of annotations", "of"):
+        for path in folder.glob("**/output_phrase*"):
+            path.unlink()
+        data._KNOWN.clear()
+        assert only("rrsisd", folder).expression == wanted
+        (Path(*folder.parts, wanted[3:]) / "rrsisd_train.jsonl").unlink()
+
+
+@pytest.mark.parametrize("absent", ["images", "masks", "output_phrase_train.txt"])
+def test_a_folder_that_lacks_a_part_is_none(absent, tmp_path):
+    folder = lists(tmp_path / "RISBench", "a.png a ship\n")
+    move(folder / absent, tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match=r"risbench: no \{images\|img_rgb\}/, \{masks\|mask\}/ and output_phr"):
+        data.read("risbench", tmp_path, "train")
+
+
 def test_wrong_data_root_says_what_was_looked_for_and_found(tmp_path):
     for dataset, looked_for in (("rrsisd", r"no refs\(unc\).p with instances.json"),
                                 ("refsegrs", r"output_phrase_\{train,val")):
@@ -455,6 +569,8 @@ def test_samples_cannot_be_changed_in_place():
     with pytest.raises(AttributeError, match="expression"):
         sample().expression = "another"
     assert data.replace(sample(image="x"), expression="y").picture == "x" and sample().kind is None
+    with pytest.raises(AttributeError, match="source"):
+        data.DATASETS["custom"].source = "another"
 
 
 def test_limit_and_empty_selection(tmp_path):
@@ -466,11 +582,22 @@ def test_limit_and_empty_selection(tmp_path):
         data.read("refcoco", tmp_path / "other", "train", categories="seen")
 
 
-def test_changed_files_are_read_anew(tmp_path):
-    assert only("rrsisd", refer(tmp_path, [])).expression == "The ship"
-    refer(tmp_path, [], sentence={"raw": "A boat"})
-    os.utime(tmp_path / "rrsisd" / "refs(unc).p", ns=(1, 1))
-    assert only("rrsisd", tmp_path).expression == "A boat"
+@pytest.mark.parametrize(("dataset", "name", "old", "new"), [
+    ("rrsisd", "rrsisd/refs(unc).p", b"The ship", b"The boat"), ("rrsisd", "rrsisd/instances.json", b"ship", b"boat"),
+    ("risbench", "RISBench/output_phrase_train.txt", b"ship", b"boat"), ("custom", "data.jsonl", b"ship", b"boat")])
+def test_changed_files_are_read_anew(dataset, name, old, new, tmp_path):
+    picture(tmp_path / "m.png")
+    {"rrsisd": lambda: refer(tmp_path, []), "risbench": lambda: lists(tmp_path / "RISBench", "a.png The ship\n"),
+     "custom": lambda: custom(tmp_path, {"image": "a.png", "mask": "m.png", "expression": "The ship"})}[dataset]()
+    before, content = only(dataset, tmp_path), (tmp_path / name).read_bytes()
+    assert only(dataset, tmp_path) is before                              # as long as nothing changes
+    (tmp_path / name).write_bytes(content.replace(old, new))              # in place: its folder does not change
+    os.utime(tmp_path / name, ns=(1, 1))
+    after = only(dataset, tmp_path)
+    assert "boat" in (after.expression if name != "rrsisd/instances.json" else after.category).lower()
+    shutil.rmtree((tmp_path / name).parent)
+    with pytest.raises(FileNotFoundError, match=f"{dataset}: .*data-root"):
+        data.read(dataset, tmp_path, "train")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,20 +612,28 @@ def test_expression_keeps_case_and_falls_back(tmp_path):
         data.read("rrsisd", refer(tmp_path / "e", [], sentence={"raw": " ", "sent": "", "tokens": []}), "train")
 
 
-@pytest.mark.parametrize(("ref", "annotation"), [
-    ({"category_id": 13}, {"categories_id": 99}), ({"category_id": None, "x": 1}, {}), ({}, {"category_id": 13})])
-def test_category_under_either_key(ref, annotation, tmp_path):
-    root = refer(tmp_path, [], annotation=annotation, ref=ref)
+@pytest.mark.parametrize(("of_ref", "of_annotation", "category"), [
+    (13, {"categories_id": 99}, "ship"), (None, {"categories_id": 13}, "ship"), (None, {"category_id": 13}, "ship"),
+    (None, {"category_id": 13, "categories_id": 99}, "ship"), (14, {"categories_id": 13}, None)])
+def test_category_under_either_key(of_ref, of_annotation, category, tmp_path):
+    root = refer(tmp_path, [], annotation={"categories_id": 99, **of_annotation}, ref={"category_id": of_ref})
     rows = pickle.loads((root / "rrsisd" / "refs(unc).p").read_bytes())
-    if rows[0]["category_id"] is None:  # only the misspelt key of the annotation is left
+    if of_ref is None:
         del rows[0]["category_id"]
         (root / "rrsisd" / "refs(unc).p").write_bytes(pickle.dumps(rows))
-    assert only("rrsisd", root).category == "ship"
+    found = only("rrsisd", root)
+    assert (found.category, found.category_source) == (category, category and "file")
 
 
 def test_file_name_of_the_ref_is_not_the_image(tmp_path):
     found = only("refcoco", refer(tmp_path, [], dataset="refcoco"))  # its ref names x.jpg
     assert found.image.name == "00009.jpg" and found.id == "7_5" and found.image_id == "9"
+    path = tmp_path / "refcoco" / "instances.json"
+    path.write_text(path.read_text().replace("00009.jpg", "./00009.jpg").replace('"id": 3', '"id": "3"'))
+    (tmp_path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([{
+        "ref_id": 7, "ann_id": "3", "image_id": 9, "split": "train", "sentences": [{"sent_id": 5, "raw": "x"}]}]))
+    found = only("refcoco", tmp_path)  # object numbers as strings, the file's name in other words
+    assert (found.picture, found.instance, found.expression) == ("00009.jpg", "9/3", "x")
 
 
 def latin_pickle(text):

@@ -1,16 +1,22 @@
 """Readers on the layouts people have, traps of the formats, the loader's batches, the sampler, the check command."""
 
 import csv
+import io
 import json
+import math
 import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections import Counter
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import layouts
 import numpy as np
@@ -752,11 +758,10 @@ def test_overlapping_polygon_parts_are_a_union(tmp_path):
     expected = np.zeros((6, 8), bool)
     expected[1:4, 1:6] = expected[2:6, 4:8] = True
     assert (mask == expected).all()
-
-
-def test_polygon_of_two_corners_is_nothing(tmp_path):
-    """Alone or in front, pycocotools would take its four numbers for a box."""
-    assert not data.load([only("refcoco", refer(tmp_path, [[1, 1, 3, 3]], dataset="refcoco"))])[1][0].any()
+    # Alone or in front, pycocotools would take two corners for a box; three are a triangle, half of one here.
+    assert not data.load([only("refcoco", refer(tmp_path / "two", [[1, 1, 3, 3]], dataset="refcoco"))])[1][0].any()
+    three = refer(tmp_path / "three", [[0, 0, 6, 0, 0, 6]], dataset="refcoco")
+    assert data.load([only("refcoco", three)])[1][0].sum() == pytest.approx(18, abs=3)
 
 
 def test_parts_of_both_kinds_are_a_union(tmp_path):
@@ -782,19 +787,37 @@ def test_polygons_without_pycocotools(tmp_path, monkeypatch):
     np.repeat(box().astype(np.uint8)[..., None] * 255, 3, 2), box(),
     np.stack([box() * 0, box() * 0, box() * 255], 2).astype(np.uint8),
     box().astype(np.uint16) * 255, box().astype(np.uint16) * 65535,
-    np.concatenate([np.repeat(box()[..., None] * 255, 3, 2), np.full((6, 8, 1), 255)], 2).astype(np.uint8)],
-    ids=["0/1", "0/255", "3 bands 0/1", "3 bands 0/255", "1 bit", "blue", "255 in 16 bit", "16 bit", "alpha"])
+    np.concatenate([np.repeat(box()[..., None] * 255, 3, 2), np.full((6, 8, 1), 255)], 2).astype(np.uint8),
+    np.stack([box() * 0, box() * 0, box() * 1], 2).astype(np.uint8)],
+    ids=["0/1", "0/255", "3 bands 0/1", "3 bands 0/255", "1 bit", "blue", "255 in 16 bit", "16 bit", "alpha", "blue 1"])
 def test_mask_files(array, tmp_path):
     folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=array)
     assert (data.load([only("risbench", folder)])[1][0] == box()).all()
 
 
-def test_mask_files_with_palette(tmp_path):
+def test_mask_files_with_palette_and_for_printing(tmp_path):
     for palette in ([0, 0, 0, 128, 0, 0], [0, 0, 0, 1, 1, 1], [0, 0, 0, 255, 255, 255]):
         image = Image.fromarray(box().astype(np.uint8)).convert("P")
         image.putpalette(palette)
         image.save(tmp_path / "mask.png")
         assert (data._mask_from_file(tmp_path / "mask.png") == box()).all()
+    Image.fromarray(np.repeat(box()[..., None] * np.uint8(255), 3, 2)).convert("CMYK").save(tmp_path / "mask.tif")
+    assert (data._mask_from_file(tmp_path / "mask.tif") == box()).all()
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("m.jpg", {"quality": 100}), ("m.mpo", {"quality": 100}), ("m.webp", {"lossless": True}),
+    ("m.jp2", {"irreversible": False}), ("m.tif", {"compression": "jpeg", "quality": 100})])
+def test_few_values_of_a_lossy_file_may_be_off(name, options, tmp_path):
+    """0 and 254 alone: in a lossless file they are two classes."""
+    array = np.kron([[0, 254], [254, 254]], np.ones((32, 32))).astype(np.uint8)
+    Image.fromarray(array).save(tmp_path / name, **options)
+    values = np.asarray(Image.open(tmp_path / name).convert("L"))
+    assert 253 <= values.max() < 255 and len(np.unique(values)) <= 8
+    assert (data._mask_from_file(tmp_path / name) == (array > 0)).all()
+    Image.fromarray(array).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="this one 0, 254"):
+        data._mask_from_file(tmp_path / "m.png")
 
 
 def test_empty_mask_file_and_mask_of_class_numbers(tmp_path):
@@ -824,7 +847,8 @@ def labels(number):
 @pytest.mark.parametrize(("array", "found"), [
     ((blob() + 254 * (blob() & ~np.roll(blob(), 1, 1))).astype(np.uint8), "0, 1, 255"),     # two classes, a void edge
     (np.where(blob(), 210, 10).astype(np.uint8), "10, 210"), (np.where(blob(), 128, 0).astype(np.uint8), "0, 128"),
-    (blob().astype(np.uint8) * 2, "0, 2"), (np.where(blob(), 254, 0).astype(np.uint8), "0, 254"),
+    (blob().astype(np.uint8) * 2, "0, 2"), (blob().astype(np.uint16) * 256, "0, 256"),
+    (labels(7).astype(np.uint8), "0, 1, 2, 3, 4, 5, 6, 7"),
     (labels(4).astype(np.uint8), "0, 1, 2, 3, 4"), (labels(60).astype(np.uint8), "0, 1, 2, 3, 4, 5, 6, 7, ..."),
     ((labels(60) * 4).astype(np.uint8), "0, 4, 8, 12, 16, 20, 24, 28, ..."),
     (labels(300), "0, 1, 2, 3, 4, 5, 6, 7, ..."),
@@ -921,6 +945,31 @@ def test_how_far_one_colour_may_be_from_another(off, right, tmp_path):
             data._mask_from_file(tmp_path / "many.png")
 
 
+@pytest.mark.parametrize(("colours", "right"), [(8, False), (9, True)])
+def test_how_many_colours_are_many(colours, right, tmp_path):
+    """Black, the mask's, one that is 3 off, and others within 2: up to eight they are all looked at."""
+    array = coloured(blob(), (200, 100, 0))
+    near = [(200, 99 + k // 3, k % 3) for k in (0, 1, 2, 4, 5, 6)]
+    array[0, :2 * colours - 4:2] = [(200, 100, 3), *near[:colours - 3]]
+    assert len(np.unique(array.reshape(-1, 3), axis=0)) == colours
+    Image.fromarray(array).save(tmp_path / "m.png")
+    if right:
+        assert (data._mask_from_file(tmp_path / "m.png") == (array[..., 0] > 0)).all()
+    else:
+        with pytest.raises(ValueError, match="a coloured mask"):
+            data._mask_from_file(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("darker", [(100, 52, 0), (80, 42, 0)])
+def test_the_colour_is_that_of_the_pixels_brighter_than_half(darker, tmp_path):
+    """Many dark pixels, 2 off each: with them in the mean, the one bright pixel would be more than 2 off."""
+    array = np.zeros((8, 8, 3), np.uint8)
+    array[2:5, 2:7], array[6, 6] = darker, (200, 100, 0)
+    Image.fromarray(array).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="this one 0, "):  # no coloured mask, but one of two values
+        data._mask_from_file(tmp_path / "m.png")
+
+
 @pytest.mark.parametrize("colour", [0, 255, 90])
 def test_a_mask_in_the_alpha_band_is_named(colour, tmp_path):
     alpha = Image.fromarray(blob().astype(np.uint8) * 255)
@@ -962,13 +1011,18 @@ def test_mask_value_takes_one_object_of_a_map(tmp_path):
     masks = data.load(samples)[1]
     assert all((mask == (stored == 2)).all() for mask in masks[:4]) and (masks[4] == (stored == 0)).all()
     assert len({one.instance for one in samples}) == 5 and len({one.id for one in samples}) == 6
+    Image.new("LA", (64, 64)).save(tmp_path / "la.png")
     picture(tmp_path / "rgb.png", (64, 64))
-    with pytest.raises(ValueError, match="rgb.png: mask_value needs one band, the file has 3"):
-        data.load(data.read("custom", custom(tmp_path, {**rows[0], "mask": "rgb.png"}), "train"))
+    for name, bands in (("rgb.png", 3), ("la.png", 2)):
+        with pytest.raises(ValueError, match=f"{name}: mask_value needs one band, the file has {bands}"):
+            data.load(data.read("custom", custom(tmp_path, {**rows[0], "mask": name}), "train"))
     with pytest.raises(ValueError, match="entry 1: mask_value 'two' is not the number of an object"):
         data.read("custom", custom(tmp_path, {**rows[0], "mask_value": "two"}), "train")
-    with pytest.raises(FileNotFoundError, match="none.png, of custom train, is missing"):
-        data.read("custom", custom(tmp_path, {**rows[0], "mask": "none.png"}), "train")
+    with pytest.raises(ValueError, match="entry 1: mask_value '2' is not the number of an object in a mask file"):
+        data.read("custom", custom(tmp_path, {**rows[0], "mask": layouts.rle(blob())}), "train")
+    for name in ("none.png", "no/folder.png"):
+        with pytest.raises(FileNotFoundError, match=f"{name}, of custom train, is missing"):
+            data.read("custom", custom(tmp_path, {**rows[0], "mask": name}), "train")
     written = "image,mask,expression,mask_value\na.png,gray.png,x,2\na.png,b.png,y,"
     Image.fromarray(blob()).save(tmp_path / "b.png")
     (tmp_path / "data.jsonl").unlink()
@@ -978,15 +1032,17 @@ def test_mask_value_takes_one_object_of_a_map(tmp_path):
 
 def test_custom_masks_as_run_lengths_and_polygons(tmp_path):
     masks = [layouts.rle(blob()), [layouts.rle(blob())], {"size": [64, 64], "counts": runs_by_hand(blob())},
-             layouts.polygons(blob())]
+             [[float(x) for x in part] for part in layouts.polygons(blob())]]
     rows = [{"image": "a.png", "mask": mask, "expression": "x"} for mask in masks]
     samples = data.read("custom", custom(tmp_path, *rows), "train")
     assert all((mask == blob()).all() for mask in data.load(samples)[1])
     assert len({one.id for one in samples}) == 4 and len({one.instance for one in samples}) == 4
+    assert (data.read_mask(samples[0], None) == blob()).all()                       # whatever the size of the image
     small = data.read("custom", custom(tmp_path, {**rows[0], "mask": layouts.rle(blob(32))}), "train")
     with pytest.raises(ValueError, match=r"a.png, sample a: the image is 64x64 .height x width., its mask 32x32"):
         data.load(small)
-    for wrong in ({"size": [64, 64]}, [[1, 2, 3, 4, 5]], [1, 2, 3, 4, 5, 6], [[1, 2, 3, "4", 5, 6]], 7):
+    for wrong in ({"size": [64, 64]}, [[1, 2, 3, 4, 5]], [1, 2, 3, 4, 5, 6], [[1, 2, 3, "4", 5, 6]], 7,
+                  [*layouts.polygons(blob()), [1, 2, 3]]):
         with pytest.raises(ValueError, match="entry 1: a mask is a file name, an RLE of size and counts or a list of"):
             data.read("custom", custom(tmp_path, {**rows[0], "mask": wrong}), "train")
 
@@ -999,7 +1055,7 @@ def test_rrsisd_alone_resizes_its_masks(tmp_path):
     assert (mask == box(8, 8)[nearest]).all()
     assert data.look([found])[0][0][0] == "resized"
     polygon = [[1, 1, 6, 1, 6, 4, 1, 4]]
-    with pytest.raises(ValueError, match=r"the image is 9x8 .height x width., its mask 8x8"):
+    with pytest.raises(ValueError, match=r"the image is 9x8 .height x width., its mask 8x8; export one .*'s size$"):
         data.load([only("refcoco", refer(tmp_path, polygon, dataset="refcoco", size=(8, 8), actual=(8, 9)))])
     folder = lists(tmp_path / "RISBench", "a.png a ship\n", mask=np.zeros((6, 9), np.uint8))
     with pytest.raises(ValueError, match=r"a.png, sample a: the image is 6x8 .height x width., its mask 6x9"):
@@ -1055,6 +1111,8 @@ def test_16_bit_gray_is_stretched(suffix, tmp_path):
     Image.fromarray(spike).save(tmp_path / f"b.{suffix}")
     gray = rgb(tmp_path / f"b.{suffix}")[..., 0].astype(int)
     assert gray[3, 4:6].tolist() == [128, 255] and gray.sum() == 128 + 255
+    Image.fromarray(np.minimum(spike, 1)).save(tmp_path / f"b.{suffix}")
+    assert rgb(tmp_path / f"b.{suffix}")[..., 0].sum() == 2 * 255
     Image.fromarray(spike[:1]).save(tmp_path / f"c.{suffix}")
     assert (rgb(tmp_path / f"c.{suffix}") == 0).all()
 
@@ -1076,11 +1134,12 @@ def test_pixels_of_data_sets_are_read_as_stored(suffix, tmp_path):
     stored = Image.fromarray(coloured(blob(), (250, 250, 250)))
     folder = lists(tmp_path / "RISBench", f"a.{suffix} a ship\n")
     stored.save(folder / "images" / f"a.{suffix}", exif=exif, quality=95)
-    Image.fromarray(blob()).save(folder / "masks" / f"a.{suffix}")
+    Image.fromarray(blob().astype(np.uint8) * 255).save(folder / "masks" / f"a.{suffix}", exif=exif, quality=95)
     image, [mask] = data.load(data.read("risbench", folder, "train"))
     assert ((np.asarray(image)[..., 0] > 125) == mask).mean() > 0.98
     turned = np.rot90(blob(), -1)
     assert ((rgb(folder / "images" / f"a.{suffix}")[..., 0] > 125) == turned).mean() > 0.98       # a user's own picture
+    exif[0x0112] = 2                                                                      # mirrored, so of equal size
     Image.fromarray(coloured(blob()[:40], (250, 0, 0))).save(folder / "images" / f"a.{suffix}", exif=exif)
     Image.fromarray(np.rot90(blob()[:40], -1).copy()).save(folder / "masks" / f"a.{suffix}")
     with pytest.raises(ValueError, match="the image is 40x64 .*its mask 64x40;.* the image has an orientation tag"):
@@ -1114,30 +1173,37 @@ def test_nodata_is_left_out_of_the_stretch(nodata, tmp_path):
     assert (abs(gray[valid] - expected) <= 0.51).all() and (gray[~valid] == 0).all()
     Image.fromarray(np.full((4, 5), 7, np.uint16)).save(tmp_path / "b.tif", tiffinfo={42113: "7"})
     assert (rgb(tmp_path / "b.tif") == 0).all()
+    spike = np.full((25, 40), 500, np.uint16)
+    spike[0, :3] = 600, 20, 65535                             # too few for the percentiles, the last of them nodata
+    Image.fromarray(spike).save(tmp_path / "c.tif", tiffinfo={42113: "65535"})
+    gray = rgb(tmp_path / "c.tif")[..., 0]
+    assert gray[0, :3].tolist() == [255, 0, 0] and gray[1, 1] == round(480 / 580 * 255)
 
 
-def tiff(path, bands, kind, photometric=1):
-    """An uncompressed TIFF of a size of 2 x 2, written by hand: PIL writes no such bands."""
+def tiff(path, bands, kind, photometric=1, big=False):
+    """An uncompressed TIFF, or BigTIFF, of a size of 2 x 2, written by hand: PIL writes no such bands."""
     array = np.ones((2, 2, bands), kind)
-    code = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
+    code = {"u": 1, "i": 2, "f": 3, "c": 6}[array.dtype.kind]
     bits = struct.pack(f"<{bands}H", *[8 * array.itemsize] * bands)
     tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, bands, None), (259, 3, 1, 1), (262, 3, 1, photometric),
             (273, 4, 1, 0), (277, 3, 1, bands), (278, 3, 1, 2), (279, 4, 1, array.nbytes), (339, 3, bands, None)]
-    offset = 8 + 2 + 12 * len(tags) + 4
+    header, count, word = (b"II+\0\x08\0\0\0" + struct.pack("<Q", 16), "<Q", "<Q") if big else (
+        b"II*\0" + struct.pack("<I", 8), "<H", "<I")
+    size = struct.calcsize(word)
+    offset = len(header) + struct.calcsize(count) + (4 + 2 * size) * len(tags) + size
     extra, body = b"", b""
-    for number, form, count, value in tags:
+    for number, form, length, value in tags:
         if value is None:
             content = bits if number == 258 else struct.pack(f"<{bands}H", *[code] * bands)
-            field = content.ljust(4, b"\0") if len(content) <= 4 else struct.pack("<I", offset + len(extra))
-            extra += content if len(content) > 4 else b""
+            field = content.ljust(size, b"\0") if len(content) <= size else struct.pack(word, offset + len(extra))
+            extra += content if len(content) > size else b""
         elif number == 273:
-            field = b"DATA"
+            field = b"DATADATA"[:size]
         else:
-            field = struct.pack("<I", value)
-        body += struct.pack("<HHI", number, form, count) + field
-    body = body.replace(b"DATA", struct.pack("<I", offset + len(extra)))
-    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + body + b"\0\0\0\0" + extra
-                     + array.tobytes())
+            field = struct.pack("<I", value).ljust(size, b"\0")
+        body += struct.pack("<HH", number, form) + struct.pack(word, length) + field
+    body = body.replace(b"DATADATA"[:size], struct.pack(word, offset + len(extra)))
+    path.write_bytes(header + struct.pack(count, len(tags)) + body + b"\0" * size + extra + array.tobytes())
     return path
 
 
@@ -1149,9 +1215,11 @@ def tiff(path, bands, kind, photometric=1):
     (2, "u1", 1, "2 bands of uint8", "-b 1 {}"), (1, "f4", 1, "1 band of float32", "-b 1 -ot Byte -scale {}"),
     (1, "i2", 1, "1 band of int16", "-b 1 -ot Byte -scale {}"),
     (1, "u4", 1, "1 band of uint32", "-b 1 -ot Byte -scale {}"),
-    (1, "f8", 1, "1 band of float64", "-b 1 -ot Byte -scale {}")])
-def test_other_bands_and_types_are_refused_with_the_remedy(bands, kind, photometric, stated, command, tmp_path):
-    path = tiff(tmp_path / "a.tif", bands, kind, photometric)
+    (1, "f8", 1, "1 band of float64", "-b 1 -ot Byte -scale {}"),
+    (1, "c8", 1, "1 band of cfloat64", "-b 1 -ot Byte -scale {}")])
+@pytest.mark.parametrize("big", [False, True])
+def test_other_bands_and_types_are_refused_with_the_remedy(bands, kind, photometric, stated, command, big, tmp_path):
+    path = tiff(tmp_path / "a.tif", bands, kind, photometric, big)
     with pytest.raises(ValueError) as error:
         data.read_image(path)
     assert stated in str(error.value) and "\n" not in str(error.value)
@@ -1159,20 +1227,57 @@ def test_other_bands_and_types_are_refused_with_the_remedy(bands, kind, photomet
 
 
 @pytest.mark.parametrize(("bands", "kind", "photometric"), [(1, "u1", 1), (3, "u1", 2), (4, "u1", 2), (1, "u2", 1)])
-def test_the_same_writer_makes_files_that_are_read(bands, kind, photometric, tmp_path):
-    assert rgb(tiff(tmp_path / "a.tif", bands, kind, photometric)).shape == (2, 2, 3)
+@pytest.mark.parametrize("big", [False, True])
+def test_the_same_writer_makes_files_that_are_read(bands, kind, photometric, big, tmp_path):
+    assert rgb(tiff(tmp_path / "a.tif", bands, kind, photometric, big)).shape == (2, 2, 3)
 
 
-def test_16_bit_colour_png_is_refused(tmp_path):
+@pytest.mark.parametrize(("tags", "stated"), [
+    ({}, (1, "uint8")), ({258: (1,)}, (1, "uint8")), ({277: 3, 258: (8, 16, 8), 339: (1, 1, 1)}, (3, "uint16")),
+    ({339: (2,), 258: (16,)}, (1, "int16")), ({339: (3,), 258: (32,)}, (1, "float32")),
+    ({339: (5,), 258: (32,)}, (1, "cint32")), ({339: (6,), 258: (64,)}, (1, "cfloat64")),
+    ({339: (4,), 258: (8,)}, (1, "unknown 8"))])
+def test_bands_of_a_tiff_by_its_tags(tags, stated):
+    """BitsPerSample 258, SamplesPerPixel 277, SampleFormat 339: 1 uint, 2 int, 3 float, 4 unknown, 5 and 6 complex."""
+    assert data._tag_bands(tags) == stated
+
+
+def deep_png(path, colour_type, bands):
+    """A PNG of 2 x 2 with 16 bits, of a colour type that PIL does not write."""
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    rows = b"".join(b"\0" + bytes(range(12)) for _ in range(2))
-    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-    with pytest.raises(ValueError, match="3 bands of uint16.*gdal_translate"):
-        data.read_image(tmp_path / "a.png")
+    rows = b"".join(b"\0" + bytes(range(4 * bands)) for _ in range(2))
+    header = struct.pack(">IIBBBBB", 2, 2, 16, colour_type, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+                     + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize(("colour_type", "bands"), [(2, 3), (4, 2), (6, 4)])  # PIL opens gray with alpha as colour
+def test_16_bit_colour_and_transparency_of_png_are_refused(colour_type, bands, tmp_path):
+    with pytest.raises(ValueError, match=r"[34] bands of uint16.*gdal_translate"):
+        data.read_image(deep_png(tmp_path / "a.png", colour_type, bands))
+
+
+def test_other_files_that_pil_opens(tmp_path):
+    picture(tmp_path / "a.bmp", (72, 5))                                          # 216 bytes a row
+    assert (rgb(tmp_path / "a.bmp") == np.asarray(Image.open(tmp_path / "a.bmp"))).all()
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535 " + struct.pack(">HH", 0, 999))
+    assert rgb(tmp_path / "a.pgm").tolist() == [[[0] * 3, [255] * 3]]              # 16-bit gray
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n2 1\n-1.0\n" + struct.pack("<ff", 0, 0.5))
+    with pytest.raises(ValueError, match="a.pfm: 1 band of float32; .*gdal_translate -b 1 -ot Byte -scale"):
+        data.read_image(tmp_path / "a.pfm")
+
+
+def test_a_damaged_exif_block_is_not_spoken_of(tmp_path):
+    block = b"Exif\0\0II*\0\x08\0\0\0\x01\0"                                 # one entry, which is not there
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", exif=block)
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"), Image.open(tmp_path / "a.jpg") as image:
+        image.getexif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rgb(tmp_path / "a.jpg").shape == (6, 8, 3)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
@@ -1212,7 +1317,8 @@ def test_custom_file(form, tmp_path):
     picture(tmp_path / "in" / "a.png")
     picture(tmp_path / "in" / "b.png", mode="L", value=255)
     rows = [{"image": "in/a.png", "mask": "in/b.png", "expression": 'a  ship, "long"'},
-            {"image": "in/a.png", "mask": "in/b.png", "expression": "the café", "category": "ship", "split": "val"}]
+            {"image": "in/a.png", "mask": "in/b.png", "expression": "the café", "category": "ship", "split": "val"},
+            {"image": "in/a.png", "mask": "in/b.png", "expression": "x", "category": None, "split": "test"}]
     path = tmp_path / f"mine.{form}"
     with open(path, "w", newline="", encoding="utf-8") as file:
         if form == "csv":
@@ -1226,7 +1332,22 @@ def test_custom_file(form, tmp_path):
         assert (found.expression, found.category, found.category_source) == ('a ship, "long"', None, None)
         assert (other.expression, other.category, other.category_source) == ("the café", "ship", "file")
         assert found.image == tmp_path / "in" / "a.png" and found.id == "b" and found.image_id == other.image_id
-    assert not data.has_split("custom", path, "test")
+        assert only("custom", root, "test").category is None
+    assert not data.has_split("custom", path, "val2")
+
+
+def test_a_data_root_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lists(tmp_path / "sets" / "RISBench", "a.png a ship\n")
+    assert only("risbench", "~/sets").image == tmp_path / "sets/RISBench/images/a.png"
+
+
+def test_a_file_that_its_folder_lists_under_another_spelling_is_there(tmp_path, monkeypatch):
+    """As on disks that do not tell cases apart."""
+    picture(tmp_path / "m.png")
+    folder = custom(tmp_path, {"image": "a.png", "mask": "m.png", "expression": "x"})
+    monkeypatch.setattr(os, "listdir", lambda path: ["A.PNG", "M.PNG"])
+    assert only("custom", folder).image == folder / "a.png"
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -1235,6 +1356,8 @@ def test_custom_file(form, tmp_path):
     ("a.jsonl", "[1]\n", "entry 1: a list, not an object"),
     ("a.csv", "image,mask,expression\nx.png,y.png, \n", "entry 1: the expression is empty"),
     ("a.csv", "image,mask,expression\nx.png,,ship\n", "entry 1: mask is empty"),
+    ("a.csv", "image,mask,expression\n,y.png,ship\n", "entry 1: image is empty"),
+    ("a.jsonl", "{}\n", "entry 1: no image, mask, expression; "),
     ("a.csv", "image,mask,expression\nx.png,y.png,ship\n", "x.png, of custom train, is missing")])
 def test_custom_file_errors(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
@@ -1368,6 +1491,9 @@ def test_refsegrs_pictures_are_told_by_the_content(tmp_path):
 def test_one_picture_by_name_must_be_one_by_content(tmp_path, capsys):
     layouts.write("risbench", tmp_path, splits={"train": 2, "val": 1, "test": 1})
     samples = data.read("risbench", tmp_path, "train")
+    Image.open(samples[1].image).save(samples[1].image, compress_level=1)  # the same in a file of another size
+    assert samples[0].image.stat().st_size != samples[1].image.stat().st_size
+    assert len(data.load(samples[:2])[1]) == 2
     shutil.copy(samples[5].image, samples[1].image)                        # of the other scene
     with pytest.raises(ValueError, match=f"{samples[0].image} and {samples[1].image} are one picture by name, but"):
         data.load(samples[:2])
@@ -1409,6 +1535,7 @@ def test_synthetic_reads_like_a_data_set():
     train, again = (data.read("synthetic", None, "train", scenes=3, epoch=epoch) for epoch in (0, 1))
     assert len(train) == len(again) and not {s.image for s in train} & {s.image for s in again}
     assert data.split_names("synthetic", "val,test", "nowhere") == ["val", "test"]
+    assert min(one.image for one in data.read("synthetic", None, "train", limit=5)) == data.FIRST_SCENE["train"]
     assert data.has_split("synthetic", None, "test") and not data.has_split("synthetic", None, "testA")
     assert set(data.vocabulary("synthetic", train)) >= {word for s in train for word in data.words(s.expression)}
     assert data.vocabulary("custom", train[:1]) == sorted(set(data.words(train[0].expression)))
@@ -1425,6 +1552,8 @@ def test_a_limit_draws_no_more_scenes_than_it_needs(monkeypatch):
         drawn.clear()
         assert len(data.read("synthetic", None, "val", limit=limit)) == min(limit, 288) and len(drawn) == scenes
     assert len(data.read("synthetic", None, "val", limit=20, scenes=1)) == 12
+    drawn.clear()
+    assert data.split_names("synthetic", "train,val", None) == ["train", "val"] and not drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1502,36 +1631,27 @@ def test_black_boxes_fall_on_a_fixed_share_of_the_pictures_and_leave_masks_alone
     assert set(item["image"].unique().tolist()) <= set(range(201))                    # black squares, resized
 
 
-def test_black_boxes_are_20_to_60_squares_of_32_pixels_within_the_picture():
-    class Painted:
-        size = (800, 600)
-
-        def __init__(self):
-            self.pasted = []
-
-        def paste(self, colour, place):
-            assert colour == (0, 0, 0)
-            self.pasted.append(place)
-
-    counts, places = [], []
-    for seed in range(400):
-        painted = Painted()
+@pytest.mark.parametrize("size", [(800, 600), (33, 32), (31, 20)])
+def test_black_boxes_are_20_to_60_squares_of_32_pixels_within_the_picture(size):
+    """Their number, then x and y of each; a picture that is smaller is black."""
+    counts = set()
+    for seed in range(400 if size[0] == 800 else 3):
+        painted, rng = Image.new("RGB", size, "white"), np.random.default_rng(seed)
+        if size[0] == 800:  # the calls are looked at: painting takes longer
+            painted = SimpleNamespace(size=size, pasted=[])
+            painted.paste = lambda colour, place, painted=painted: painted.pasted.append((colour, place))
         data.add_black_boxes(painted, np.random.default_rng(seed))
-        counts.append(len(painted.pasted))
-        places += painted.pasted
-    x, y, right, bottom = np.array(places).T
-    assert (min(counts), max(counts)) == (20, 60) and (right - x == 32).all() and (bottom - y == 32).all()
-    assert (x.min(), right.max(), y.min(), bottom.max()) == (0, 800, 0, 600)
-    small = Image.new("RGB", (20, 10), "white")
-    data.add_black_boxes(small, np.random.default_rng(0))
-    assert not np.asarray(small).any()
-    painted = Painted()
-    painted.size = (33, 32)                                    # one place down, two across
-    data.add_black_boxes(painted, np.random.default_rng(0))
-    assert {place[:2] for place in painted.pasted} == {(0, 0), (1, 0)}
-    painted.size, painted.pasted = (31, 20), []
-    data.add_black_boxes(painted, np.random.default_rng(0))
-    assert {place[:2] for place in painted.pasted} == {(0, 0)}
+        places = [[int(rng.integers(0, max(side - 32, 0), endpoint=True)) for side in size]
+                  for _ in range(rng.integers(20, 60, endpoint=True))]
+        counts.add(len(places))
+        if size[0] == 800:
+            assert painted.pasted == [((0, 0, 0), (x, y, x + 32, y + 32)) for x, y in places]
+        else:
+            expected = np.full((*size[::-1], 3), 255, np.uint8)
+            for x, y in places:
+                expected[y:y + 32, x:x + 32] = 0
+            assert (np.asarray(painted) == expected).all()
+    assert size[0] < 800 or (min(counts), max(counts)) == (20, 60)
 
 
 def test_each_draw_of_a_picture_has_its_own_seed(tmp_path):
@@ -1562,13 +1682,14 @@ def test_word_tokenizer():
 
 
 def test_sentences_that_are_cut_are_counted():
-    samples = [sample(expression=" ".join(["ship"] * count)) for count in (3, 4, 5, 9)]
+    samples = [sample(expression=" ".join(["ship"] * count)) for count in (9, 3, 4, 5)]
     special = {"pad": 0, "unknown": 1}
     assert data.cut(samples, data.WordTokenizer(["ship"], 4, special)) == (
         "2 of 4 sentences are longer than 4 tokens and are cut")
     marks = data.WordTokenizer(["ship"], 6, {**special, "begin": 2, "end": 3})        # two of the six are marks
     assert data.cut(samples, marks).startswith("2 of 4") and marks.length == 6
     assert data.cut(samples, data.WordTokenizer(["ship"], 9, special)) == ""
+    assert data.cut(samples * 525, data.WordTokenizer(["ship"], 4, special)).startswith("1050 of 2100 sentences")
 
 
 def test_instance_numbers_are_stable_and_tell_objects_apart():
@@ -1582,8 +1703,10 @@ def test_an_image_is_opened_once_for_its_expressions(tmp_path, monkeypatch):
     layouts.write("refcoco", tmp_path, splits={"train": 1})
     dataset, opened = data.ReferringDataset(data.read("refcoco", tmp_path, "train"), 16, tokenizer), []
     read = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path, **options: (opened.append(path), read(path, **options))[1])
+    monkeypatch.setattr(data, "read_image", lambda path, **options: opened.append(path) or read(path, **options))
     assert len(dataset[dataset.images[0]]["samples"]) == 12 and len(opened) == 1
+    layouts.write("risbench", tmp_path, splits={"train": 1})
+    assert len(data.load(data.read("risbench", tmp_path, "train"))[1]) == 4 and len(opened) == 2  # four equal files
 
 
 def test_loader_workers_give_the_same_batches(tmp_path):
@@ -1707,6 +1830,42 @@ def test_an_epoch_by_hand():
                      for turn, number in enumerate(rng.permutation([first, first + 1, first + 2]))]
             expected += [number for _, _, number in sorted(turns)[:3]]
         assert flat(sampler.plan(9, step)) == expected
+    sampler = data.TrainSampler(samples, per_image=8, repeat_mask=0.5, **{**settings, "batch_size": 24})
+    for step, images in enumerate(order):  # of six sentences all, in any order, and two of them again
+        rng, expected = np.random.default_rng((4, 9, step + 1)), []
+        for image in images:
+            once, again = (rng.permutation(range(6 * image, 6 * image + 6)) for _ in range(2))
+            expected += [*once, *again][:8]
+        assert flat(sampler.plan(9, step)) == expected
+
+
+def parts_by_hand(sizes, world, micro_batch):
+    """Numbers of groups in each part: each cut is the end nearest to its share, but leaves no part without a group."""
+    ends, most = [sum(sizes[:k + 1]) for k in range(len(sizes))], len(sizes) // world
+    for k in range(min(math.ceil(ends[-1] / (world * micro_batch)), most), most + 1):
+        count, cuts = world * k, [0]
+        for part in range(1, count):
+            share = [abs(end - ends[-1] * part / count) for end in ends]
+            nearest = share.index(min(share)) + 1
+            cuts.append(min(max(nearest, cuts[-1] + 1), len(sizes) - (count - part)))
+        cuts.append(len(sizes))
+        lengths = [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        sums = [sum(sizes[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        if all(length == 1 or total <= micro_batch for length, total in zip(lengths, sums, strict=True)):
+            break
+    return lengths
+
+
+def test_a_step_is_cut_into_nearly_equal_parts_as_few_as_fit():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        world, micro_batch, most = int(rng.integers(1, 4)), int(rng.integers(1, 9)), int(rng.integers(1, 8))
+        sizes = rng.integers(1, most + 1, rng.integers(world, 16)).tolist()
+        sampler = data.TrainSampler(many([1] * 9), batch_size=9, micro_batch=micro_batch, per_image=0, seed=0,
+                                    world=world)
+        parts = sampler._divide([(0,) * size for size in sizes])
+        assert [len(part) for part in parts] == parts_by_hand(sizes, world, micro_batch)
+        assert [len(group) for part in parts for group in part] == sizes
 
 
 def test_order_and_each_step_have_random_numbers_of_their_own():
@@ -1793,9 +1952,11 @@ def test_a_repeat_loses_words_by_seed_epoch_sample_and_count_alone():
     several = [texts((seed, epoch)) for seed in range(3) for epoch in range(3)]
     assert len({tuple(shown[2:]) for shown in several}) > 4 and len({tuple(shown[:2]) for shown in several}) == 1
     assert texts((7, 2), share=0.0)[2] == samples[3].expression and len(texts((7, 2), share=1.0)[2].split()) == 1
-    rng = np.random.default_rng(0)
-    lost = [1 - len(data.masked("a b c d e f g h", 0.25, rng).split()) / 8 for _ in range(2000)]
-    assert np.mean(lost) == pytest.approx(0.25, abs=0.01)
+    for seed in range(30):  # a word each; where all are lost, one drawn after them stays
+        rng, parts = np.random.default_rng(seed), ["a", "b", "c"]
+        kept, spare = rng.random(3) >= 0.75, rng.integers(3)
+        expected = [part for part, keep in zip(parts, kept, strict=True) if keep] or [parts[spare]]
+        assert data.masked("a b c", 0.75, np.random.default_rng(seed)) == " ".join(expected)
 
 
 def test_parts_keep_within_the_micro_batch_where_images_allow_it():
@@ -1849,6 +2010,7 @@ def test_check_finds_every_kind_of_fault(capsys, tmp_path):
     for kind, name in zip(("missing", "unreadable", "missing", "empty", "mismatch", "unreadable"), names, strict=False):
         assert [line for line in lines if line.startswith(kind) and name in line]
     assert "not there: val" in out and "8 expressions (published 26300: differs by -26292)" in out
+    assert "3 different pictures, 0 of test's 1 are in train too; the median" in out and "" not in lines
     assert "12 images, 2 missing, 2 unreadable, 1 mismatch, 1 empty, 0 resized: 5 problems would stop" in lines[-1]
     code, out, _ = check(capsys, "--dataset", "risbench", "--data-root", tmp_path, "--split=test")
     assert code == 1 and "train " not in out
@@ -1857,8 +2019,8 @@ def test_check_finds_every_kind_of_fault(capsys, tmp_path):
 
 def test_check_of_own_data_names_the_splits_that_it_lacks(capsys, tmp_path):
     layouts.write("custom", tmp_path, splits={"train": 2})
-    code, out, _ = check(capsys, "--dataset", "custom", "--data-root", tmp_path)
-    assert code == 0 and "not there: val, test (without val the last epoch is kept)" in out
+    code, out, err = check(capsys, "--dataset", "custom", f"--data-root={tmp_path}")
+    assert code == 0 and "not there: val, test (without val the last epoch is kept)" in out and err == ""
     assert out.splitlines()[-1].endswith("ready for training")
 
 
@@ -1883,12 +2045,16 @@ def test_check_says_what_of_val_and_test_is_in_train(capsys, tmp_path):
     code, out, _ = check(capsys, "--dataset", "refsegrs", "--data-root", tmp_path)
     assert "4 different pictures, 1 of val's 2 are in train too, 0 of test's 1 are in train too;" in out
     assert "train  8 expressions (published 2172: differs by -2164), of 8 objects in 2 pictures" in out
-    assert "the paper counts 151, 31 and 103 scenes" in out and code == 1
+    assert "the paper counts 151, 31 and 103 scenes" in out.splitlines() and code == 1
+    data.read("refsegrs", tmp_path, "val")[0].image.unlink()
+    _, out, _ = check(capsys, "--dataset", "refsegrs", "--data-root", tmp_path)
+    assert out.count("no such file") == 1 and "1 missing" in out
     code, _, _ = check(capsys, "--dataset", "refsegrs", "--data-root", tmp_path, "--categories", "seen")
     assert "refsegrs takes only 'all'" in code
     layouts.write("rrsisd", tmp_path / "r", splits={"train": [0], "val": [1], "test": [0]})  # under other numbers
     _, out, _ = check(capsys, "--dataset", "rrsisd", "--data-root", tmp_path / "r")
     assert "2 different pictures, 0 of val's 1 are in train too, 1 of test's 1 are in train too;" in out
+    assert "0 empty, 0 resized: the files are sound" in out
     assert "the authors' pickle holds one sentence for each object" in out
 
 
@@ -1903,7 +2069,13 @@ def test_check_lists_every_bad_file_of_a_picture(capsys, tmp_path):
     assert code == 1 and "1 missing, 1 unreadable, 1 mismatch, 0 empty, 0 resized: 3 problems would stop" in out
     (folder / "a.png").unlink()
     _, out, _ = check(capsys, "--dataset", "custom", "--data-root", folder)
-    assert "2 missing, 1 unreadable, 0 mismatch" in out
+    assert "2 missing, 1 unreadable, 0 mismatch" in out and "median" in out
+    for path in folder.glob("m*.png"):
+        path.unlink()
+    custom(folder, {**rows[0], "mask_value": 1}, {**rows[1], "mask": layouts.polygons(blob())})
+    (folder / "a.png").unlink()                                   # a polygon is not drawn without its picture's size
+    _, out, _ = check(capsys, "--dataset", "custom", "--data-root", folder)
+    assert "2 missing, 0 unreadable, 0 mismatch, 0 empty" in out and "\n0 different pictures\n" in out
 
 
 def test_check_is_not_ready_without_training_samples(capsys, tmp_path):
@@ -1918,7 +2090,8 @@ def test_list_writes_a_line_per_sample(capsys, tmp_path):
                     {"image": "a.png", "mask": "m.png", "expression": "x", "split": "val"})
     Image.fromarray(blob()).save(folder / "m.png")
     code, _, _ = check(capsys, "--dataset", "custom", "--data-root", folder, "--list", tmp_path / "list.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert '"ein Schiff"' in (written := (tmp_path / "list.jsonl").read_text(encoding="utf-8")) and '"船"' in written
+    lines = [json.loads(line) for line in written.splitlines()]
     assert lines == [{"id": name, "image": str(folder / "a.png"), "expression": text, "split": split}
                      for name, text, split in (("m", "ein Schiff", "train"), ("m-2", "船", "train"), ("m", "x", "val"))]
     assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["list.jsonl", "ä"]
@@ -1990,31 +2163,62 @@ def test_check_prints_reference_counts_of_categories(capsys, tmp_path):
             for split in ("train", "testA", "testB")}
     assert f"train  seen: {len(refs['train'])} refs (published 35473: differs" in out
     assert f"test   seen: {len(refs['testA'] | refs['testB'])} refs (published 3200: differs" in out
+    _, val, _ = check(capsys, "--dataset", "refcoco", "--data-root", tmp_path, "--categories", "seen", "--split", "val")
+    assert "val    seen: " in val and "test   seen" not in val and "train  seen" not in val
     assert "expressions (published" not in out and "images (published" not in out      # those count all categories
     _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--categories", "unseen")
-    assert "published 445" in out and "35473" not in out
+    assert "published 445" in out and "35473" not in out and "held out" not in out and " refs of refcoco\n" in out
     _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--categories", "seen")
-    assert "published 3175" in out and "refs of refcocog-umd, of 33093" in out
+    assert "published 3175" in out and "refs of refcocog-umd, of 33093" in out and "train  seen:" not in out
     _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path)
     assert "8 refs of refcoco, of 42404" in out and "published 3811" in out
     assert "published 42404" not in out and "published 120624" not in out              # its training part is smaller
+    _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--split", "val")
+    assert "published 3811" in out and "refs of" not in out
 
 
-def test_command_line(tmp_path):
-    layouts.write("rrsisd", tmp_path, splits={"train": 1, "val": 1, "test": 1})
+def test_command_line(tmp_path, capsys, monkeypatch):
+    layouts.write("rrsisd", tmp_path / "data", splits={"train": 1, "val": 1, "test": 1})
     done = subprocess.run([sys.executable, "data.py", "--dataset", "rrsisd", "--data-root", tmp_path], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "rrsisd: 12 images" in done.stdout, done.stderr
     assert "4 expressions (published 1740: differs by -1736)" in done.stdout
+    monkeypatch.chdir(tmp_path)                                    # where nothing is said, the folder data
+    monkeypatch.setattr(sys, "argv", ["data.py", "--dataset=rrsisd"])
+    code, out, _ = check(capsys)
+    assert code == 1 and out == done.stdout
+    for words in (["--split=val"], ["--dataset=rrsisd_"], ["--dataset=rrsisd", "--categories=half"]):
+        monkeypatch.setattr(sys, "argv", ["data.py", *words])
+        code, _, err = check(capsys)
+        assert code == 2 and "usage: data.py" in err
+
+
+def test_a_bar_runs_over_the_images_and_ctrl_c_ends_this_process_alone(tmp_path, capsys, monkeypatch):
+    layouts.write("custom", tmp_path, splits={"train": 3})
+    started = []
+
+    def pool(**settings):
+        started.append(settings)
+        return ThreadPool(2)
+
+    monkeypatch.setattr(data, "Pool", pool)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    code, _, err = check(capsys, "--dataset", "custom", "--data-root", tmp_path)
+    assert code == 0 and "images:   0%" in err and "3/3" in err
+    assert started == [{"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_that_cannot_show_a_name_stops_nothing(encoding, tmp_path):
+def test_a_terminal_that_cannot_show_a_name_stops_nothing(encoding, tmp_path, monkeypatch):
     folder = custom(tmp_path, *({"image": name, "mask": "m.png", "expression": "船"} for name in ("图.png", "a.png")))
     Image.fromarray(blob()).save(folder / "m.png")
-    done = subprocess.run([sys.executable, "data.py", "--dataset", "custom", "--data-root", folder], cwd=ROOT,
-                          timeout=120, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
-    assert done.returncode == 1 and b"?.png: no such file" in done.stdout and b"1 missing" in done.stdout, done.stderr
+    with io.TextIOWrapper(io.BytesIO(), encoding=encoding) as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with pytest.raises(SystemExit) as stopped:
+            data.main(["--dataset", "custom", "--data-root", str(folder)])
+        terminal.flush()
+        shown = terminal.buffer.getvalue()
+    assert stopped.value.code == 1 and b"?.png: no such file" in shown and b"1 missing" in shown
 
 
 def test_check_of_a_wrong_folder_is_one_line(capsys, tmp_path):

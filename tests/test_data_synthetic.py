@@ -146,8 +146,8 @@ def test_a_margin_counts_from_its_very_edge(cue, x, others, monkeypatch):
 
 
 def test_aside_is_no_side():
-    assert [data.beside(*gap) for gap in ((0.3, 0.2), (0.3, -0.2), (0.3, 0.3), (0.3, -0.4), (0.0, 0.0), (-0.3, 0.2))] == [
-        0.3, 0.3, 0.0, 0.0, 0.0, -0.3]
+    for gap, aside, score in ((0.3, -0.2, 0.3), (0.3, 0.3, 0), (0.3, -0.4, 0), (0, 0, 0), (-0.3, 0.2, -0.3)):
+        assert data.beside(gap, aside) == score
 
 
 def test_colour_and_category_are_part_of_the_meaning():

@@ -102,7 +102,7 @@ def check_recipe(recipe):
         least = 1 if field in ("epochs", "batch_size", "micro_batch") else 0
         if type(value) in (int, float) and not least <= value < math.inf:
             raise ValueError(f"{field}={value}: expected a number of at least {least}")
-    shares = (recipe.get("phases") or {"whole": 1}).values()
+    shares = recipe["phases"].values() if recipe.get("phases") else [1]
     if not all(type(one) in (int, float) and one > 0 for one in shares) or not math.isclose(sum(shares), 1):
         raise ValueError(f"phases={recipe['phases']}: expected a share of the run for each phase, 1 together")
 
@@ -141,7 +141,7 @@ def settings_from(name, config, recipe):
 
 
 def _digest(tensor):
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
 
 
 def remember_sources(model, sources):
@@ -206,7 +206,7 @@ def put_in_place(path):
 def save(model, path):
     """Write `model` as a safetensors export."""
     tensors, left_out = own_state(model)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     with put_in_place(path) as part:
         save_file(tensors, part, metadata={"format": "pt", "left_out": json.dumps(left_out)})
 
@@ -226,7 +226,7 @@ def read_weights(path):
 def run_settings(run, option="--checkpoint"):
     """config.json of a run folder, an export, here or on the hub, or that beside a weights file -> (dict, folder)."""
     name, run = str(run), Path(run)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not run.exists() and not run.parent.exists():
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not run.parent.exists():
         import huggingface_hub
         try:
             run = Path(huggingface_hub.snapshot_download(name, allow_patterns=EXPORTED))

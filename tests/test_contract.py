@@ -228,6 +228,19 @@ def test_expressions_together_are_what_they_are_alone(name):
 
 
 @every_model
+@torch.no_grad()
+def test_an_exported_program_gives_the_same_numbers(name):
+    config, _ = settings(name)
+    model, given = build(name, config), batch(name, config)
+    inputs = [given[key] for key in ("images", "tokens", "text_mask", "image_index")]
+    outputs, again = run(model, given), torch.export.export(model, tuple(inputs)).module()(*inputs)
+    assert outputs.keys() == again.keys()
+    for title, value in outputs.items():
+        atol = 1e-4 * max(1.0, value.float().abs().max().item())
+        torch.testing.assert_close(again[title], value, rtol=1e-4, atol=atol, msg=title)
+
+
+@every_model
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_gives_a_finite_loss_near_the_whole_one(name, precision):
     config, recipe = settings(name)

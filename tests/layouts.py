@@ -90,40 +90,28 @@ def write(dataset: str, root, *, scenes: int = 2, splits: dict | None = None, si
         free = max([free, *(number + 1 for number in numbers[split])])
     if dataset in REFER:
         return _write_coco(root, numbers, size, *REFER[dataset])
-    return {"refsegrs": _write_refsegrs, "risbench": _write_risbench, "rrsisd": _write_rrsisd,
-            "custom": _write_custom}[dataset](root, numbers, size)
+    if dataset == "refsegrs":  # numbered, without extension in the list
+        return _write_lists(root, numbers, size, "RefSegRS", "images", "masks", lambda count, *_: f"{count}.tif")
+    if dataset == "risbench":
+        return _write_lists(root, numbers, size, "RISBench_dataset", "img_rgb", "mask",
+                            lambda _, split, scene, number: f"{split}_{scene}_{number}.png")
+    return {"rrsisd": _write_rrsisd, "custom": _write_custom}[dataset](root, numbers, size)
 
 
-def _write_refsegrs(root, numbers, size):
-    """One copy of the image per expression, numbered tifs, a text file per split."""
-    written, number = {}, 1000
+def _write_lists(root, numbers, size, folder, images, masks, name):
+    """One copy of the image per expression, a text file per split; `name` of (count, split, scene, object)."""
+    written, count = {}, 1000
     for split, scenes in numbers.items():
         lines, written[split] = [], []
         for picture, entry in ((picture, entry) for scene in scenes for picture, found in [entries(scene, size, 1)]
                                for entry in found):
-            number += 1
-            save(picture, root / "RefSegRS" / "images" / f"{number}.tif")
-            save(entry.mask.astype(np.uint8) * 255, root / "RefSegRS" / "masks" / f"{number}.tif")
-            lines.append(f"{number} {entry.expression}\n")
+            count += 1
+            file = name(count, split, entry.scene, entry.object)
+            save(picture, root / folder / images / file)
+            save(entry.mask.astype(np.uint8) * 255, root / folder / masks / file)
+            lines.append(f"{file.removesuffix('.tif')} {entry.expression}\n")
             written[split].append(entry)
-        (root / "RefSegRS" / f"output_phrase_{split}.txt").write_text("".join(lines))
-    return written
-
-
-def _write_risbench(root, numbers, size):
-    """The same with names that carry split, image and object, and with their extension in the text file."""
-    written, folder = {}, root / "RISBench_dataset"
-    for split, scenes in numbers.items():
-        lines, written[split] = [], []
-        for scene in scenes:
-            picture, found = entries(scene, size, 1)
-            for entry in found:
-                name = f"{split}_{scene}_{entry.object}.png"
-                save(picture, folder / "img_rgb" / name)
-                save(entry.mask.astype(np.uint8) * 255, folder / "mask" / name)
-                lines.append(f"{name} {entry.expression}\n")
-                written[split].append(entry)
-        (folder / f"output_phrase_{split}.txt").write_text("".join(lines))
+        (root / folder / f"output_phrase_{split}.txt").write_text("".join(lines))
     return written
 
 

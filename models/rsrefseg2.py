@@ -26,9 +26,7 @@ Equations
     Eq. (6)             SparsePromptGeneration.forward
     Eq. (7)             DensePromptGeneration.forward, cosine_maps
     Eq. (8)             RSRefSeg2.generate
-    Eq. (9), Eq. (10)   RSRefSeg2.criterion
-    Eq. (11)            losses.py, orthogonal_loss
-    Eq. (12)            RSRefSeg2.criterion
+    Eqs. (9)-(12)       RSRefSeg2.criterion; of Eq. (11) losses.py, orthogonal_loss
     Eq. (13)            metrics.py
 """
 
@@ -46,7 +44,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Sam2Config, Sam2Model
 from transformers import SiglipConfig, SiglipModel, SiglipTextModel, SiglipVisionModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from losses import binary_cross_entropy, contrast, dice_loss, mask_pooled, multi_instance_loss
 from losses import on_grid, orthogonal_loss, processes
@@ -58,7 +55,7 @@ MAPS = ("dense_prompt",)
 @dataclass(frozen=True)
 class Config:
     image_size: int = 1024                          # IV-C2: H_2 = W_2
-    clip_size: int | None = None                    # IV-C2: H_1 = W_1; None: the size that the tower was trained for
+    clip_size: int | None = None                    # IV-C2: H_1 = W_1; None: the tower's; other: positions interpolated
     text_length: int = 64                           # SigLIP's
     pretrained: str = "hub"                         # "hub", "none", or a folder with one entry per backbone
     clip: str = "google/siglip2-so400m-patch16-512"             # IV-C
@@ -88,11 +85,10 @@ class Config:
     decoder_heads: int = 8
     decoder_mlp: int = 2048
 
-    lora_text: int = 16                             # IV-C1; 0 = frozen
+    lora_text: int = 16                             # IV-C1, like the next seven; 0 = frozen
     lora_vision: int = 16
     lora_sam: int = 16
-
-    n_t: int = 3                                    # IV-C1
+    n_t: int = 3
     n_p: int = 9
     decomposition_blocks: int = 2                   # 0: Table X's single stage in the official code, reads raw words
     interaction_blocks: int = 2
@@ -143,7 +139,7 @@ class Config:
 
     def __post_init__(self):
         for field, words in WORDS.items():
-            one_of(words, **{field: getattr(self, field)})
+            one_of(field, getattr(self, field), words)
         if self.interleave and self.interaction_blocks != self.prompt_blocks:
             raise ValueError(f"interleave=True pairs the blocks: interaction_blocks={self.interaction_blocks} and "
                              f"prompt_blocks={self.prompt_blocks} must be equal")
@@ -159,19 +155,17 @@ class Config:
 
     @classmethod
     def tiny(cls):
-        return cls(image_size=128, pretrained="none", freeze=False, text_length=20, vocab_size=256,
-                   vision_size=96, patch=8, vision_width=64, vision_layers=3, vision_heads=4, vision_mlp=128,
-                   text_width=64, text_layers=2, text_heads=4, text_mlp=128,
-                   sam_width=16, sam_heads=1, sam_blocks=(1, 1, 2, 1), sam_windows=(8, 4, 4, 2), sam_global=(3,),
-                   sam_background=4, prompt_width=64, decoder_heads=4, decoder_mlp=128,
-                   lora_text=0, lora_vision=0, lora_sam=0, attention_width=64, heads=4, mlp_width=64,
+        return cls(image_size=128, pretrained="none", freeze=False, text_length=20, vocab_size=256, vision_size=96,
+                   patch=8, vision_width=64, vision_layers=3, vision_heads=4, vision_mlp=128, text_width=64,
+                   text_layers=2, text_heads=4, text_mlp=128, sam_width=16, sam_heads=1, sam_blocks=(1, 1, 2, 1),
+                   sam_windows=(8, 4, 4, 2), sam_global=(3,), sam_background=4, prompt_width=64, decoder_heads=4,
+                   decoder_mlp=128, lora_text=0, lora_vision=0, lora_sam=0, attention_width=64, heads=4, mlp_width=64,
                    alpha_dense=1.0)             # without pretrained alignment p_dense may settle low in the object
 
     @property
     def aligned(self):
-        """What the active terms L_samp and L_spat of Eq. (12) read: some of sent, t2, v, v2."""
-        samp = (self.nce_text, self.nce_image) if self.alpha_samp else ()
-        return {*samp, *((self.spat_text, self.spat_image) if self.alpha_spat else ())}
+        """The texts that the active terms L_samp and L_spat of Eq. (12) read: some of sent, t2."""
+        return {text for text, alpha in ((self.nce_text, self.alpha_samp), (self.spat_text, self.alpha_spat)) if alpha}
 
 
 WORDS = {"subspace_init": ("textpool", "zero", "learnable"), "prompt_init": ("learnable", "zero"),
@@ -205,22 +199,14 @@ class LoRALinear(nn.Module):
         return functional.linear(x, W, self.bias) + (x @ B) @ A.T  # Eq. (2)
 
 
-def adapt(tower, rank, *ends):
-    """Put a LoRALinear of a rank above zero in the place of each linear layer whose path ends so."""
-    for path, module in list(tower.named_modules()):
-        if rank and isinstance(module, nn.Linear) and path.endswith(ends):
-            parent, _, name = path.rpartition(".")
-            setattr(tower.get_submodule(parent), name, LoRALinear(module, rank))
-
-
 # ---------------------------------------------------------------------- III-C: cascaded second-order referring prompter
 
 
 class CascadedPrompter(nn.Module):
     """Eq. (3): image tokens v (M,g*g,D_v), words (M,L,D_t), text_mask (M,L), sentence (M,D_v) -> a dict.
 
-    p_sparse (M,n_p,C), t2 (M,n_t,D_t), v2 (M,g*g,D_v), with cascade t1 (M,n_t,D_t), with dense p_dense (M,1,size,size)
-    float32. Tied to side x side image tokens; reads Config's fields from n_t to align_corners. Brings all this section.
+    p_sparse (M,n_p,C), t1, t2 (M,n_t,D_t), v2 (M,g*g,D_v) and, with dense, p_dense (M,1,size,size) float32. Tied to
+    side x side image tokens; reads Config's fields from n_t to align_corners. Brings all this section.
     """
 
     def __init__(self, vision_width, text_width, prompt_width, side, size, config):
@@ -230,12 +216,12 @@ class CascadedPrompter(nn.Module):
         layer = {"inner": c.attention_width, "heads": c.heads, "hidden": c.mlp_width}
         self.text_positions = nn.ParameterList(
             torch.randn(c.n_t, text_width) for _ in range(subspaces if c.subspace_positions else 0))
-        if c.image_positions == "sine":
-            self.register_buffer("image_position", sine_positions(side, vision_width), persistent=False)
-        elif c.image_positions == "fourier":
-            self.register_buffer("image_position", fourier_positions(side, vision_width))
+        if c.image_positions in ("sine", "fourier"):
+            make = sine_positions if c.image_positions == "sine" else fourier_positions
+            self.register_buffer("image_position", make(side, vision_width), persistent=make is fourier_positions)
         else:
-            self.image_position = drawn_or_zero(c.image_positions == "learnable", side * side, vision_width)
+            places = side * side, vision_width
+            self.image_position = nn.Parameter(torch.randn(places)) if c.image_positions == "learnable" else 0.0
         self.decompose = ReferringSemanticDecomposition(text_width, c.n_t, c.decomposition_blocks, subspaces,
                                                         c.subspace_init, c.intra_attention, c.inter_attention, **layer)
         interaction = partial(TextVisualInteraction, text_width, vision_width, c.interaction_blocks,
@@ -246,7 +232,7 @@ class CascadedPrompter(nn.Module):
         count = c.n_p + 1 if c.dense and c.dense_text == "sparse" else c.n_p   # Silent: Table XIII
         self.sparse = SparsePromptGeneration(prompt_width, text_width, vision_width, count, c.prompt_blocks,
                                              c.prompt_init, c.prompt_positions, **layer)
-        if c.dense_pool == "learned":               # Silent: official
+        if c.dense_pool == "learned":               # official code, the widths ours
             self.pool = nn.Sequential(nn.Linear(text_width, text_width), nn.GELU(), nn.Conv1d(c.n_t, c.n_t, 1),
                                       nn.BatchNorm1d(c.n_t), nn.Conv1d(c.n_t, 1, 1), nn.Flatten())      # -> (M,D_t)
         if c.dense:
@@ -259,18 +245,14 @@ class CascadedPrompter(nn.Module):
         c = self.config
         expect("v", v, len(words), self.side ** 2, None)
         pe_t, pe_v = list(self.text_positions) or [0.0] * self.decompose.count, self.image_position
-        prompts, subspaces = {}, self.decompose(words, text_mask, pe_t) if c.decomposition_blocks else [words]
-        if c.cascade:
-            (t1, t2), (pe_1, pe_2) = subspaces, pe_t                          # (M,n_t,D_t) each
-            _, v1 = self.first(t1, v, pe_1, pe_v)[-1]                         # (M,g*g,D_v)
-            prompts["t1"] = t1
-        else:
-            (t2,), (pe_2,), v1 = subspaces, pe_t, v
+        subspaces = self.decompose(words, text_mask, pe_t) if c.decomposition_blocks else [words]
+        t1, t2, pe_1, pe_2 = subspaces[0], subspaces[-1], pe_t[0], pe_t[-1]   # in a single stage t1 is t2
+        v1 = self.first(t1, v, pe_1, pe_v)[-1][1] if c.cascade else v         # (M,g*g,D_v)
         stages = self.second(t2, v1, pe_2, pe_v)
         t2_prime, v2 = stages[-1]                                             # (M,n_t,D_t), (M,g*g,D_v)
         read = stages if c.interleave else stages[-1:] * c.prompt_blocks
         p_sparse = self.sparse(read, pe_2, pe_v)                              # (M,Q,C)
-        prompts |= {"p_sparse": p_sparse[:, :c.n_p], "t2": t2, "v2": v2}
+        prompts = {"p_sparse": p_sparse[:, :c.n_p], "t1": t1, "t2": t2, "v2": v2}
         if c.dense:
             text = {"sent": sentence, "t2": t2, "t2_prime": t2_prime, "sparse": p_sparse[:, -1]}[c.dense_text]
             if c.dense_text in ("t2", "t2_prime"):
@@ -280,11 +262,10 @@ class CascadedPrompter(nn.Module):
         return prompts  # Eq. (3)
 
 
-def one_of(words, **argument):
+def one_of(name, value, words):
     """ValueError for an argument that is none of `words`."""
-    for name, value in argument.items():
-        if value not in words:
-            raise ValueError(f"{name}={value}: expected {' or '.join(words)}")
+    if value not in words:
+        raise ValueError(f"{name}={value}: expected {' or '.join(words)}")
 
 
 def expect(name, tensor, *sizes, dtype=None):
@@ -359,25 +340,20 @@ def repeated(count, make, *sizes):
     return nn.ModuleList(make(*sizes) for _ in range(count))
 
 
-def drawn_or_zero(drawn, *shape):
-    """A learnable N(0,1) tensor, or a plain zero."""
-    return nn.Parameter(torch.randn(shape)) if drawn else 0.0
-
-
 class ReferringSemanticDecomposition(nn.Module):
     """Eq. (4): words (M,L,D_t), text_mask (M,L) bool, True at one word or more of each -> [t_1, t_2], each (M,n_t,D_t).
 
     width D_t; subspaces: 1 in a single-stage prompter; start of the t^q: "textpool", "zero", "learnable"; intra, inter:
-    Table XI; inner, heads, hidden: CrossLayer's. positions: (n_t,D_t) or 0.0, one for each subspace.
-    Brings one_of, expect, repeated, drawn_or_zero, mlp, AttentionLayer, MlpLayer, CrossLayer.
+    Table XI; inner, heads, hidden: CrossLayer's. pe: positions (n_t,D_t) or 0.0, one for each subspace.
+    Brings one_of, expect, repeated, mlp, AttentionLayer, MlpLayer, CrossLayer.
     """
 
     def __init__(self, width, n_t=3, blocks=2, subspaces=2, start="textpool", intra=True, inter=True,
                  inner=512, heads=8, hidden=512):
         super().__init__()
-        one_of(("textpool", "zero", "learnable"), start=start)
+        one_of("start", start, ("textpool", "zero", "learnable"))
         self.width, self.count, self.n_t, self.init = width, subspaces, n_t, start
-        self.queries = drawn_or_zero(start == "learnable", subspaces, 1, n_t, width)
+        self.queries = nn.Parameter(torch.randn(subspaces, 1, n_t, width)) if start == "learnable" else 0.0
         layer, pair = (width, width, inner, heads), inter and subspaces == 2
         self.intra = repeated(blocks, repeated, subspaces if intra else 0, AttentionLayer, *layer)
         self.cross = repeated(blocks, repeated, subspaces, CrossLayer, *layer, hidden)
@@ -392,10 +368,9 @@ class ReferringSemanticDecomposition(nn.Module):
         run = (place >= first[..., None]) & (place < end[..., None])          # (M,n_t,L)
         return (run / (end - first)[..., None]).to(words.dtype) @ words
 
-    def forward(self, words, text_mask, positions=(0.0, 0.0)):
+    def forward(self, words, text_mask, pe=(0.0, 0.0)):
         expect("words", words, None, None, self.width)
         expect("text_mask", text_mask, *words.shape[:2], dtype=torch.bool)
-        pe = positions
         if self.init == "textpool":
             t = [self.pooled(words, text_mask)] * self.count                  # (M,n_t,D_t) each
         else:
@@ -439,16 +414,16 @@ class SparsePromptGeneration(nn.Module):
 
     width C, text_width D_t, vision_width D_v; count: n_p; start of p^q: "learnable", "zero"; positions: it has its own;
     inner, heads, hidden: CrossLayer's. pe_t (n_t,D_t), pe_v (n,D_v) or 0.0.
-    Brings one_of, expect, repeated, drawn_or_zero, mlp, AttentionLayer, MlpLayer, CrossLayer.
+    Brings one_of, expect, repeated, mlp, AttentionLayer, MlpLayer, CrossLayer.
     """
 
     def __init__(self, width, text_width, vision_width, count=9, blocks=2, start="learnable", positions=True,
                  inner=512, heads=8, hidden=512):
         super().__init__()
-        one_of(("learnable", "zero"), start=start)
+        one_of("start", start, ("learnable", "zero"))
         self.shape = count, width
-        self.queries = drawn_or_zero(start == "learnable", count, width)
-        self.position = drawn_or_zero(positions, count, width)
+        self.queries = nn.Parameter(torch.randn(count, width)) if start == "learnable" else 0.0
+        self.position = nn.Parameter(torch.randn(count, width)) if positions else 0.0
         self.intra = repeated(blocks, AttentionLayer, width, width, inner, heads)
         self.cross_text = repeated(blocks, CrossLayer, width, text_width, inner, heads, hidden)
         self.cross_image = repeated(blocks, CrossLayer, width, vision_width, inner, heads, hidden)
@@ -468,9 +443,6 @@ class SparsePromptGeneration(nn.Module):
 
 def resize(maps, size, align_corners=False):
     """(B,C,h,w) -> (B,C,H,W), bilinear; size: (H,W), or H where W = H."""
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if maps.shape[-2:] == size:
-        return maps
     return functional.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
 
 
@@ -484,20 +456,14 @@ def cosine_maps(features, text, size, align_corners=False, eps=1e-6):
     size = (size, size) if isinstance(size, int) else size
     with torch.autocast(features.device.type, enabled=False):
         f, text = features.float(), functional.normalize(text.float(), dim=-1)
-
-        def weights(n, m):
-            eye = torch.eye(n, device=f.device)[None]
-            return functional.interpolate(eye, m, mode="linear", align_corners=align_corners)[0].T  # (m,n)
-
-        def inner(a, b):
-            return torch.einsum("mdyx,mdyx->myx", a, b)                       # (M,h,w)
-
-        Y, X = map(weights, f.shape[-2:], size)
+        eyes = (torch.eye(n, device=f.device)[None] for n in f.shape[-2:])
+        Y, X = (functional.interpolate(eye, n, mode="linear", align_corners=align_corners)[0].T
+                for eye, n in zip(eyes, size, strict=True))                   # (H,h), (W,w)
         (Y_same, Y_next), (X_same, X_next) = ((W * W, W * functional.pad(W[:, 1:], (0, 1))) for W in (Y, X))
         below, right, across = (functional.pad(f, (0, x, 0, y))[..., y:, x:] for y, x in ((1, 0), (0, 1), (1, 1)))
-        norm = (Y_same @ inner(f, f) @ X_same.T + 2 * Y_next @ inner(f, below) @ X_same.T
-                + 2 * Y_same @ inner(f, right) @ X_next.T
-                + 2 * Y_next @ (inner(f, across) + inner(below, right)) @ X_next.T)                 # (M,H,W)
+        norm = (Y_same @ (f * f).sum(1) @ X_same.T + 2 * Y_next @ (f * below).sum(1) @ X_same.T
+                + 2 * Y_same @ (f * right).sum(1) @ X_next.T
+                + 2 * Y_next @ (f * across + below * right).sum(1) @ X_next.T)                      # (M,H,W)
         dot = Y @ torch.einsum("mdyx,md->myx", f, text) @ X.T
         return (dot / norm.clamp(min=eps * eps).sqrt())[:, None]
 
@@ -513,8 +479,8 @@ class DensePromptGeneration(nn.Module):
     def __init__(self, vision_width, text_width, size, conv="relu", upsample="pre", align_corners=False, soft=0,
                  scale=False):
         super().__init__()
-        one_of(("relu", "none", "official"), conv=conv)
-        one_of(("pre", "post"), upsample=upsample)
+        one_of("conv", conv, ("relu", "none", "official"))
+        one_of("upsample", upsample, ("pre", "post"))
         self.size, self.align_corners, self.upsample = size, align_corners, upsample
         self.widths, D = (vision_width, text_width), vision_width
         if conv == "relu":
@@ -572,21 +538,20 @@ def tower_configs(config):
                                 "projection_size": c.vision_width, "eos_token_id": 2, "bos_token_id": 2},
             vision_config=vision | {"image_size": c.vision_size, "patch_size": c.patch})
         widths, heads = ([base * 2 ** stage for stage in range(4)] for base in (c.sam_width, c.sam_heads))
+        backbone = {
+            "model_type": "sam2_hiera_det_model", "hidden_size": c.sam_width, "num_attention_heads": c.sam_heads,
+            "blocks_per_stage": list(c.sam_blocks), "embed_dim_per_stage": widths,
+            "num_attention_heads_per_stage": heads, "window_size_per_stage": list(c.sam_windows),
+            "global_attention_blocks": list(c.sam_global),
+            "window_positional_embedding_background_size": [c.sam_background] * 2}
         sam = Sam2Config(
-            vision_config={"backbone_config": {
-                "model_type": "sam2_hiera_det_model", "hidden_size": c.sam_width, "num_attention_heads": c.sam_heads,
-                "blocks_per_stage": list(c.sam_blocks), "embed_dim_per_stage": widths,
-                "num_attention_heads_per_stage": heads, "window_size_per_stage": list(c.sam_windows),
-                "global_attention_blocks": list(c.sam_global),
-                "window_positional_embedding_background_size": [c.sam_background] * 2},
-                "model_type": "sam2_vision_model", "backbone_channel_list": widths[::-1],
-                "fpn_hidden_size": c.prompt_width},
+            vision_config={"model_type": "sam2_vision_model", "backbone_config": backbone,
+                           "backbone_channel_list": widths[::-1], "fpn_hidden_size": c.prompt_width},
             prompt_encoder_config={"hidden_size": c.prompt_width},
             mask_decoder_config={"hidden_size": c.prompt_width, "num_attention_heads": c.decoder_heads,
                                  "mlp_dim": c.decoder_mlp, "iou_head_hidden_dim": c.prompt_width})
     else:
-        clip = from_hub(SiglipConfig.from_pretrained, find_weights(c, c.clip))
-        sam = from_hub(Sam2Config.from_pretrained, find_weights(c, c.sam))
+        (clip, _), (sam, _) = published(SiglipConfig, c, c.clip), published(Sam2Config, c, c.sam)
         if c.text_length > (longest := clip.text_config.max_position_embeddings):
             raise ValueError(f"text_length={c.text_length}: {c.clip} has positions for {longest} tokens")
     clip.vision_config.vision_use_head = False      # III-B: the pooling layer goes, the map stays
@@ -598,8 +563,6 @@ def tower_configs(config):
 class RSRefSeg2(nn.Module):
     """Images and expressions to mask logits; see Config for the switches, forward for the outputs."""
 
-    MAPS = MAPS
-
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -607,9 +570,13 @@ class RSRefSeg2(nn.Module):
         self.vision = SiglipVisionModel._from_config(clip.vision_config)
         self.text = SiglipTextModel._from_config(clip.text_config)
         self.sam = Sam2Model._from_config(sam)
-        adapt(self.vision, c.lora_vision, "q_proj", "k_proj", "v_proj", "out_proj")           # Silent: LoRA
-        adapt(self.text, c.lora_text, "q_proj", "k_proj", "v_proj", "out_proj")
-        adapt(self.sam.vision_encoder, c.lora_sam, "attn.qkv", "attn.proj")
+        attention = "q_proj", "k_proj", "v_proj", "out_proj"                  # Silent: LoRA
+        for tower, rank, ends in ((self.vision, c.lora_vision, attention), (self.text, c.lora_text, attention),
+                                  (self.sam.vision_encoder, c.lora_sam, ("attn.qkv", "attn.proj"))):
+            for path, layer in list(tower.named_modules()):
+                if rank and isinstance(layer, nn.Linear) and path.endswith(ends):
+                    parent, _, name = path.rpartition(".")
+                    setattr(tower.get_submodule(parent), name, LoRALinear(layer, rank))
         self.small = c.clip_size or clip.vision_config.image_size             # H_1
         D_v, D_t = clip.vision_config.hidden_size, clip.text_config.hidden_size
         self.prompter = CascadedPrompter(D_v, D_t, sam.prompt_encoder_config.hidden_size,
@@ -622,10 +589,9 @@ class RSRefSeg2(nn.Module):
         if c.pretrained == "none":
             self.start_from_scratch()
         self.choose_what_learns()
-        for layer in self.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and c.checkpointing:
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if c.checkpointing:
+            for tower in (self.vision, self.text, self.sam):
+                tower._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
 
     def start_from_scratch(self):
         """From SAM's own 0.02 narrow layers hardly learn: its encoder by fan-in, what reads the text by Xavier."""
@@ -642,12 +608,11 @@ class RSRefSeg2(nn.Module):
         """With freeze LoRA, prompter and SAM's mask decoder, else all; never what no gradient reaches."""
         c, decoder, prompts = self.config, self.sam.mask_decoder, self.sam.prompt_encoder
         if c.freeze:
-            for part in (self.vision, self.text, self.sam.vision_encoder):
-                for name, parameter in part.named_parameters():
-                    parameter.requires_grad_(name.endswith((".lora_A", ".lora_B")))
-            prompts.requires_grad_(c.train_prompt_encoder)
-            self.sam.no_memory_embedding.requires_grad_(c.train_prompt_encoder)
-            self.sam.shared_image_embedding.requires_grad_(False)
+            learning = ["prompter.", "scales.", "biases.", "match_t2.", "sam.mask_decoder."]
+            if c.train_prompt_encoder:
+                learning += ["sam.prompt_encoder.", "sam.no_memory_embedding"]
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_("lora_" in name or name.startswith(tuple(learning)))
         unreached = [decoder.iou_prediction_head, decoder.pred_obj_score_head, *decoder.output_hypernetworks_mlps[1:],
                      prompts.point_embed, prompts.not_a_point_embed,
                      prompts.no_mask_embed if c.dense else prompts.mask_embed]       # Departs: decoder
@@ -659,29 +624,26 @@ class RSRefSeg2(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         for module in (self.vision, self.text, self.sam.vision_encoder, self.sam.prompt_encoder):
-            module.train(mode and learns(module))
+            module.train(mode and any(parameter.requires_grad for parameter in module.parameters()))
         return self
 
     def load_pretrained(self):
         """SigLIP and SAM 2 as published, from the hub or the folder `pretrained` -> {state-dict prefix: source}."""
-        clip, sam = (find_weights(self.config, name) for name in (self.config.clip, self.config.sam))
-        tensors = read_huggingface(SiglipModel, clip, extra=("vision_model.head.",))
-        if self.config.dense and self.config.dense_scale:
-            self.prompter.dense.logit_scale.data.copy_(tensors["logit_scale"])
-            self.prompter.dense.logit_bias.data.copy_(tensors["logit_bias"])
-        files = ((self.vision, "vision_model.", tensors), (self.text, "text_model.", tensors),
-                 (self.sam, "", read_huggingface(Sam2Model, sam, extra=())))
-        for tower, prefix, file in files:
-            own = {name.removeprefix(prefix): value for name, value in file.items() if name.startswith(prefix)}
-            missing, unknown = tower.load_state_dict(own, strict=False)
-            assert not unknown and all("lora_" in name for name in missing), (missing, unknown)
+        c = self.config
+        (siglip, clip), (sam2, sam) = published_model(SiglipModel, c, c.clip), published_model(Sam2Model, c, c.sam)
+        if c.dense and c.dense_scale:
+            self.prompter.dense.logit_scale.data.copy_(siglip.logit_scale)
+            self.prompter.dense.logit_bias.data.copy_(siglip.logit_bias)
+        for own, theirs in ((self.vision, siglip.vision_model), (self.text, siglip.text_model), (self.sam, sam2)):
+            missing, unknown = own.load_state_dict(theirs.state_dict(), strict=False)
+            assert all("lora_" in name for name in missing) and all(name.startswith("head.") for name in unknown)
         return {"vision.": clip, "text.": clip, "sam.": sam}
 
     def forward(self, images, tokens, text_mask, image_index=None):
         """images (N,3,S,S) uint8, tokens and text_mask (M,L), image_index (M,) -> dict.
 
         logits (M,1,S/4,S/4); with dense, p_dense (M,1,S/4,S/4) raw and dense_prompt, each map stretched to [0,1]; for
-        losses sentence (M,D_v), t1 (with cascade), t2 (M,n_t,D_t), v (N,D_v,g,g) and, if it is read, v2 (M,D_v,g,g).
+        losses sentence (M,D_v), t1, t2 (M,n_t,D_t), v (N,D_v,g,g) and v2 (M,D_v,g,g).
         """
         c, side = self.config, self.prompter.side
         index = torch.arange(len(images), device=images.device) if image_index is None else image_index
@@ -689,45 +651,38 @@ class RSRefSeg2(nn.Module):
         v, words, read, sentence = self.encode(I_1, tokens, text_mask)        # F: (N,g*g,D_v), (M,L,D_t), .., (M,D_v)
         P = self.prompter(v[index], words, read, sentence)
         logits = self.generate(I_2, index, P["p_sparse"], P.get("p_dense"))  # Eq. (1)
-        outputs = {"logits": logits, "sentence": sentence, "v": rearrange(v, "n (y x) d -> n d y x", y=side)}
-        outputs |= {name: P[name] for name in ("t1", "t2", "p_dense") if name in P}
-        if "v2" in c.aligned:
-            outputs["v2"] = rearrange(P["v2"], "m (y x) d -> m d y x", y=side)
+        outputs = {"logits": logits, "sentence": sentence, "t1": P["t1"], "t2": P["t2"]}
+        outputs |= {name: rearrange(one, "b (y x) d -> b d y x", y=side) for name, one in (("v", v), ("v2", P["v2"]))}
         if c.dense:
             p_dense = P["p_dense"].detach()
             low, high = p_dense.amin((2, 3), True), p_dense.amax((2, 3), True)
-            outputs["dense_prompt"] = (p_dense - low) / (high - low).clamp(min=1e-6)
+            outputs |= {"p_dense": P["p_dense"], "dense_prompt": (p_dense - low) / (high - low).clamp(min=1e-6)}
         return outputs
 
     def two_sizes(self, images):
-        """uint8 (N,3,S,S) -> SigLIP's small and SAM's large input, each normalised as its tower was trained."""
+        """uint8 (N,3,S,S) -> SigLIP's small input, reduced, and SAM's, each normalised as its tower was trained."""
         large = images.float() / 255
-        size, antialias = (self.small, self.small), self.config.antialias                     # Silent: I_1
-        small = functional.interpolate(large, size, mode="bilinear", antialias=antialias)
+        small = functional.interpolate(large, self.small, mode="bilinear", antialias=self.config.antialias)
         mean, std = (large.new_tensor(value)[:, None, None] for value in (SAM_MEAN, SAM_STD))
         return (small - 0.5) / 0.5, (large - mean) / std
 
     def encode(self, I_1, tokens, text_mask):
         """-> v (N,g*g,D_v), words (M,L,D_t), which of them are read (M,L), sentence (M,D_v)."""
-        c = self.config
-        if c.pad_to_longest:
+        if self.config.pad_to_longest:
             longest = tokens.shape[1] if tokens.is_meta else int(text_mask.sum(1).max())
             tokens = tokens[:, :longest]
             read = torch.ones_like(tokens, dtype=torch.bool)
         else:
             read = text_mask & functional.pad(text_mask[:, 1:], (0, 1))       # Departs: t_word; EOS is each row's last
             read = read | (text_mask & ~read.any(1, keepdim=True))            # unless there is nothing else
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.vision)):
-            v = self.vision(I_1, interpolate_pos_encoding=True).last_hidden_state             # without its pooling
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(self.text)):
-            text = self.text(tokens)                # it reads the padding, as it was trained to; Departs: t_sent
+        v = self.vision(I_1, interpolate_pos_encoding=True).last_hidden_state                 # without its pooling
+        text = self.text(tokens)                    # it reads the padding, as it was trained to; Departs: t_sent
         return v, text.last_hidden_state, read, text.pooler_output
 
     def generate(self, I_2, index, p_sparse, p_dense):
         """Eq. (8), SAM: I_2 (N,3,S,S) once per image, prompts of M expressions -> logits (M,1,S/4,S/4)."""
         sam = self.sam
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns(sam.vision_encoder)):
-            feature4, feature8, F_img = sam.vision_encoder(I_2).fpn_hidden_states             # (N,C,S/s,S/s)
+        feature4, feature8, F_img = sam.vision_encoder(I_2).fpn_hidden_states                 # (N,C,S/s,S/s)
         feature4, feature8 = sam.mask_decoder.conv_s0(feature4), sam.mask_decoder.conv_s1(feature8)
         F_img = F_img + sam.no_memory_embedding.reshape(1, -1, 1, 1)          # (N,C,S/16,S/16)
         _, F_dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=p_dense)
@@ -742,43 +697,36 @@ class RSRefSeg2(nn.Module):
     def criterion(self, outputs, batch, progress):
         """The terms of Eq. (9), weighted; their sum is the loss. Terms with weight zero are left out."""
         c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
-        logits, dice = resize(outputs["logits"], masks.shape[-1]), partial(dice_loss, squared=True, eps=1e-3)
-        images = {"v": lambda: outputs["v"][batch["image_index"]], "v2": lambda: outputs["v2"]}    # (M,D_v,g,g)
-        texts = {"sent": lambda: outputs["sentence"], "t2": lambda: self.match_t2(outputs["t2"].mean(1))}
-        most = math.inf if c.official_losses else 100
-
-        def scale(name):
-            return self.scales[name].exp().clamp(max=most)
+        scale = {name: value.exp().clamp(max=math.inf if c.official_losses else 100)
+                 for name, value in self.scales.items()}
+        images = {"v": outputs["v"][batch["image_index"]], "v2": outputs["v2"]}                   # (M,D_v,g,g)
+        texts = {"sent": outputs["sentence"], "t2": self.match_t2(outputs["t2"].mean(1))}         # (M,D_v)
+        dice = partial(dice_loss, squared=True, eps=1e-3)
 
         def cross_entropy(logits, masks):           # of L_spat and L_dense
             logits = resize(logits, masks.shape[-1])
             ce = binary_cross_entropy(logits, masks)
             return ce + dice(logits, masks) if c.official_losses else ce
 
-        def samp():
-            pooled = mask_pooled(images[c.nce_image](), masks, cut=c.official_losses)
-            return contrast(pooled, texts[c.nce_text](), scale("samp"), remote_gradient=not c.official_losses)
-
-        def spat():
-            v, t = (functional.normalize(x, dim=1) for x in (images[c.spat_image](), texts[c.spat_text]()))
-            coarse = torch.einsum("mdyx,md->myx", v, t)[:, None] * scale("spat")                   # (M,1,g,g)
-            target = on_grid(masks, coarse.shape[-2:]) if c.official_losses else masks
-            if c.spat == "MIL":
-                return multi_instance_loss(coarse, target)
-            return cross_entropy(coarse + self.biases["spat"], target)
-
-        def dense():
+        logits = resize(outputs["logits"], masks.shape[-1])
+        terms = {"ce": binary_cross_entropy(logits, masks), "dice": dice(logits, masks)}  # Eq. (10)
+        if c.alpha_ortho:
+            terms["ortho"] = orthogonal_loss(outputs["t1"], outputs["t2"])
+        if c.alpha_dense:
             p = outputs["p_dense"]
-            return cross_entropy(p if c.dense_scale else p * scale("dense") + self.biases["dense"], masks)
-
-        def weighted(**terms):
-            alphas = {name: getattr(c, f"alpha_{name}") for name in terms}
-            return {name: alphas[name] * loss().mean() for name, loss in terms.items() if alphas[name]}
-
-        L_seg = weighted(ce=lambda: binary_cross_entropy(logits, masks), dice=lambda: dice(logits, masks))  # Eq. (10)
-        L_ortho = weighted(ortho=lambda: orthogonal_loss(outputs["t1"], outputs["t2"]))
-        L_align = weighted(dense=dense, spat=spat, samp=samp)  # Eq. (12)  # Departs: (12)
-        return L_seg | L_ortho | L_align  # Eq. (9)
+            terms["dense"] = cross_entropy(p if c.dense_scale else p * scale["dense"] + self.biases["dense"], masks)
+        if c.alpha_spat:
+            v, t = (functional.normalize(x, dim=1) for x in (images[c.spat_image], texts[c.spat_text]))
+            coarse = torch.einsum("mdyx,md->myx", v, t)[:, None] * scale["spat"]                   # (M,1,g,g)
+            target = on_grid(masks, coarse.shape[-2:]) if c.official_losses else masks
+            terms["spat"] = (multi_instance_loss(coarse, target) if c.spat == "MIL" else
+                             cross_entropy(coarse + self.biases["spat"], target))
+        if c.alpha_samp:
+            pooled = mask_pooled(images[c.nce_image], masks, cut=c.official_losses)                # (M,D_v)
+            terms["samp"] = contrast(pooled, texts[c.nce_text], scale["samp"],
+                                     remote_gradient=not c.official_losses)  # Eq. (12)  # Departs: (12)
+        alphas = {name: getattr(c, f"alpha_{name}") for name in terms}        # of (10), (11), (12)
+        return {name: alphas[name] * loss.mean() for name, loss in terms.items() if alphas[name]}  # Eq. (9)
 
     @torch.no_grad()
     def diagnose(self, outputs, masks):
@@ -808,10 +756,6 @@ class RSRefSeg2(nn.Module):
         return [{"params": learning, "lr": recipe["lr"], "weight_decay": recipe["weight_decay"]}]
 
 
-def learns(module):
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
 # ----------------------------------------------------------------------------------------------------- training, tables
 
 
@@ -826,25 +770,17 @@ RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "w
                "clip": 1.0, "per_image": 4}
 
 
-def pair(name):
-    """Table XVI's name of a pair of backbones, such as siglip2-giant-p16-256+s -> what sets it."""
-    clip, sam, *_ = name.split("+")
-    family, *giant, patch, size = clip.split("-")
-    sam = {"t": "tiny", "s": "small", "b": "base-plus", "l": "large"}[sam]
-    return {"clip": f"google/{family}-{'giant-opt' if giant else 'so400m'}-patch{patch[1:]}-{size}",
-            "sam": f"facebook/sam2.1-hiera-{sam}", "lora_sam": 16 if sam == "large" else 32, "alpha_dice": 1.0}
-
-
 def grid(row, field, values):
     """Rows `row-value` that change one field."""
     return {f"{row}-{value}": {field: value} for value in values}
 
 
-BASE = pair("siglip2-p14-384+s") | {"alpha_dice": 0.0}         # IV-E
+BASE = {"clip": "google/siglip2-so400m-patch14-384", "sam": "facebook/sam2.1-hiera-small", "lora_sam": 32,
+        "alpha_dice": 0.0}                          # IV-E, IV-E1, IV-E9
 BLOCKS, RANKS = (1, 2, 4, 6), (0, 4, 8, 16, 32, 64)
 NO_DENSE = {"dense": False, "alpha_dense": 0.0}
 ONLY_CE = {"alpha_ortho": 0.0, "alpha_dense": 0.0, "alpha_samp": 0.0}
-ORTHO = ONLY_CE | {"alpha_ortho": 0.5}
+ORTHO = ONLY_CE | {"alpha_ortho": 0.5}              # for the others that Table XV adds 0.5 is our choice
 ABLATIONS = {
     "VI": grid("clip-t", "lora_text", RANKS) | grid("clip-v", "lora_vision", RANKS) | grid("sam-v", "lora_sam", RANKS),
     "VII": grid("decomp", "decomposition_blocks", BLOCKS) | grid("interac", "interaction_blocks", BLOCKS)
@@ -872,10 +808,15 @@ ABLATIONS = {
     | {f"NCE-{text}-{image}": ORTHO | {"alpha_samp": 0.5, "nce_text": text, "nce_image": image}
        for image in ("v", "v2") for text in ("sent", "t2")}
     | {"NCE-t2-v+dice": ORTHO | {"alpha_samp": 0.5, "alpha_dice": 1.0}},
-    "XVI": {name: pair(name) for name in (          # two are printed twice
-        "siglip-p14-384+s", "siglip2-p14-224+s", "siglip2-p14-224+s+again", "siglip2-p14-384+s", "siglip2-p16-384+s",
-        "siglip2-p16-512+s", "siglip2-giant-p16-256+s", "siglip2-giant-p16-384+s", "siglip2-p16-512+t",
-        "siglip2-p16-512+s+again", "siglip2-p16-512+b", "siglip2-p16-512+l")},
+    "XVI": {f"{clip}+{sam[0]}{again}": {
+        "clip": "google/" + re.sub("(siglip2?)-p", r"\1-so400m-patch", clip).replace("giant-p", "giant-opt-patch"),
+        "sam": f"facebook/sam2.1-hiera-{sam}", "lora_sam": 16 if sam == "large" else 32, "alpha_dice": 1.0}
+        for clip, sam, again in (                   # two rows are printed twice
+            ("siglip-p14-384", "small", ""), ("siglip2-p14-224", "small", ""), ("siglip2-p14-224", "small", "+again"),
+            ("siglip2-p14-384", "small", ""), ("siglip2-p16-384", "small", ""), ("siglip2-p16-512", "small", ""),
+            ("siglip2-giant-p16-256", "small", ""), ("siglip2-giant-p16-384", "small", ""),
+            ("siglip2-p16-512", "tiny", ""), ("siglip2-p16-512", "small", "+again"),
+            ("siglip2-p16-512", "base-plus", ""), ("siglip2-p16-512", "large", ""))},
 }
 ABLATIONS = {table: {row: BASE | changes for row, changes in rows.items()} for table, rows in ABLATIONS.items()}
 OFFICIAL = {                                        # not of the paper: the forms of the authors' code
@@ -914,12 +855,11 @@ FIGURES = {                                         # of the rows in their order
         "XVI": "78.05/66.13 77.55/65.36 77.55/65.36 78.98/67.06 78.29/66.73 78.43/67.79 77.17/65.62 77.52/66.94 "
                "78.48/67.63 78.43/67.79 78.52/68.07 79.45/69.17"}.items()}
 RETIRED = {"dense_kernel": 3}
-RENAMED = {"prompter.decompose.words.": "prompter.decompose.cross.",            # in the state dict, from old to new
-           "prompter.sparse.text.": "prompter.sparse.cross_text.",
-           "prompter.sparse.image.": "prompter.sparse.cross_image."}
+RENAMED = {f"prompter.{old}.": f"prompter.{new}." for old, new in (("decompose.words", "decompose.cross"),
+           ("sparse.text", "sparse.cross_text"), ("sparse.image", "sparse.cross_image"))}       # in older state dicts
 
 
-# ----------------------------------------------------------------------------------------- tokenizer, published weights
+# ----------------------------------------------------------------------- tokenizer, published weights, the authors' own
 
 SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "end": 2}     # as SigLIP's: words [EOS], nothing before them
 
@@ -928,7 +868,7 @@ class SiglipWords:
     """SigLIP's tokenizer: strings -> tokens (M,L) int64, padded right, cut with EOS kept, text_mask (M,L) bool."""
 
     def __init__(self, config):
-        self.tokenizer = from_hub(AutoTokenizer.from_pretrained, find_weights(config, config.clip))
+        self.tokenizer, _ = published(AutoTokenizer, config, config.clip)
         self.tokenizer.padding_side = "right"
         self.length, self.lower_case = config.text_length, config.lower_case
 
@@ -942,43 +882,35 @@ class SiglipWords:
 tokenizer = SiglipWords
 
 
-def find_weights(config, name):
-    """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder."""
-    if config.pretrained == "hub":
-        return name
-    path = Path(config.pretrained) / name.split("/")[-1]
-    if path.exists():
-        return str(path)
-    raise FileNotFoundError(f"{path}: no such folder; put the files of huggingface.co/{name} there, "
-                            "or say --set pretrained=hub")
-
-
-def from_hub(load, source, **options):
-    """`load(source)` of transformers, with an answer that helps if it fails."""
+def published(kind, config, name, **options):
+    """What transformers' `kind` reads of a backbone, from the hub or the folder `pretrained` -> it, where from."""
+    folder = Path(config.pretrained) / name.split("/")[-1]
+    source = name if config.pretrained == "hub" else str(folder)
+    if source != name and not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; put the files of huggingface.co/{name} there, "
+                                "or say --set pretrained=hub")
     try:
-        return load(source, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        if Path(source).is_dir():
+        found = kind.from_pretrained(source, **options)
+        if kind is AutoTokenizer and len(found) <= 5:           # its answer to missing files: the special words
+            raise OSError("neither tokenizer.json nor tokenizer.model found")
+        return found, source
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        if source != name:
             raise ValueError(f"{source}: not a folder as transformers saves it, or of another architecture "
                              f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
         raise FileNotFoundError(
             f"{source}: not reached on the hub and not in its cache; set the variable HF_ENDPOINT to a mirror, "
-            f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
+            f"or put its files in DIR/{folder.name} and say --set pretrained=DIR") from error
 
 
-def read_huggingface(kind, source, extra):
-    """Tensors of a published checkpoint in float32; names that begin with one of `extra` may be in it besides."""
-    model, info = from_hub(kind.from_pretrained, source, dtype=torch.float32, output_loading_info=True)
-    unknown = [name for name in info["unexpected_keys"] if not name.startswith(extra)]
-    if info["missing_keys"] or unknown:
+def published_model(kind, config, name):
+    """A published model in float32, all of its file used -> it, where from."""
+    (model, info), source = published(kind, config, name, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
         raise ValueError(f"{source}: not the weights of a {kind.__name__}: missing {sorted(info['missing_keys'])[:3]}, "
-                         f"unknown {sorted(unknown)[:3]}")
-    tensors = model.state_dict()
-    print(f"{source}: {len(tensors)} tensors loaded")
-    return {name: value for name, value in tensors.items() if not name.startswith(extra)}
-
-
-# ----------------------------------------------------------------------------------------- the authors' trained weights
+                         f"unknown {sorted(info['unexpected_keys'])[:3]}")
+    print(f"{source}: {len(model.state_dict())} tensors loaded")
+    return model, source
 
 
 UNUSED = r"vision\.head\.|decode_head\.(logit_scale1|logit_bias[12])$"          # pooling; of other losses, a constant
@@ -1079,11 +1011,9 @@ def read_official(path):
 #   (4)-(6)      each attention and MLP has a residual before its norm (code); none is printed
 #   (6) line 3   queries are what line 2 made of them ("sequentially"); printed with the query of line 2 again
 #   (7)          the 3x3 form of III-C, which IV-E8 calls 1x1; cosines, though the text speaks of a probability map
-#   (8)          SAM 2.1's own: order of tokens, object-score token, no-memory embedding on F_img, features at strides 4
-#                and 8; logits come at H_2/4 and are enlarged bilinearly
+#   (8)          SAM 2.1's: token order, score token, no-memory embedding, strides 4 and 8; logits enlarged from H_2/4
 #   (12)         L_samp contrasts t_2 with v: Table XV's best row (code); printed with t_sent
-#   (13)         its N images are the expressions: each is a sample
-#   Pr@X         counts IoU >= X, as the field does; IV-B and the official code: >
+#   (13)         its N images are the expressions: each is a sample; Pr@X counts IoU >= X, IV-B and the official code: >
 #   batch        L_samp sees --micro-batch times the processes, (7)'s batch norm too, not the 64 of IV-C2
 #   t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; an expression without words reads EOS
 #   t_sent       SigLIP has no feature at EOS: its text head reads the last of 64 positions, which it was trained on
@@ -1097,33 +1027,24 @@ def read_official(path):
 #   I_2          enlarged by PIL, there by OpenCV; what is not square is squashed, there padded
 #   refsegrs     T_max is 2 times the epochs; a reading of another of their files says 1.8
 # Silent (code: as the official code has it; unmarked: our choice)
-#   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout (code)
+#   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout; (6) ends in such an MLP (code)
 #   start        PyTorch's own for the prompter (code); with pretrained=none Xavier for it and SAM's decoder
 #   textpool     adaptive average pooling of the words to n_t, for both subspaces (code, there with pads)
 #   positions    N(0,1), on queries and keys, not values: t_1's in (4), (5), t_2's in (4)-(6), the image's in (5), (6),
 #                p_sparse's in (6) (code); a row of Table IX without one has none wherever it would serve
-#   p_sparse     after the last block an MLP C-512-C (code)
-#   (7)          bilinear, align_corners=False; the norm after upsampling is computed on the g x g grid, which is exact
 #   LoRA         on q, k, v, out of every attention of the three towers, alpha = r (code); A starts at zero
-#   I_1          the H_2 image reduced bilinearly with antialiasing
 #   L_dice       squared denominator, epsilon 1e-3 above and below (code)
 #   L_samp       v averaged over the mask's area, so that no small object is lost; t_2 over its n_t vectors; a learnable
 #                factor on the cosines, from 1/0.07 (code), at most 100; gathered over processes with gradient
 #   L_spat       cosines times such a factor, plus a bias for CE, which is taken at the mask's size; MIL: -log of the
 #                softmax mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
 #   L_dense      like CE in L_spat (a cosine as a logit stays in 0.27 .. 0.73), at the mask's size; IV-E10 may say H_2/4
-#   alphas       0.5 for every auxiliary term that a row of Table XV switches on
 #   text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
-#   training     warm-up 5 epochs, decay 0.05, clipping 3.0, protocol original (code)
 #   Table IX     zero: a constant, as IV-E4 says, though III-C's may learn; sine: base 10000, 2 pi, cell centres
 #   Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
 #   Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
 #   Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
-#   Table XIII   T-t2, T-t2': the mean over n_t; T-sparse: one query more in (6), its output mapped to D_v; T-soft: an
-#                MLP D-512-D on t_sent
-#   Table XIV    other sizes through interpolated positions
+#   Table XIII   T-t2, T-t2': the mean over n_t; T-sparse: one query more in (6), mapped to D_v; T-soft: an MLP D-512-D
 #   Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
-#   diagnose     an IoU below 0.5 is a localisation error where p_dense peaks outside the object, else a boundary one
-#   official     the pooling of T-t2 and T-t2': linear, GELU, convolution over n_t, batch norm, convolution; widths ours
 # Omits
 #   ZeRO-2       one process holds all weights; they are few enough

@@ -568,7 +568,7 @@ def test_parameters_at_paper_size():
 
 
 def test_documented_shapes():
-    model = build(small(nce_image="v2"))
+    model = build()
     shapes = {name: tuple(value.shape) for name, value in model(*inputs()).items()}
     q = S // 4
     assert shapes == {"logits": (M, 1, q, q), "p_dense": (M, 1, q, q), "dense_prompt": (M, 1, q, q),
@@ -679,7 +679,7 @@ def test_every_setting_is_the_papers_or_ours():
         "epochs": 300, "batch_size": 64, "lr": 1e-4, "schedule": "cosine", "precision": "bf16",         # IV-C2
         "weight_decay": 0.05, "warmup": 5.0, "clip": 3.0, "micro_batch": 8, "protocol": "original",     # official code
         "plateau": 0.0, "t_max": 0.0, "floor": 0.0, "per_image": 0, "empty": "zero", "select": "mIoU", "phases": None}
-    assert rsrefseg2.RECIPE_FOR == {} and rsrefseg2.MAPS == RSRefSeg2.MAPS == ("dense_prompt",)
+    assert rsrefseg2.RECIPE_FOR == {} and rsrefseg2.MAPS == ("dense_prompt",)                         # Fig. 7
     assert rsrefseg2.RETIRED == {"dense_kernel": 3}             # III-C's; IV-E8 calls it 1x1
 
 
@@ -703,12 +703,16 @@ def test_the_schedule_of_the_paper_and_of_the_official_code():
 BASE = {"clip": "google/siglip2-so400m-patch14-384", "sam": "facebook/sam2.1-hiera-small", "lora_sam": 32,
         "alpha_dice": 0.0}                                      # IV-E, IV-E1, IV-E9; Table XV's last row adds Dice
 ORTHO = {"alpha_ortho": 0.5, "alpha_dense": 0.0, "alpha_samp": 0.0}
-NO_DENSE = {"dense": False, "alpha_dense": 0.0}
 
 
 def clip(name):
     family, *giant, patch, size = name.split("-")
     return f"google/{family}-{'giant-opt' if giant else 'so400m'}-patch{patch[1:]}-{size}"
+
+
+def ticks(*rows):
+    """Three rows as Tables X, XI and XII print them: neither of two parts, the first, both."""
+    return zip(rows, ((False, False), (True, False), (True, True)), strict=True)
 
 
 ROWS = {
@@ -729,16 +733,20 @@ ROWS = {
         "prompt-learnable": {"prompt_positions": False, "prompt_init": "learnable"},
         "prompt-PE-zero": {"prompt_positions": True, "prompt_init": "zero"},
         "prompt-PE-learnable": {"prompt_positions": True, "prompt_init": "learnable"}},
-    "X": {"single-stage": NO_DENSE | {"cascade": False, "alpha_ortho": 0.0}, "cascaded": NO_DENSE,
-          "cascaded+dense": {}},
-    "XI": {"none": {"intra_attention": False, "inter_attention": False}, "intra": {"inter_attention": False},
-           "intra+inter": {}},
-    "XII": {"none": {"self_attention": False, "cross_attention": False}, "self": {"cross_attention": False},
-            "self+cross": {}},
-    "XIII": {"T-t2": {"dense_text": "t2"}, "T-t2'": {"dense_text": "t2_prime"}, "T-sparse": {"dense_text": "sparse"},
-             "T-sent": {}, "T-soft": {"dense_soft_text": True}, "no-T-soft": {}, "V-v": {"dense_image": "v"},
-             "V-v2'": {}, "no-V-soft": {"dense_conv": "none"}, "V-soft": {}, "post-up": {"dense_upsample": "post"},
-             "pre-up": {}},
+    "X": {row: {"cascade": cascaded, "dense": dense, "alpha_dense": 0.0} | ({} if cascaded else {"alpha_ortho": 0.0})
+          for row, (cascaded, dense) in ticks("single-stage", "cascaded", "cascaded+dense")},
+    "XI": {row: {"intra_attention": intra, "inter_attention": inter}
+           for row, (intra, inter) in ticks("none", "intra", "intra+inter")},
+    "XII": {row: {"self_attention": own, "cross_attention": cross}
+            for row, (own, cross) in ticks("none", "self", "self+cross")},
+    "XIII": {row: dict(zip(("dense_text", "dense_soft_text", "dense_image", "dense_conv", "dense_upsample"), has,
+                           strict=True)) for row, has in {
+        "T-t2": ("t2", False, "v2", "relu", "pre"), "T-t2'": ("t2_prime", False, "v2", "relu", "pre"),
+        "T-sparse": ("sparse", False, "v2", "relu", "pre"), "T-sent": ("sent", False, "v2", "relu", "pre"),
+        "T-soft": ("sent", True, "v2", "relu", "pre"), "no-T-soft": ("sent", False, "v2", "relu", "pre"),
+        "V-v": ("sent", False, "v", "relu", "pre"), "V-v2'": ("sent", False, "v2", "relu", "pre"),
+        "no-V-soft": ("sent", False, "v2", "none", "pre"), "V-soft": ("sent", False, "v2", "relu", "pre"),
+        "post-up": ("sent", False, "v2", "relu", "post"), "pre-up": ("sent", False, "v2", "relu", "pre")}.items()},
     "XIV": {"224": {"clip_size": 224}, "384": {}, "448": {"clip_size": 448}, "768": {"clip_size": 768}},
     "XV": {"ce": ORTHO | {"alpha_ortho": 0.0}, "ortho": ORTHO, "dense": ORTHO | {"alpha_dense": 0.5},
            **{f"{kind}-{text}-{image}": ORTHO | {
@@ -1305,7 +1313,7 @@ def test_the_log_says_what_accumulation_does_to_the_contrast(capsys):
 def copied(tmp_path_factory):
     """The prompter's modules with the helpers that their docstrings name, in a file of their own."""
     parts = [getattr(rsrefseg2, name) for name in (
-        "one_of", "expect", "repeated", "drawn_or_zero", "mlp", "resize", "cosine_maps", "AttentionLayer",
+        "one_of", "expect", "repeated", "mlp", "resize", "cosine_maps", "AttentionLayer",
         "MlpLayer", "CrossLayer", "LoRALinear", "ReferringSemanticDecomposition", "TextVisualInteraction",
         "SparsePromptGeneration", "DensePromptGeneration")]
     imports = ("import math\nimport torch\nfrom einops import rearrange\nfrom torch import nn\n"

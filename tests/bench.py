@@ -1,11 +1,12 @@
 """Speed and memory, by hand: ratios within one run, each beside what the architecture itself demands.
 
     python tests/bench.py --model crobim_u                       paper size, random weights, one image and sentence
-    python tests/bench.py --model crobim_u --preset tiny --set refine=literal
+    python tests/bench.py --model crobim_u --preset tiny --repeat 1                     every part in half a minute
 
 A measured ratio is a median of times taken in turn; a demanded one divides the floating-point operations that torch
-counts (matrix products, convolutions, attention) of the same two pieces of work. On the CPU the process keeps the
-memory it has freed, as torch does on CUDA: fresh pages for every large tensor would be a cost of their own.
+counts (matrix products, convolutions, attention) of the same two pieces of work. measured/demanded is what the rest
+costs: 1 where only these operations take time; at tiny sizes, where they take next to none, it says nothing. On the CPU
+the process keeps the memory it has freed, as torch does on CUDA: fresh pages for every large tensor would be a cost.
 """
 
 import argparse
@@ -36,12 +37,17 @@ import models  # noqa: E402
 import train  # noqa: E402
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}        # read by glibc at start
-PARTS = ("step", "inference", "expressions", "loader", "metrics", "memory")
+PARTS = {"step": "forward, loss, backward and AdamW of the model / of its published towers alone, the loss a sum",
+         "inference": "forward of the model / of its published towers alone, both without gradients",
+         "expressions": "inference on fifteen sentences of one image / on one sentence",
+         "loader": "decoding and resizing image and mask by PIL alone / the data loader; 1 is as fast as decoding",
+         "metrics": "the share of evaluating 24 samples that counting pixels and summing up take",
+         "memory": "peak of a step's whole process, libraries included, beside the count of train.py --plan"}
 
 
 def crobim_u_backbones(model, batch):
     """ConvNeXt on every image and BERT on every sentence, nothing else."""
-    features = model.convnext.embeddings((batch["images"] / 255 - model.mean) / model.std)
+    features = model.convnext.embeddings(batch["images"] / 255)
     total = 0
     for stage in model.convnext.encoder.stages:
         features = stage(features)
@@ -52,7 +58,7 @@ def crobim_u_backbones(model, batch):
 
 def icipnet_backbones(model, batch):
     """Swin on every sentence's image, as the model runs it from the second stage on, and BERT on every sentence."""
-    tokens, size = model.swin.embeddings((batch["images"] / 255 - model.mean) / model.std)
+    tokens, size = model.swin.embeddings(batch["images"] / 255)
     total = 0
     for i, stage in enumerate(model.swin.encoder.layers):
         for block in stage.blocks:
@@ -255,8 +261,8 @@ class Bench:
         evaluate.counts, metrics.records = timed("counts"), timed("records")
         begun = time.perf_counter()
         lines = evaluate.evaluate(self.model, data.read("synthetic", "", "test", limit=24),
-                                     evaluate.Processes(0, 1, self.device), tokenizer=tokenizer, protocol="resized",
-                                     workers=0, precision=self.args.precision, micro_batch=12)
+                                  evaluate.Processes(0, 1, self.device), tokenizer=tokenizer, protocol="resized",
+                                  workers=0, precision=self.args.precision, micro_batch=12)
         summed = time.perf_counter()
         metrics.summarize(lines, bootstrap=0)
         spent.append(time.perf_counter() - summed)
@@ -280,19 +286,26 @@ class Bench:
               f"{(fixed + kept) / 2 ** 30:.2f} GiB")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="crobim_u", choices=BACKBONES)
-    parser.add_argument("--preset", default="paper", choices=["paper", "tiny"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", default="fp32", choices=evaluate.PRECISIONS)
-    parser.add_argument("--images", type=int, default=1, help="images of a batch")
-    parser.add_argument("--per-image", type=int, default=1, help="sentences of each image")
-    parser.add_argument("--repeat", type=int, default=3, help="timed rounds")
-    parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
+def arguments(argv=None):
+    parts = "\n".join(f"  {name:<13}{meaning}" for name, meaning in PARTS.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"what the parts divide by what:\n{parts}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="crobim_u", choices=BACKBONES, help="the paper (default crobim_u)")
+    parser.add_argument("--preset", default="paper", choices=["paper", "tiny"], help="size (default paper)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"],
+                        help="default: cuda where there is one")
+    parser.add_argument("--precision", default="fp32", choices=evaluate.PRECISIONS, help="default fp32")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="images of a batch (default 1)")
+    parser.add_argument("--per-image", type=int, default=1, metavar="N", help="sentences of each image (default 1)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="timed rounds (default 3)")
+    parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help="default: all")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of Config or recipe")
     parser.add_argument("--only-step", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = arguments()
     if not os.environ.keys() >= KEEP_FREED_MEMORY.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
     bench = Bench(args)

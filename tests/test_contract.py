@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+import bench
 import pytest
 import torch
 import torch.nn.functional as F
 import toy
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import models
@@ -270,6 +272,21 @@ def test_half_precision_steps_and_scores_near_the_whole_one(name, precision):
     assert half_loss == pytest.approx(loss, rel=of_loss)
     assert 1 - F.cosine_similarity(half_gradient, gradient, 0) < of_direction
     assert (half_scored - scored).norm() < of_logits * (scored - scored.mean()).norm()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_bench_divides_by_a_part_of_the_model(name):
+    """tests/bench.py reaches into each model for its published towers: they run, learn, and are not all of it."""
+    sides = [f"{field}={side}" for field, side in SIDES[name].items()]
+    timed = bench.Bench(bench.arguments(["--model", name, "--preset", "tiny", "--device", "cpu", "--set", *sides]))
+    given, operations = timed.batch(2, 3), []
+    for objective in (timed.bare_objective, timed.objective):
+        with FlopCounterMode(display=False, custom_mapping=bench.FLOPS) as counter:
+            objective(given).backward()
+        operations.append(counter.get_total_flops())
+        assert any(parameter.grad is not None and parameter.grad.any() for parameter in timed.model.parameters())
+        timed.optimizer.zero_grad(set_to_none=True)
+    assert 0 < operations[0] < operations[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- learning

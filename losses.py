@@ -81,7 +81,7 @@ def uncertainty_loss(uncertainty, prediction, masks, *, sample_weight=1.0, thres
 
 def orthogonal_loss(t1, t2):
     """Squared cosine between the mean-pooled, normalised embeddings of two subspaces, t1 and t2 (M,n,C) -> (M,)."""
-    pooled1, pooled2 = (F.normalize(t.float().mean(1), dim=-1) for t in (t1, t2))         # (M,C)
+    pooled1, pooled2 = (F.normalize(t.float().mean(1)) for t in (t1, t2))                 # (M,C)
     return (pooled1 * pooled2).sum(-1) ** 2  # RSRefSeg 2 Eq. (11)
 
 
@@ -106,8 +106,7 @@ def contrastive_loss(images, texts, every_image, every_text, first, scale):
 
     images, texts (M,C) are rows first .. first + M of every_image, every_text (K,C); scale multiplies the cosines.
     """
-    images, texts, every_image, every_text = (F.normalize(x.float(), dim=-1)
-                                              for x in (images, texts, every_image, every_text))
+    images, texts, every_image, every_text = (F.normalize(x.float()) for x in (images, texts, every_image, every_text))
     partner = torch.arange(first, first + len(images), device=images.device)
     to_text = F.cross_entropy(scale * images @ every_text.T, partner, reduction="none")
     to_image = F.cross_entropy(scale * texts @ every_image.T, partner, reduction="none")

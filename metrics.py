@@ -150,7 +150,7 @@ def summarize(records, empty="zero", bootstrap=1000, seed=0):
         scores = _scores(columns[:, categories == category], empty)
         summary["categories"][category] = {"n": int((categories == category).sum()),
                                            **{key: scores[key] for key in ("oIoU", "mIoU", "Pr@0.5")}}
-    if rows := list(summary["categories"].values()):
+    if rows := summary["categories"].values():
         summary["mean_over_categories"] = {
             "categories": len(rows), "n": sum(row["n"] for row in rows),
             "parsed": sum(line["category_source"] == "parsed" for line in lines),

@@ -39,8 +39,8 @@ import models  # noqa: E402
 import train  # noqa: E402
 
 # Table of the paper, and epochs that take a quiet machine of two cores at most five minutes.
-MAIN = {"crobim_u": ("V", 11), "icipnet": ("III", 10), "rsrefseg2": ("X", 12), "rs2sam2": ("4", 10),
-        "prompt_ris": ("3", 15)}
+MAIN = {"crobim_u": ("V", 16), "icipnet": ("III", 12), "rsrefseg2": ("X", 20), "rs2sam2": ("4", 11),
+        "prompt_ris": ("3", 17)}
 FILE = ROOT / "tests/claims.jsonl"
 COMMAND = (sys.executable, str(ROOT / "train.py"))
 DRAWS = 10_000

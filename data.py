@@ -1318,7 +1318,7 @@ def draw_things(rng, small: bool) -> list:
             return []
         centre, angle, discs = spot
         taken, colour = np.concatenate([taken, discs]), pick(rng, palette)
-        rgb = tuple(int(min(max(level + 16 * (rng.random() - 0.5), 0), 255)) for level in COLOURS[colour])
+        rgb = tuple(int(level + 16 * (rng.random() - 0.5)) for level in COLOURS[colour])
         things.append(Thing(category, colour, rgb, centre.real, centre.imag, angle, length, width, area))
     return things
 

@@ -43,7 +43,7 @@ class Sample:
 
     id: str                      # unique within data set and split, safe as a file name
     image: Path | int            # file, or the number of a synthetic scene
-    mask: object                 # file | {"size", "parts": RLEs and polygons, "resize"} | number of the scene's object
+    mask: object                 # file | {"file", "value"} | {"size", "parts", "resize"} | number of a scene's object
     expression: str              # stripped, single spaces, case as written
     split: str
     image_id: str                # what the data set calls the image
@@ -215,8 +215,8 @@ def read_lists(benchmark: Benchmark, root: Path):
         return (images, masks, lists) if images and masks and lists else None
 
     def samples_of(line, split):
-        name, expression = [*line.split(None, 1), ""][:2]
-        expression, picture = _clean(expression), _picture(benchmark, name)
+        name, *rest = line.split(None, 1)
+        expression, picture = _clean(" ".join(rest)), _picture(benchmark, name)
         image, mask = (_find_name(name if "." in name else f"{name}.tif", listing) for listing in listings)
         category = find_category(expression, benchmark.classes)
         return [Sample(image.rpartition(".")[0], images / image, masks / mask, expression, split, image, image,
@@ -282,13 +282,14 @@ def read_refer(benchmark: Benchmark, root: Path):
     folder = _find_folder(benchmark, root, lambda place: all((place / name).is_file() for name in names),
                           " with ".join(names))
     path, where = (folder / name for name in names)
-    rows, resize = json.loads(_text(path)) if path.suffix == ".json" else _unpickle(path), benchmark.name == "rrsisd"
+    resize = benchmark.name == "rrsisd"  # a few of its images are some rows or columns off the 800x800 of all masks
     try:
         content = json.loads(_text(where))
         annotations, images = ({entry["id"]: entry for entry in content[name]} for name in ("annotations", "images"))
         categories = {entry["id"]: entry["name"] for entry in content.get("categories", [])}
         place, listing = _find_images(benchmark, folder, [image["file_name"] for image in content["images"][:3]])
         where = path
+        rows = json.loads(_text(path)) if path.suffix == ".json" else _unpickle(path)
         if any(not isinstance(row.get("ann_id", 0), int | str) or row.get("ann_id") == -1 for row in rows):
             raise ValueError(f"{path}: sentences of no target or of several, as gRefCOCO has them, are not read; each "
                              "must have one object")
@@ -300,7 +301,6 @@ def read_refer(benchmark: Benchmark, root: Path):
         stored = annotation["segmentation"]
         parts = stored if isinstance(stored, list) else [stored]
         size = parts[0]["size"] if parts and isinstance(parts[0], dict) else (image["height"], image["width"])
-        # A few images of RRSIS-D are some rows or columns off the 800x800 that all its masks have.
         mask, samples = {"size": tuple(size), "parts": parts, "resize": resize}, []
         file, instance = place / _find_name(image["file_name"], listing), f"{row['image_id']}/{row['ann_id']}"
         number = annotation.get("category_id", annotation.get("categories_id"))  # RRSIS-D's spelling
@@ -824,7 +824,8 @@ def masked(expression: str, share: float, rng) -> str:
     """The expression, each word lost with probability `share`, but never all of them."""
     parts = expression.split()
     kept = rng.random(len(parts)) >= share
-    kept[rng.integers(len(parts))] |= not kept.any()
+    if not kept.any():
+        kept[rng.integers(len(parts))] = True
     return " ".join(itertools.compress(parts, kept))
 
 
@@ -950,7 +951,7 @@ class TrainSampler:
             units[sample.picture if per_image else sample.instance][sample.instance].append(number)
         self.units = [list(instances.values()) for instances in units.values()]
         self.groups = bool(per_image and repeat_mask) and len(self.units) < len(samples)
-        drawn = [min(per_image, sum(map(len, unit))) for unit in self.units] if per_image else [1]
+        drawn = [min(per_image, sum(map(len, unit))) for unit in self.units] if per_image else [1]  # of each unit
         drawn = [per_image] if self.groups else drawn
         size, total = max(int(batch_size * len(drawn) / sum(drawn)), 1), len(self.units)
         if min(size, total) < world:

@@ -673,6 +673,9 @@ def test_damaged_refer_tables(tmp_path):
         data.read("rrsisd", root, "train")
     with pytest.raises(ValueError, match="KeyError: 77"):
         data.read("rrsisd", refer(tmp_path / "c", [], ref={"ann_id": 77}), "train")
+    (tmp_path / "c" / "rrsisd" / "refs.json").write_text("[")
+    with pytest.raises(ValueError, match="refs.json: not as REFER has it .JSONDecodeError"):
+        data.read("refer", tmp_path / "c" / "rrsisd", "train", refs="refs.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

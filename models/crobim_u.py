@@ -715,7 +715,7 @@ def read_meta_convnext(path):
 #     (3)          Fig. 2's "raw broadcasting" of the words, which neither III-C nor (3) has, is left out
 #     Base         is CroBIM in the paper, of which no more is used than III-B describes: two towers, a projection per
 #                  level, a multi-scale encoder, mask logits. FIGURES are of the paper's own
-#     L_ref        is needed, since L_seg sees P_fg; in III-D it is optional. seg_on_refined=True is that reading
+#     L_ref        is needed, since L_seg sees P_fg; in III-E it is optional. seg_on_refined=True is that reading
 #     Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
 # Silent
 #     projections  1x1 convolution and group norm per level, linear and layer norm for the words

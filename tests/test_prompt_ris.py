@@ -31,11 +31,6 @@ ONE = evaluate.Processes(0, 1, torch.device("cpu"))
 SENTENCES = ["the red ship", "ship", "red ship left of the harbour", "harbour", "left ship", "the ship", "red", "of"]
 
 
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(models.PAPERS, "prompt_ris", "PromptRIS")
-
-
 @pytest.fixture
 def double(monkeypatch):
     """Model and losses in float64, also where they ask for float32."""
@@ -873,7 +868,7 @@ def test_every_number_is_the_papers_or_named_as_ours():
     assert prompt_ris.MAPS == ("coarse",)                                       # Fig. 4: coarse and final masks
 
 
-TABLES = {      # what a row of Tables 3 and 4 has; the other three letters of Table 5 are its prompts
+TABLES = {      # what a row of Tables 3 and 4 ticks, which prompts one of Table 5 keeps
     ("3", "CLIP"): set(), ("3", "CLIP+CMP"): {"v2l", "l2v"}, ("3", "CLIP+CMP+ICL"): {"v2l", "l2v", "icl"},
     ("3", "CLIP+CMP+SAM"): {"v2l", "l2v", "sam"}, ("3", "CLIP+CMP+ICL+SAM"): {"v2l", "l2v", "icl", "sam"},
     ("4", "Baseline"): set(), ("4", "V2LP"): {"v2l"}, ("4", "L2VP"): {"l2v"}, ("4", "CMP"): {"v2l", "l2v"},
@@ -1024,7 +1019,6 @@ def test_interrupted_and_resumed_in_each_phase_equals_uninterrupted(tmp_path, mo
         assert state("parts")["model"]["_extra_state"].item() is phase
         monkeypatch.setattr(StopAt, "steps", 6)                     # the second stop is in the second phase
     monkeypatch.undo()
-    models.PAPERS.setdefault("prompt_ris", "PromptRIS")
     torch.manual_seed(99)
     go("parts", "--resume")
     whole, parts = state("whole"), state("parts")
@@ -1159,6 +1153,7 @@ def test_clips_own_tokenizer_is_read_by_its_mask(folder):
     start, end = words - 2, words - 1
     assert tokens[0].tolist() == [start, 0, 26 + 1, end, end, end, end, end]     # it pads with [EOS]
     assert text_mask[0].tolist() == [True] * 4 + [False] * 4
+    assert torch.equal(prompt_ris.tokenizer(config)(["AB"])[0][0], tokens[0])    # CLIP's is in lower case
     assert tokens[1][[0, -1]].tolist() == [start, end] and text_mask[1].all()
     with pytest.raises(ValueError, match="expected vocab_size=10"):
         prompt_ris.tokenizer(small(pretrained=str(path)))

@@ -252,6 +252,8 @@ def test_optional_fields_have_rows_of_their_own_and_are_no_diagnostics():
                             "place                         1   25.00", "size                          3   41.67  50.0%",
                             "on_distractor 0.5000 (mean over 2 samples)"]
     assert summarize(lines_of([(1, 2)]))["failures"] == summarize(lines_of([(1, 2)]))["kinds"] == {}
+    mixed = [line(k, 1, 2, kind=kind) for k, kind in enumerate("fdbhcaegi")]
+    assert "".join(summarize(mixed, bootstrap=0)["kinds"]) == "abcdefghi"
     merged = {"number": np.array([0]), "intersection": np.array([3]), "union": np.array([4]), "truth": np.array([4])}
     sample = SimpleNamespace(**{**vars(samples_of(1)[0]), "kind": "nearest"})
     [row] = records([sample], merged)
@@ -485,6 +487,9 @@ def test_command_line_compares_two_files(tmp_path, monkeypatch):
     assert done.stdout.splitlines()[-1].startswith(f"IoU higher in B: {result['wins']['B']:.2f} % of the samples, in A")
 
     broken.write_text(a.read_text(encoding="utf-8") + '{"id": "s60"}\n', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["metrics.py", str(a), str(b), "--empty", "none"])
+    with pytest.raises(SystemExit, match="2"):
+        metrics.main()
     for wrong, message in ((broken, f"{broken}, line 61: expected a record"), (tmp_path / "none.jsonl", "none.jsonl"),
                            (tmp_path, str(tmp_path))):
         monkeypatch.setattr(sys, "argv", ["metrics.py", str(a), str(wrong)])
@@ -520,6 +525,11 @@ def test_a_run_stands_for_its_test_split(tmp_path):
         (tmp_path / name / "per_sample.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     assert read_records(tmp_path / "run") == read_records(tmp_path / "run/test") == lines
     assert read_records(tmp_path / "run/val") == other
+    for name in "fdbhcaegi":
+        (tmp_path / "third" / name).mkdir(parents=True)
+        (tmp_path / "third" / name / "per_sample.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match=", ".join(f"\\S*third/{name}" for name in "abcdefghi")):
+        read_records(tmp_path / "third")
     with pytest.raises(FileNotFoundError, match="there are: .*second/testA, .*second/testB"):
         read_records(tmp_path / "second")
     with pytest.raises(FileNotFoundError, match="there are: no scores"):

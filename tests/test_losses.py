@@ -346,6 +346,8 @@ def test_prompt_ris_instance_contrast_at_its_ends():
     truth[:, 0, 0, 0] = True
     same = instance_contrastive_loss(torch.where(truth, 60.0, -60.0), truth, torch.zeros(2), torch.tensor([1, 2]))
     assert same.tolist() == pytest.approx([math.log(1e4) / 2] * 2, rel=1e-4)
+    none = instance_contrastive_loss(torch.zeros(2, 1, 2, 2), truth, torch.zeros(2), torch.tensor([1, 2]))
+    assert none.tolist() == [0, 0]                                          # the mask is where the logit is above zero
     truth[1] = truth[1].flip(-1)
     apart = instance_contrastive_loss(torch.where(truth, 60.0, -60.0), truth, torch.zeros(2), torch.tensor([1, 2]))
     assert apart.tolist() == [0, 0]

@@ -57,10 +57,7 @@ def maps(model):
 
 
 def override(config, recipe, settings):
-    """`field=value` strings applied to the Config or to the recipe, whichever has the field -> (config, recipe).
-
-    Raises ValueError for an unknown field or a value of another type than the field's.
-    """
+    """`field=value` strings applied to Config or recipe, whichever has the field -> (config, recipe), or ValueError."""
     kinds, changes, recipe = typing.get_type_hints(type(config)), {}, dict(recipe)
     for setting in settings:
         field, equals, text = setting.partition("=")
@@ -265,9 +262,10 @@ def word_tokenizer(name, config, words):
 
 
 def read_tokenizer(name, config, folder):
-    """The tokenizer of a run: the pretrained one, or the word list that the run kept in tokenizer.json."""
+    """The tokenizer of a run: the published one, which an export has with it, or the words in tokenizer.json."""
     if config.pretrained != "none":
-        return paper(name).tokenizer(config)
+        exported = (Path(folder) / "model.safetensors").is_file()
+        return paper(name).tokenizer(dataclasses.replace(config, pretrained=str(folder)) if exported else config)
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: the run's vocabulary is missing; copy it beside config.json")
@@ -289,12 +287,10 @@ def load(run, settings=(), device="cpu"):
     FileNotFoundError or ValueError naming the file or the field.
     """
     values, folder = run_settings(run)
-    path = weights_file(run, folder)
-    config, recipe = override(*settings_from(values["model"], values["config"], values["recipe"]), settings)
+    name, path = values["model"], weights_file(run, folder)
+    config, recipe = override(*settings_from(name, values["config"], values["recipe"]), settings)
     check_recipe(recipe)
-    exported = path.name == "model.safetensors" and config.pretrained != "none"
-    own = dataclasses.replace(config, pretrained=str(folder)) if exported else config
-    tokenizer = read_tokenizer(values["model"], own, folder)
+    tokenizer = read_tokenizer(name, config, folder)
     return ready(config, {**values, "recipe": recipe}, read_weights(path), path, tokenizer, device)
 
 

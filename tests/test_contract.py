@@ -231,6 +231,21 @@ def test_expressions_together_are_what_they_are_alone(name):
 
 
 @every_model
+def test_scoring_takes_no_other_way_than_training(name, monkeypatch):
+    """Without gradients a model may divide its work; here into the smallest parts."""
+    monkeypatch.setattr(models.paper(name), "AT_ONCE", 1, raising=False)
+    config, _ = settings(name)
+    model, given = build(name, config), batch(name, config, index=(1, 0, 1, 0))
+    outputs = run(model, given)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            again = run(model, given)
+        assert again.keys() == outputs.keys() and not again["logits"].requires_grad
+        for title, value in outputs.items():
+            torch.testing.assert_close(again[title], value.detach(), rtol=1e-4, atol=1e-4, msg=title)
+
+
+@every_model
 @torch.no_grad()
 def test_an_exported_program_gives_the_same_numbers(name):
     config, _ = settings(name)

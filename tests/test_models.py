@@ -109,10 +109,11 @@ def test_a_recipe_that_no_run_can_follow_is_refused(changes, message):
 
 
 @pytest.mark.parametrize("name", [name for name in models.PAPERS if name != "toy"])
-def test_config_survives_json(name):
+def test_config_survives_json(name, capsys):
     for config in (models.paper(name).Config(), models.paper(name).Config.tiny()):
         values = json.loads(json.dumps(config.__dict__))
         assert models.config_from(name, values) == config
+    assert capsys.readouterr().out == ""                                    # nothing is lacking
 
 
 WORDS = tuple(f"word{k}" for k in range(98))         # with the toy's two marks, its vocab_size of 100
@@ -351,6 +352,7 @@ def test_an_export_is_complete_in_itself(tmp_path, monkeypatch):
     assert there == {"config.json", "model.safetensors", "tokenizer.json"}
     was = json.loads((tmp_path / "run/config.json").read_text())
     assert json.loads((tmp_path / "out/config.json").read_text()) == was | {"data_root": "data"}    # no path of a user
+    assert '{\n "model": "toy",\n' in (tmp_path / "out/config.json").read_text()              # a line a field
     assert models.read_weights(tmp_path / "out/model.safetensors")[1] == {}
     monkeypatch.setattr(Pretrained, "load_pretrained", lambda self: pytest.fail("the export is not complete"))
     for place in (tmp_path / "out", tmp_path / "out/model.safetensors"):

@@ -1,5 +1,6 @@
 """train.py: settings, schedules, resume bit for bit, stops, several processes, wrong input. On the toy paper."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -35,6 +37,18 @@ ONE = evaluate.Processes(0, 1, torch.device("cpu"))
 @pytest.fixture(autouse=True)
 def known():
     toy.register()
+
+
+def main(monkeypatch, *words):
+    """The program, in this process; torch is left as it was."""
+    deterministic, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
+    before = filled.fill_uninitialized_memory
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    try:
+        train.main()
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        filled.fill_uninitialized_memory = before
 
 
 def options(output, *words):
@@ -563,7 +577,7 @@ def test_wrong_input_is_named(tmp_path, words, message):
 
 def test_wrong_input_ends_in_one_line_and_a_nonzero_exit(tmp_path):
     command = [sys.executable, ROOT / "train.py", "--dataset", "risbench", "--data-root", tmp_path / "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 1 and [line.split()[0] for line in done.stdout.splitlines()] == ["config", "recipe"]
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
@@ -572,44 +586,109 @@ def test_wrong_input_ends_in_one_line_and_a_nonzero_exit(tmp_path):
 # ---------------------------------------------------------------------------------------------------- real processes
 
 
-def start(output, *words, processes=1, machines=(), **environment):
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29631", *machines]
-    return subprocess.Popen(
-        [sys.executable, *(launch if processes > 1 or machines else []), ROOT / "tests/toy.py", "--model", "toy",
-         "--device", "cpu", "--limit", "60", "--workers", "1", "--output", output, *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+@pytest.fixture
+def start():
+    """start(OUTPUT, WORDS, processes=N, launch=WORDS for torchrun, VARIABLE=value): a process of train.py's, with the
+    toy, in a group of its own; whatever is left of it ends with the test."""
+    running = []
+
+    def start(output, *words, processes=1, launch=(), **environment):
+        by = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), *(launch or ["--standalone"])]
+        command = [sys.executable, *(by if processes > 1 or launch else []), ROOT / "tests/toy.py", "--model", "toy",
+                   "--device", "cpu", "--limit", "60", "--workers", "1", "--output", output, *words]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        start_new_session=True,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}))
+        return running[-1]
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.terminate()                                     # torchrun ends its own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(40)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def spawn(function, *args):
+    """function(0, ...) and function(1, ...) in two processes that have five minutes."""
+    context, deadline = mp.spawn(function, args, nprocs=2, join=False), time.monotonic() + 300
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("two processes wait for each other")
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_the_whole_group_saves_and_resume_ends_as_if_nothing_had_been(tmp_path, processes):
-    """As schedulers, `timeout` and torchrun send it: the loader's workers get it too."""
-    words = ("--epochs", "8", "--limit", "240", "--workers", "2", "--set", "batch_size=4", "dropout=0.3")
-    process = start(tmp_path / "run", *words, processes=processes)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run/config.json").exists() and time.monotonic() < deadline:
+def test_sigterm_to_the_whole_group_saves_and_resume_ends_as_if_nothing_had_been(tmp_path, start, processes):
+    """As schedulers, `timeout` and torchrun send it, in the first epoch: the loader's workers get it too."""
+    words = ("--workers", "2", "--set", "batch_size=4", "per_image=0", "dropout=0.3")
+    process = start(tmp_path / "run", *words, processes=processes, TOY=f"{tmp_path} hold 3")
+    deadline = time.monotonic() + 300
+    while len(list(tmp_path.glob("holds-*"))) < processes:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
-    time.sleep(0.5)
     os.killpg(process.pid, signal.SIGTERM)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and "go on with --resume" in errors and "DataLoader worker" not in errors, errors
-    assert "Traceback" not in errors or processes > 1, errors               # torchrun's own, of its agent
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0 and "after step 3 of epoch 1; go on with --resume" in errors, errors
+    assert "DataLoader worker" not in errors and ("Traceback" not in errors or processes > 1), errors   # torchrun's own
     stopped = state_of(tmp_path / "run")
-    assert (stopped["epoch"], stopped["step"]) < (8, 0)
-    process = start(tmp_path / "run", *words, "--resume", "auto", processes=processes)
-    _, errors = process.communicate(timeout=120)
+    assert (stopped["epoch"], stopped["step"]) == (0, 3) and not (tmp_path / "run/log.jsonl").exists()
+    process = start(tmp_path / "run", *words, "--resume", "auto", processes=processes, TOY=f"{tmp_path} note 0")
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    if processes == 1:
-        torch.set_num_threads(1)
-        run_to_end(tmp_path / "whole", *words)
-        assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "run"))
+    steps = len(log_of(tmp_path / "run")) * stopped["steps"]
+    for rank in range(processes):                                   # no step twice, none left out
+        assert steps_of(tmp_path, rank) == list(range(steps))
+    process = start(tmp_path / "whole", *words, processes=processes)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "run"))
 
 
-def gradients(rank, world, folder, words, explode):
+def steps_of(folder, rank):
+    """Numbers of the steps that a process has taken, as the toy notes their progress."""
+    progress = [float(line) for line in (folder / f"steps-{rank}").read_text().split()]
+    least = min(one for one in progress if one > 0)
+    return [round(one / least) for one in progress]
+
+
+def test_a_crash_is_gone_on_from_by_torchrun_itself(tmp_path, start):
+    """One process of two ends hard, once: --max-restarts starts both again, --resume auto takes the last state."""
+    words = ("--save-every", "2", "--set", "batch_size=4", "per_image=0", "dropout=0.3", "--resume", "auto")
+    # torchrun's store outlives a crash, and the processes may find each other's old addresses in it
+    process = start(tmp_path / "run", *words, processes=2, launch=("--standalone", "--max-restarts", "1"),
+                    TOY=f"{tmp_path} crash 4", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "(exitcode: 13)" in errors, errors
+    process = start(tmp_path / "whole", *words, processes=2)
+    _, errors_ = process.communicate(timeout=300)
+    assert process.returncode == 0, errors_
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "run"))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "run") and len(log_of(tmp_path / "run")) == 2
+    assert steps_of(tmp_path, 1)[:6] == [0, 1, 2, 3, 2, 3]          # the fourth step crashed, two were saved
+
+
+def test_a_fault_of_ours_ends_the_program_and_its_loader(tmp_path, start):
+    process = start(tmp_path / "run", "--workers", "2", TOY=f"{tmp_path} fault 2")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and errors.rstrip().endswith("RuntimeError: a fault of ours"), errors
+
+
+def gradients(rank, world, folder, words, explode, port=None):
     """The gradient of the first step as `world` processes see it; with `explode` the last one's loss is infinite."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     toy.register()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29633"}
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     processes = evaluate.start_processes("cpu")
     job = train.begin(options(folder / f"run{world}", "--set", "clip=0", *words), processes)
@@ -644,7 +723,7 @@ def test_processes_and_accumulation_do_not_change_the_gradient(tmp_path):
     words = ["--batch-size", "15", "--set", "dropout=0", "per_image=0"]      # odd for two, images of unequal size
     gradients(0, 1, tmp_path, [*words, "--micro-batch", "15"], False)
     gradients(0, 1, tmp_path, [*words, "--micro-batch", "4"], False)
-    mp.spawn(gradients, (2, tmp_path, [*words, "--micro-batch", "4"], False), nprocs=2)
+    spawn(gradients, 2, tmp_path, [*words, "--micro-batch", "4"], False, free_port())
     files = sorted(path.name for path in tmp_path.glob("gradients-*"))
     assert len(files) == 3, files
     whole = torch.load(tmp_path / "gradients-1-1.pt", weights_only=True)
@@ -659,20 +738,19 @@ def test_processes_and_accumulation_do_not_change_the_gradient(tmp_path):
 
 
 def test_an_infinite_loss_on_one_process_stops_both(tmp_path):
-    mp.spawn(gradients, (2, tmp_path, ["--batch-size", "8", "--set", "per_image=0"], True), nprocs=2)
+    spawn(gradients, 2, tmp_path, ["--batch-size", "8", "--set", "per_image=0"], True, free_port())
     first, second = ((tmp_path / f"message{rank}").read_text() for rank in (0, 1))
     assert first == second and "not finite at step 1" in first
     assert f"samples {(tmp_path / 'samples1').read_text()};" in first        # those of the process that went wrong
     assert state_of(tmp_path / "run2")["step"] == 0
 
 
-def test_two_machines_train_and_score_like_one_process(tmp_path):
+def test_two_machines_train_and_score_like_one_process(tmp_path, start):
     """Two agents of torchrun, as on two machines that share the run folder."""
     words = ("--epochs", "2", "--set", "dropout=0", "batch_size=6", "per_image=0")
-    agents = [start(tmp_path / "two", *words, machines=("--nnodes", "2", "--node-rank", rank, "--master-addr",
-                                                        "127.0.0.1")) for rank in "01"]
-    for agent in agents:
-        _, errors = agent.communicate(timeout=120)
+    launch = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", free_port(), "--node-rank")
+    for agent in [start(tmp_path / "two", *words, launch=(*launch, rank)) for rank in "01"]:
+        _, errors = agent.communicate(timeout=300)
         assert agent.returncode == 0 and "Grad strides" not in errors, errors
     torch.set_num_threads(1)
     run_to_end(tmp_path / "one", *words)
@@ -705,7 +783,7 @@ def two_threads():
 
 
 @pytest.mark.parametrize("name", [name for name in models.PAPERS if name != "toy"])
-def test_two_threads_give_the_same_gradient_every_time(name, two_threads):
+def test_two_threads_give_the_same_gradient_every_time(name, monkeypatch, two_threads):
     """Seven sentences of an image: the two threads meet in the gradient of x[index], which they share at one image."""
     paper = models.paper(name)
     samples = data.read("synthetic", "", "train", limit=12)
@@ -717,30 +795,35 @@ def test_two_threads_give_the_same_gradient_every_time(name, two_threads):
     model.param_groups({**paper.RECIPE, **paper.RECIPE_TINY})
     batch = data.collate([data.ReferringDataset(samples, model.config.image_size, tokenizer)[tuple(range(7))]])
     gradients = []
-    with train.repeatable(ONE.device):
-        for _ in range(3):
-            torch.manual_seed(1)
-            outputs, batch = evaluate.forward(model, batch, ONE.device, "fp32")
-            sum(model.criterion(outputs, batch, 0.5).values()).backward()
-            gradients.append([one.grad.clone() for one in model.parameters() if one.requires_grad])
-            model.zero_grad()
+
+    def step(*_):
+        torch.manual_seed(1)
+        outputs, moved = evaluate.forward(model, batch, ONE.device, "fp32")
+        sum(model.criterion(outputs, moved, 0.5).values()).backward()
+        gradients.append([one.grad.clone() for one in model.parameters() if one.requires_grad])
+        model.zero_grad()
+
+    monkeypatch.setattr(train, "train", step)
+    for _ in range(3):
+        main(monkeypatch, "--device", "cpu")
     assert_same(gradients[0], gradients[1])
     assert_same(gradients[0], gradients[2])
 
 
-def test_a_run_is_repeatable_throughout_and_leaves_torch_as_it_was(tmp_path, monkeypatch, two_threads):
+def test_a_run_is_repeatable_throughout(tmp_path, monkeypatch, two_threads):
     seen, real = [], toy.Toy.forward
 
     def watched(self, *inputs):
-        seen.append(torch.are_deterministic_algorithms_enabled())
+        seen.append((torch.are_deterministic_algorithms_enabled(),
+                     torch.utils.deterministic.fill_uninitialized_memory))
         return real(self, *inputs)
 
     monkeypatch.setattr(toy.Toy, "forward", watched)
     for run in ("one", "two"):
-        run_to_end(tmp_path / run, "--set", "per_image=7", "batch_size=14")
+        main(monkeypatch, "--model", "toy", "--device", "cpu", "--workers", 0, "--limit", 60, "--output",
+             tmp_path / run, "--set", "per_image=7", "batch_size=14")
     assert_same(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
-    assert seen and all(seen) and not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert set(seen) == {(True, False)}
 
 
 # ---------------------------------------------------------------------------------------------- faults, nothing lost
@@ -874,8 +957,7 @@ def test_resume_auto_begins_a_run_or_goes_on_with_it(tmp_path):
 
 
 def test_tables_of_ablations_are_listed_and_rows_of_one_trained_model_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "toy", "--list-ablations"])
-    train.main()
+    main(monkeypatch, "--model", "toy", "--list-ablations")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "toy, table 1" and lines[1].split() == ["1/wide", "71.3", "oIoU", "width=12"]
     assert lines[2].split() == ["1/slow", "lr=0.0001"] and lines[3].startswith("toy, table 2   (of one trained model")
@@ -942,10 +1024,11 @@ class Writer(list):
 
 
 def test_tensorboard_gets_losses_rates_scores_and_the_sheet(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         run_to_end(tmp_path / "run", "--tensorboard")
     assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace(__spec__="there"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     run_to_end(tmp_path / "run", "--tensorboard", "--epochs", "2")
     names = [entry[1] for entry in Writer.every if entry[0] == "tensorboard"]
@@ -974,20 +1057,19 @@ def test_the_plan_counts_what_a_step_keeps(name, precision):
     held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
     assert fixed == held + 3 * sum(one.nbytes for one in learning)          # gradients, AdamW's two moments
     if name == "prompt_ris":
-        table = train.memory(SimpleNamespace(model=name, precision=precision), config, recipe)[2]
+        args = train.arguments(["--model", name, "--precision", precision])
+        *settings, every_, learn_, table = train.memory(args)
+        assert (settings, every_, learn_) == ([paper.Config.tiny(), recipe], every, learn)
         assert table[8] == pytest.approx((fixed + kept) / 2 ** 30, rel=0.02) and table[32] > table[16] > table[4]
 
 
 def test_the_plan_of_a_command_needs_neither_data_nor_weights(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "crobim_u", "--dataset", "rrsisd", "--plan",
-                                      "--data-root", "nowhere"])
-    train.main()
+    main(monkeypatch, "--model", "crobim_u", "--dataset", "rrsisd", "--plan", "--data-root", "nowhere")
     said = capsys.readouterr().out
     assert "crobim_u (paper) on rrsisd" in said and "steps per epoch: not known" in said
     rows = [line.split() for line in said.splitlines() if line.strip()[:1].isdigit()]
     assert [(int(row[0]), int(row[2])) for row in rows] == [(1, 32), (2, 16), (4, 8), (8, 4), (16, 2), (32, 1)]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "toy", "--plan", "--limit", "60"])
-    train.main()
+    main(monkeypatch, "--model", "toy", "--plan", "--limit", 60)
     assert "60 training expressions: 2 steps per epoch, 4 in 2 epochs" in capsys.readouterr().out
 
 
@@ -995,16 +1077,22 @@ def test_a_card_that_is_too_small_is_answered_with_the_micro_batch_that_fits(tmp
     def explode(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
+    table, card = {1: 1.0, 2: 3.0, 4: 7.0, 8: 15.0}, SimpleNamespace(total_memory=2 ** 29)
+    known = [toy.Config(), toy.RECIPE, 1, 1, table]
     monkeypatch.setattr(toy.Toy, "criterion", explode)
-    monkeypatch.setattr(train, "memory", lambda *_: (1, 1, {1: 1.0, 2: 3.0, 4: 7.0, 8: 15.0}))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "toy", "--device", "cpu", "--limit", "60",
-                                      "--workers", "0", "--output", str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="of memory: 0.0 GiB, --micro-batch 8 in fp32.*no smaller micro-batch fits$"):
-        train.main()
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=6 * 2 ** 30))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "6.0 GiB, --micro-batch 8 in fp32; by the count of --plan say --micro-batch 2, the same gradient" in \
-        train.out_of_memory(options(tmp_path / "run"))
-    checkpointing = dataclasses.make_dataclass("Config", [("checkpointing", bool, False)])
-    monkeypatch.setattr(train, "settle", lambda _: (checkpointing(), toy.RECIPE, set()))
-    assert "; --set checkpointing=True keeps less and takes longer" in train.out_of_memory(options(tmp_path / "run"))
+    monkeypatch.setattr(train, "memory", lambda _: known)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    with pytest.raises(ValueError, match="of memory: 0.5 GiB, --micro-batch 8 in fp32.*no smaller micro-batch fits$"):
+        main(monkeypatch, "--model", "toy", "--device", "cpu", "--limit", 60, "--workers", 0, "--output",
+             tmp_path / "run")
+    args, said = options(tmp_path / "run", "--precision", "bf16"), []
+    for gib, micro_batch in ((7, 8), (7.5, 8), (100, 8), (100, 4), (100, 1)):
+        card.total_memory, known[1] = gib * 2 ** 30, {**toy.RECIPE, "micro_batch": micro_batch}
+        said.append(train.out_of_memory(args))
+    assert "7.0 GiB, --micro-batch 8 in bf16; by the count of --plan say --micro-batch 2, the same gradient" in said[0]
+    assert [re.search("say --micro-batch (.)|no smaller", one)[1] for one in said] == ["2", "4", "4", "2", None]
+    assert "checkpointing" not in said[0]
+    for on in (True, False):
+        known[0] = dataclasses.make_dataclass("Config", [("checkpointing", bool, on)])()
+        said = train.out_of_memory(args)
+        assert ("; --set checkpointing=True keeps less and takes longer" in said) is not on

@@ -3,7 +3,10 @@
 It has what can go wrong in a trainer: dropout, batch norm, a frozen part, two phases, a loss that can be made infinite.
 """
 
+import os
+import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,10 +106,35 @@ def register():
     models.PAPERS["toy"] = "Toy"
 
 
-if __name__ == "__main__":      # python tests/toy.py ARGUMENTS: train.py with the toy known
+def watch(folder, event, number):
+    """Note each step's progress in `folder`; the step of that number holds until a stop is asked for, or goes wrong."""
+    real, rank = Toy.criterion, os.environ.get("RANK", "0")
+    steps, holds = Path(folder, f"steps-{rank}"), Path(folder, f"holds-{rank}")
+
+    def criterion(self, outputs, batch, progress):
+        with open(steps, "a") as file:
+            print(progress, file=file)
+        now = event if len(steps.read_text().split()) == int(number) else ""
+        if now == "hold":
+            holds.touch()
+            deadline = time.monotonic() + 300
+            while signal.getsignal(signal.SIGTERM).__self__.asked is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        if now == "crash" and rank == "1":
+            os._exit(13)
+        if now == "fault":
+            raise RuntimeError("a fault of ours")
+        return real(self, outputs, batch, progress)
+
+    Toy.criterion = criterion
+
+
+if __name__ == "__main__":      # python tests/toy.py ARGUMENTS: train.py with the toy known; TOY: "FOLDER EVENT NUMBER"
     import evaluate
     import train
 
     register()
+    if "TOY" in os.environ:
+        watch(*os.environ["TOY"].split())
     with evaluate.one_line_errors():
         train.main()

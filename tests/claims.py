@@ -238,7 +238,7 @@ def main(argv=None):
     missing = {(row, seed): wanted[row] for row, runs in chosen(args, wanted).items() for seed in range(args.seeds)
                if seed not in runs and first[str(wanted[row])] == row}
     if args.list:
-        print(*(shlex.join(["python", "train.py", *command(args, *one)]) for one in missing), sep="\n")
+        print("".join(shlex.join(["python", "train.py", *command(args, *one)]) + "\n" for one in missing), end="")
     elif missing:
         run(args, missing)
     print(table(args, chosen(args, wanted)))

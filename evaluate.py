@@ -43,7 +43,6 @@ SCREEN = 2048                                                     # longer side 
 SUFFIXES = (".bmp", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ROWS = ("first", "worst", "best", *metrics.FAILURES)              # what --rows takes beside ids
 NOT_FINITE = "the model's output is not finite: a weight is not, or half precision overflows (--precision fp32)"
-USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 # ---------------------------------------------------------------------------------------------- processes, batches
@@ -100,7 +99,7 @@ def load_batch(dataset, numbers):
     """In a loader's worker: the collated batch, or the user's error as a value; raised, it would arrive as text."""
     try:
         return data.collate([dataset[image] for image in numbers])
-    except USER_ERRORS as error:
+    except Exception as error:
         if is_users(error):
             return error
         raise
@@ -111,10 +110,14 @@ def batches(dataset, plan, workers, device):
     loader = torch.utils.data.DataLoader(
         list(plan), batch_size=None, collate_fn=functools.partial(load_batch, dataset), num_workers=workers,
         worker_init_fn=outlast_signals, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
-    for batch in started(loader):
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    loaded = started(loader)
+    try:
+        for batch in loaded:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:        # the traceback of a fault would keep alive the workers, who outlast the end of the program
+        getattr(loaded, "_shutdown_workers", bool)()
 
 
 def started(loader):
@@ -146,7 +149,8 @@ def is_users(error):
         last = last.tb_next
     code = last.tb_frame.f_code
     raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return isinstance(error, OSError) or raised and Path(code.co_filename).is_relative_to(Path(__file__).parent)
+    ours = raised and Path(code.co_filename).is_relative_to(Path(__file__).parent)
+    return isinstance(error, OSError) or (isinstance(error, (ValueError, ImportError)) and ours)
 
 
 @contextlib.contextmanager
@@ -163,7 +167,7 @@ def one_line_errors():
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what is flushed at the exit
         sys.exit(1)
-    except USER_ERRORS as error:
+    except Exception as error:
         if not is_users(error):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,11 +1,14 @@
 """evaluate.py: scoring, the control, pictures, own images. On the toy paper, trained for two short epochs."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from PIL import Image, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 import data
@@ -52,6 +55,71 @@ def score(run, output, *words):
                                       "--output", str(output), *words]))
 
 
+# ------------------------------------------------------------------------------------------------ processes, batches
+
+
+@pytest.mark.parametrize("asked, card, world, wanted", [
+    (None, True, 4, ("cuda:1", "nccl")), (None, False, 4, ("cpu", "gloo")), ("cpu", True, 4, ("cpu", "gloo")),
+    ("cuda", True, 1, ("cuda:1", None)), ("cpu", False, 1, ("cpu", None)), ("cuda", False, 1, None)])
+def test_processes_join_as_torchrun_says(monkeypatch, asked, card, world, wanted):
+    joined, chosen = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    for name, value in (("RANK", 3), ("WORLD_SIZE", world), ("LOCAL_RANK", 1)):
+        monkeypatch.setenv(name, str(value))
+    if wanted is None:
+        with pytest.raises(ValueError, match="--device cuda: torch sees no CUDA device here; use --device cpu"):
+            evaluate.start_processes(asked)
+        return
+    device, backend = wanted
+    assert evaluate.start_processes(asked) == (3, world, torch.device(device))
+    assert (joined, chosen) == ([backend] if backend else [], [1] if device == "cuda:1" else [])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    evaluate.start_processes(asked)
+    assert len(joined) == bool(backend)                                         # once
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    assert evaluate.start_processes("cpu") == (0, 1, torch.device("cpu")) and evaluate.start_processes("cpu").first
+
+
+def test_precisions_and_what_travels_to_the_device(monkeypatch):
+    assert {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None} == evaluate.PRECISIONS
+    images = torch.ones(2, 2)
+    for name, dtype in evaluate.PRECISIONS.items():
+        with evaluate.autocast(ONE.device, name):
+            assert torch.is_autocast_enabled("cpu") == (name != "fp32")
+            assert name == "fp32" or torch.get_autocast_dtype("cpu") == dtype
+    monkeypatch.setattr(torch.Tensor, "to", lambda *words, **options: (words[1:], options))
+    there = torch.device("meta")
+    assert evaluate.to_device({"images": images, "samples": [images]}, there) == {
+        "images": ((there,), {"non_blocking": True}), "samples": [images]}
+
+
+def test_the_loader_pins_memory_for_a_card_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda plan, **options: asked.append((plan, options)) or [])
+    for kind in ("cpu", "cuda"):
+        assert not list(evaluate.batches("dataset", iter([[(0,)]]), 3, torch.device(kind)))
+    (plan, options), (_, of_card) = asked
+    assert plan == [[(0,)]] and (options["num_workers"], options["batch_size"]) == (3, None)
+    assert (options["pin_memory"], of_card["pin_memory"]) == (False, True)
+
+
+def test_a_worker_is_silent_about_a_main_process_that_is_gone(monkeypatch, capsys):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: print(kind.__name__))
+    try:
+        evaluate.outlast_signals(0)
+        assert [signal.getsignal(number) for number in before] == [signal.SIG_IGN] * 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for kind in (ConnectionResetError, EOFError, KeyError):
+        sys.excepthook(kind, kind(), None)
+    assert capsys.readouterr().out == "KeyError\n"
+
+
 # --------------------------------------------------------------------------------------------------------- scoring
 
 
@@ -84,6 +152,8 @@ def test_counts_at_the_square_and_at_each_mask_own_size():
     found = evaluate.counts({"logits": logits}, {"masks": masks, "samples": samples})
     assert {name: values.tolist() for name, values in found.items()} == {
         "intersection": [1, 0], "union": [2, 1], "truth": [2, 1]}
+    with pytest.raises(ValueError, match="zip"):
+        evaluate.counts({"logits": logits}, {"masks": masks[:1], "samples": samples})
     own = [torch.ones(4, 4, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)]
     found = evaluate.counts({"logits": logits}, {"masks": masks, "original_masks": own, "samples": samples})
     inside = (evaluate.upsampled(logits[:1], (4, 4)) > 0).sum().item()
@@ -157,6 +227,125 @@ def test_scores_do_not_depend_on_how_the_samples_are_batched(run):
         [(line["id"], line["intersection"], line["union"]) for line in again]
     assert [line["id"] for line in lines] == [sample.id for sample in samples]
     assert all(0 <= line["brightness"] <= 1 for line in lines)
+
+
+def test_pixels_are_counted_with_those_on_other_objects(monkeypatch):
+    """By hand on 1x6 pixels; the prediction has to cover more of another object than of its own to count."""
+    def masks(*rows):
+        return torch.tensor([[[letter == "x" for letter in row]] for row in rows])
+
+    prediction, truth = masks("xxx...", "x....x")
+    for others, wanted in (((".xx...", "....x."), 1.0), ((".x....", "....x."), 0.0), ((), math.nan)):
+        others = masks(*others).bool().reshape(-1, 1, 6).numpy()
+        monkeypatch.setattr(data, "distractors", lambda sample, size, others=others: others)
+        found = evaluate.count(SimpleNamespace(image=7), prediction, truth)
+        assert [found[name].item() for name in ("intersection", "union", "truth")] == [1, 4, 2]
+        np.testing.assert_equal(found["on_distractor"].item(), wanted)
+    assert "on_distractor" not in evaluate.count(SimpleNamespace(image=Path("a.png")), prediction, truth)
+
+
+class Bar:
+    """In the place of tqdm."""
+
+    made = []
+
+    def __init__(self, iterable=None, desc=None, total=None, **options):
+        self.iterable, self.steps, self.said = iterable, 0, {"desc": desc, "total": total, **options}
+        self.made.append(self)
+
+    def __iter__(self):
+        return iter(self.iterable)
+
+    def update(self):
+        self.steps += 1
+
+    def close(self):
+        self.said["steps"] = self.steps
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    monkeypatch.setattr(Bar, "made", [])
+    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    return Bar.made
+
+
+def test_scoring_is_without_dropout_and_leaves_the_model_as_it_was(run, bars, monkeypatch):
+    model, samples = models.load(run), data.read("synthetic", "", "val", limit=24)
+    settings = {"tokenizer": model.tokenizer, "protocol": "resized", "workers": 0}
+    assert model.dropout.p > 0
+    wanted, rows = evaluate.evaluate(model, samples, ONE, **settings), None
+    for training in (True, False):
+        model.train(training)
+        assert evaluate.evaluate(model, samples, ONE, **settings) == wanted and model.training == training
+        model.train(training)
+        drawn = evaluate.sheet_rows(model, samples[:3], model.tokenizer, ONE.device, "fp32")
+        assert model.training == training
+        rows = rows or drawn
+        assert all((one["maps"]["coarse"] == two["maps"]["coarse"]).all() for one, two in zip(rows, drawn, strict=True))
+    assert bars[0].said == {"desc": "evaluate", "total": 1, "disable": False, "leave": False}
+    with pytest.raises(ValueError, match="expected scores of samples 0 to 23, got 12"):
+        evaluate.evaluate(model, samples, evaluate.Processes(1, 2, ONE.device), **settings, label="half")
+    assert bars[-1].said == {"desc": "half", "total": 1, "disable": True, "leave": False}
+    monkeypatch.delattr(toy.Toy, "diagnose")
+    bare = evaluate.evaluate(model, samples, ONE, **settings)
+    assert bare == [{key: value for key, value in line.items() if key != "brightness"} for line in wanted]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_writes_when_all_have_come(run, tmp_path, monkeypatch, capsys, rank):
+    """Two processes, the collective calls stubbed: what each asks, waits for, writes and gives back."""
+    lines = evaluate.evaluate(models.load(run), data.read("synthetic", "", "val", limit=6), ONE, protocol="resized",
+                              tokenizer=models.load(run).tokenizer, workers=0)
+    folder, asked = tmp_path / "val-dropout=0.2", []
+
+    def evaluated(model, samples, processes, **settings):
+        asked.append(settings)
+        assert folder.is_dir() == (rank == 0) and asked[0] == "all are there"
+        assert [sample.id for sample in samples] == [line["id"] for line in lines]
+        if rank == 0:
+            assert not list(settings["save_masks"].iterdir())
+            Image.new("L", (8, 8)).save(settings["save_masks"] / "new.png")
+        return lines
+
+    if rank == 0:                                                       # what a scoring that was killed has left
+        (folder / "masks.part").mkdir(parents=True)
+        (folder / "masks.part/old.png").write_bytes(b"")
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: asked.append("all are there"))
+    model = models.load(run)
+    summary = evaluate.score_split(
+        model, evaluate.Processes(rank, 2, ONE.device), dataset="synthetic", data_root="data", split="val", limit=6,
+        output=tmp_path, recipe={"protocol": "original", "empty": "one"}, tokenizer=model.tokenizer, precision="bf16",
+        micro_batch=5, workers=3, checkpoint=run, changes=["dropout=0.2"], save_masks=True)
+    assert asked[1] == {"tokenizer": model.tokenizer, "protocol": "original", "empty": "one", "precision": "bf16",
+                        "micro_batch": 5, "workers": 3, "save_masks": folder / "masks.part", "label": folder.name}
+    assert summary == metrics.summarize(lines, "one")
+    about = {"dataset": "synthetic", "data_root": "", "split": "val", "subset": "all categories",
+             "protocol": "original", "threshold": "logits > 0", "checkpoint": str(run), "changes": "dropout=0.2",
+             "precision": "bf16"}
+    if rank == 1:
+        assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+        return
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "per_sample.jsonl", "sheet.png", "masks"}
+    assert [path.name for path in (folder / "masks").iterdir()] == ["new.png"]
+    assert (folder / "metrics.json").read_text() == json.dumps({**about, **summary}, indent=1) + "\n"
+    assert (folder / "per_sample.jsonl").read_text() == "".join(json.dumps(line) + "\n" for line in lines)
+    assert capsys.readouterr().out == metrics.table(summary, about) + "\n"
+
+
+def test_what_scoring_takes_when_nothing_is_said():
+    """Our choice: as on the command line; precision as on the CPU, an empty union as in all five papers' recipes."""
+    args = evaluate.arguments(["--checkpoint", "run"])
+    for function in (evaluate.evaluate, evaluate.score_split):
+        defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+        assert (defaults["micro_batch"], defaults["workers"]) == (args.micro_batch, 1) == (32, 1)
+        assert defaults["save_masks"] in (None, False)
+    assert inspect.signature(evaluate.evaluate).parameters["empty"].default == "zero"
+    for function in (evaluate.evaluate, evaluate.predict):
+        assert inspect.signature(function).parameters["precision"].default == "fp32"
+    samples = [sample_of(number, f"p{number}", f"object {number}") for number in range(12)]
+    assert evaluate.shuffled(samples) == evaluate.shuffled(samples, 0) != evaluate.shuffled(samples, 1)
 
 
 def test_rows_of_the_sheet():
@@ -309,6 +498,7 @@ def test_a_name_that_is_too_long_for_a_file_is_cut_and_stays_its_own():
     names = {evaluate.in_file_name("x" * 300 + end) for end in "ab"}
     assert len(names) == 2 and all(len(name) <= 160 for name in names)
     assert evaluate.in_file_name("V/+UGF é") == "V_+UGF_é" and evaluate.in_file_name("x" * 160) == "x" * 160
+    assert len(evaluate.in_file_name("x" * 161)) == 160 and evaluate.in_file_name("a=1, b-2.5") == "a=1_b-2.5"
 
 
 def test_several_splits_end_in_a_row_each(run, tmp_path, capsys):
@@ -342,6 +532,16 @@ def test_categories_and_other_data_sets_have_folders_of_their_own(run, tmp_path,
     assert not parts["seen"] & parts["unseen"] and all(parts.values())
 
 
+def test_a_sheet_without_rows_takes_the_old_one_away(run, tmp_path, capsys, monkeypatch):
+    score(run, tmp_path, "--split", "val,test")
+    there = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/sheet.png")}
+    assert len(there) == 2
+    monkeypatch.setattr(metrics, "failure", lambda *_: "boundary")
+    score(run, tmp_path, "--split", "val,test", "--rows", "spill")
+    assert "--rows spill: there is no such sample, so there is no sheet\n" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*/sheet.png"))
+
+
 def test_the_empty_policy_reaches_the_records(run, tmp_path, monkeypatch):
     nothing = torch.zeros((), dtype=torch.long)
     monkeypatch.setattr(evaluate, "count", lambda *_: {"intersection": nothing, "union": nothing, "truth": nothing})
@@ -355,7 +555,7 @@ def test_the_empty_policy_reaches_the_records(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("words, message", [
     (["--split", "testA"], "testA"), (["--set", "width=9"], "does not fit this configuration"),
     (["--set", "protocol=squared"], "protocol=squared: there are resized, original"),
-    (["--rows", "test-00000-0-0,nothere"], "the split test has no sample nothere"),
+    (["--rows", "nothere,test-00000-0-0,more"], "the split test has no sample more, nothere; --rows takes ids, as "),
     (["--dataset", "rrsisd", "--data-root", "nowhere"], "nowhere")])
 def test_wrong_input_is_named(run, tmp_path, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -387,15 +587,142 @@ def test_options_that_do_not_go_together(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_each_option_takes_what_it_should(monkeypatch, capsys):
+    def parsed(*words):
+        return evaluate.arguments(["--checkpoint", "run", *words])
+
+    for option, least in (("micro-batch", 1), ("workers", 0), ("limit", 0), ("side", 1), ("tile", 1), ("overlap", 0)):
+        beside = {"side": ["--predictions", "dir", "--dataset", "synthetic"], "tile": ["--image", "a", "--text", "b"]}
+        start = beside["side"] if option == "side" else ["--checkpoint", "run", *beside.get(option, [])]
+        assert getattr(evaluate.arguments([*start, f"--{option}={least}"]), option.replace("-", "_")) == least
+        with pytest.raises(SystemExit):
+            evaluate.arguments([*start, f"--{option}={least - 1}"])
+        assert f"must be at least {least}" in capsys.readouterr().err
+    for option in ("model", "device", "precision", "dataset", "protocol", "empty", "categories", "control"):
+        with pytest.raises(SystemExit):
+            parsed(f"--{option}", "other")
+        assert f"--{option}: invalid choice: 'other'" in capsys.readouterr().err
+    for option, values in (("device", "cpu cuda"), ("precision", "bf16 fp16 fp32"), ("protocol", "resized original"),
+                           ("empty", "zero one skip"), ("categories", "all seen unseen"), ("control", "shuffled")):
+        assert [getattr(parsed(f"--{option}", value), option) for value in values.split()] == values.split()
+    args = parsed("--set", "a=1", "--set", "b=2", "c=3", "--data_root=x_y", "--save_masks", "-j", "3", "--refs", "u_v")
+    assert (args.set, args.data_root, args.save_masks, args.workers, args.refs) == (
+        ["a=1", "b=2", "c=3"], "x_y", True, 3, "u_v")
+    args = parsed("--image", "a_b", "c", "--text", "d e", "f", "--small")
+    assert (args.image, args.text, args.small, args.set, args.split) == (["a_b", "c"], ["d e", "f"], True, [], "test")
+    for count, workers in ((1, 1), (3, 1), (6, 3), (64, 8)):            # half of the processors, eight at most
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert parsed().workers == workers
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "mine"])
+    assert evaluate.arguments().checkpoint == "mine"
+    assert parsed("--model", "icipnet", "--image", "a", "--text", "b").dataset is None
+
+
+RUN = {"dataset": "rrsisd", "recipe": {"protocol": "resized", "empty": "zero", "precision": "bf16"}}
+
+
+@pytest.mark.parametrize("trained, words, wanted", [
+    ({}, "", {}),
+    ({"data_root": "mine", "small": True, "limit": 9, "refs": "unc"}, "--limit 9",
+     {"data_root": "mine", "small": True, "limit": 9, "refs": "unc"}),
+    ({}, "--protocol original --empty one --small --limit 5 --refs umd --data-root other --set clip=2 pretrained=a "
+     "weights_dir=b", {"recipe": ("original", "one"), "small": True, "limit": 5, "refs": "umd", "data_root": "other",
+                       "changes": ["clip=2", "protocol=original", "empty=one", "small=True", "limit=5",
+                                   "checkpoint=last", "refs=umd", "data_root=HERE/other"]}),
+    ({"limit": 9}, "--protocol resized --empty zero --data-root ./data --categories seen --rows worst",
+     {"categories": "seen", "rows": "worst", "data_root": "./data", "changes": ["limit=0"]}),
+    ({}, "--dataset risbench --data-root other --refs umd --micro-batch 3 --workers 2 --control shuffled --save-masks "
+     "--output out --precision fp16", {"dataset": "risbench", "data_root": "other", "refs": "umd", "micro_batch": 3,
+                                       "workers": 2, "control": True, "save_masks": True, "output": "out",
+                                       "prefix": ["risbench"], "precision": "fp16"}),
+    ({"dataset": "synthetic"}, "--data-root other", {"dataset": "synthetic", "data_root": "other"})])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_is_asked_of_each_split(tmp_path, monkeypatch, capsys, trained, words, wanted, kind):
+    """The run's own settings, what differs from them by name, and the recipe's precision on a card alone."""
+    monkeypatch.chdir(tmp_path)
+    args = evaluate.arguments(["--checkpoint", "run", "--split", "val,test", *words.split()])
+    weights = "last" if "checkpoint=last" in wanted.get("changes", []) else None
+    model, asked, looked = SimpleNamespace(tokenizer="words"), [], []
+    monkeypatch.setattr(evaluate, "start_processes", lambda device: evaluate.Processes(0, 1, torch.device(kind)))
+    monkeypatch.setattr(evaluate, "load_model", lambda args, device: (model, {**RUN, **trained}, "folder", weights))
+    monkeypatch.setattr(evaluate, "score_split", lambda *words, **settings: asked.append((words, settings)) or {})
+    monkeypatch.setattr(data, "split_names", lambda *words: looked.append(words) or words[1].split(","))
+    monkeypatch.setattr(metrics, "rows", lambda summaries: f"a row each: {[*summaries]}")
+    evaluate.main(args)
+    assert capsys.readouterr().out == "a row each: ['val', 'test']\n"
+    defaults = {"tokenizer": "words", "precision": "fp32" if kind == "cpu" else "bf16", "micro_batch": 32,
+                "workers": args.workers, "control": False, "save_masks": False, "checkpoint": "run", "prefix": [],
+                "changes": [], "output": "folder", "dataset": "rrsisd", "data_root": "data", "rows": "",
+                "categories": "all", "limit": 0, "small": False, "refs": None, "recipe": ("resized", "zero")}
+    defaults |= wanted
+    defaults["changes"] = [one.replace("HERE", str(tmp_path)) for one in defaults["changes"]]
+    assert looked == [(defaults["dataset"], "val,test", defaults["data_root"], defaults["refs"])]
+    for (words, settings), split in zip(asked, ("val", "test"), strict=True):
+        settings["recipe"] = (settings["recipe"]["protocol"], settings["recipe"]["empty"])
+        assert words[0] is model and settings == {**defaults, "split": split}
+    for rank, splits in ((1, "val,test"), (0, "val")):
+        here = evaluate.Processes(rank, 2, ONE.device)
+        monkeypatch.setattr(evaluate, "start_processes", lambda device, here=here: here)
+        args.split = splits
+        evaluate.main(args)
+        assert capsys.readouterr().out == ""
+
+
+def test_own_images_and_masks_of_others_take_their_options(tmp_path, monkeypatch):
+    """Masks of others are scored by the first process alone."""
+    asked = []
+    for rank, kind in ((0, "cpu"), (1, "cuda")):
+        monkeypatch.setattr(evaluate, "start_processes", lambda device, rank=rank, kind=kind: evaluate.Processes(
+            rank, 2, torch.device(kind)))
+        for name in ("segment_files", "score_predictions"):
+            monkeypatch.setattr(evaluate, name, lambda *words, name=name: asked.append((name, *words)))
+        monkeypatch.setattr(data, "split_names", lambda *words: list(words))
+        words = ["--predictions", str(tmp_path), "--dataset", "refer", "--refs", "umd", "--rows", "worst"]
+        for more in ([], ["--side", "8", "--empty", "skip", "--output", "out", "--small", "--limit", "3"]):
+            evaluate.main(args := evaluate.arguments([*words, *more]))
+            if rank == 0:
+                selection = {"output": args.output or str(tmp_path), "dataset": "refer", "data_root": "data",
+                             "rows": "worst", "categories": "all", "limit": args.limit, "small": bool(more),
+                             "refs": "umd"}
+                assert asked.pop() == ("score_predictions", args, ["refer", "test", "data", "umd"],
+                                       "resized" if more else "original", "skip" if more else "zero", selection)
+        assert not asked
+        monkeypatch.setattr(evaluate, "load_model", lambda args, device: ("model", RUN, "folder", None))
+        for more, output, precision in (([], "out", "bf16" if kind == "cuda" else "fp32"),
+                                        (["--output", "there", "--precision", "fp16"], "there", "fp16")):
+            evaluate.main(evaluate.arguments(["--checkpoint", "run", "--image", "a", "b", "--text", "c", "--tile", "64",
+                                              "--overlap", "9", *more]))
+            assert asked.pop() == ("segment_files", "model", ["a", "b"], ["c"], output, precision, 64, 9)
+        monkeypatch.undo()
+
+
+def test_which_weights_and_which_folder(tmp_path, monkeypatch):
+    """Of the hub, the scores stand below runs/; weights that are not the usual ones of a run are named."""
+    for name in ("best", "last"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    model, loaded = SimpleNamespace(run={"dataset": "rrsisd"}), []
+    monkeypatch.setattr(models, "load", lambda *words: loaded.append(words) or model)
+    monkeypatch.setattr(models, "run_settings", lambda run: ({}, tmp_path))
+    for checkpoint, wanted in ((tmp_path, (tmp_path, None)), (tmp_path / "best.safetensors", (tmp_path, None)),
+                               (tmp_path / "last.safetensors", (tmp_path, "last")),
+                               ("org/name", (Path("runs/name"), None))):
+        args = evaluate.arguments(["--checkpoint", str(checkpoint), "--set", "a=1"])
+        assert evaluate.load_model(args, "cpu") == (model, model.run, *wanted)
+        assert loaded.pop() == (str(checkpoint), ["a=1"], "cpu")
+
+
 def test_options_have_the_defaults_that_their_help_names(capsys):
     args = evaluate.arguments(["--checkpoint", "run"])
     with pytest.raises(SystemExit):
         evaluate.arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for part in (f"(default: {args.split})", f"at once (default: {args.micro_batch})", *evaluate.ROWS,
-                 f"tiles (default: {args.overlap})", f"process (default: {args.workers})"):
+                 f"tiles (default: {args.overlap})", f"process (default: {args.workers})", "keep (default: all)",
+                 "scoring a dataset:", "segmenting own images:", evaluate.__doc__.split("\n")[0]):
         assert part in text
+    assert "notebook" not in text and not re.search(r"default: (None|False|0|\[\]|\))", text)
     assert (args.limit, args.categories, args.rows, args.small, args.save_masks) == (0, "all", "", False, False)
+    assert (args.split, args.set, args.micro_batch) == ("test", [], 32)
     assert args.overlap == inspect.signature(evaluate.predict).parameters["overlap"].default == 128      # DESIGN's
 
 
@@ -551,6 +878,53 @@ def test_loading_leaves_the_random_state_alone(workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("fault, code, line", [
+    (KeyboardInterrupt(), 130, "stopped\n"), (ValueError("no ship"), 1, "error: no ship\n"), (None, None, "")])
+def test_how_the_program_ends(monkeypatch, capsys, fault, code, line):
+    """A process group is left in any case; a terminal that cannot show a letter gets another."""
+    left = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    with pytest.raises(SystemExit) if fault else contextlib.nullcontext() as stopped, evaluate.one_line_errors():
+        assert sys.stdout.errors == sys.stderr.errors == "replace"
+        if fault:
+            raise fault
+    assert (capsys.readouterr(), left) == (("", line), [True])
+    assert not fault or stopped.value.code == code
+
+
+def test_a_closed_output_is_found_at_the_end_and_stays_silent(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit) as stopped, evaluate.one_line_errors():
+            closed.write("a line that waits for the end")
+        assert stopped.value.code == 1 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("fault, message", [
+    (lambda: int("three"), "Original Traceback(.|\n)*invalid literal for int"),
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), "exited unexpectedly|is killed by signal")])
+def test_a_fault_in_a_worker_keeps_its_traceback_but_no_worker(fault, message):
+    """Workers that nobody ends wait for ever, and so does the program."""
+    class Broken:
+        def __getitem__(self, numbers):
+            return fault()
+
+    with pytest.raises((ValueError, RuntimeError), match=message) as kept:
+        list(evaluate.batches(Broken(), [[(0,)], [(1,)]], workers=2, device=ONE.device))
+    assert not multiprocessing.active_children() and kept.tb
+
+
+def test_the_file_is_a_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "nowhere", "--device=cpu"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    assert capsys.readouterr().err == "error: --checkpoint nowhere: no such run folder or weights file\n"
+    runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
+
+
 def test_a_corrupt_image_ends_in_one_line_that_names_it(run, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
@@ -599,7 +973,7 @@ def score_files(folder, *words):
 
 
 @pytest.mark.parametrize("protocol, words", [("original", []), ("resized", ["--side", "32"])])
-def test_masks_that_were_written_score_as_the_model_that_wrote_them(run, tmp_path, protocol, words):
+def test_masks_that_were_written_score_as_the_model_that_wrote_them(run, bars, tmp_path, protocol, words):
     score(run, tmp_path, "--protocol", protocol, "--save-masks")
     [folder] = tmp_path.iterdir()
     score_files(folder / "masks", *words, "--output", str(tmp_path / "again"))
@@ -608,8 +982,41 @@ def test_masks_that_were_written_score_as_the_model_that_wrote_them(run, tmp_pat
     again = tmp_path / "again/test"
     assert metrics.read_records(again) == diagnosed and (again / "sheet.png").is_file()
     one, two = (json.loads((place / "metrics.json").read_text()) for place in (folder, again))
-    assert one["mIoU"] == two["mIoU"] and one["intervals"] == two["intervals"] and two["protocol"] == protocol
+    assert one["mIoU"] == two["mIoU"] and one["intervals"] == two["intervals"]
+    assert [*two.items()][:9] == [
+        ("dataset", "synthetic"), ("data_root", ""), ("split", "test"), ("subset", "all categories"),
+        ("protocol", protocol), ("threshold", "255 of 0 and 255"), ("predictions", str(folder / "masks")),
+        ("side", 32 if words else None), ("limit", 24)]
+    assert [bar.said for bar in bars[-1:]] == [{"desc": "test", "total": 24, "leave": False}]
     assert metrics.compare(metrics.read_records(folder), metrics.read_records(again))["wins"]["equal"] == 100
+    args = evaluate.arguments(["--predictions", str(folder / "masks"), "--dataset", "synthetic", *words])
+    sample = data.read("synthetic", "", "test", limit=24)[5]
+    image, [truth] = data.load([sample])
+    row, size = evaluate.file_row(args, sample), (32, 32) if words else (96, 96)
+    assert (row["expression"], row["image"], row["maps"]) == (sample.expression, image, {})
+    assert (row["truth"] == np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))).all()
+    assert (row["prediction"] == (np.asarray(Image.open(folder / f"masks/{sample.id}.png")) == 255)).all()
+    assert row["prediction"].shape == size and row["prediction"].dtype == bool
+
+
+def test_the_splits_of_one_call_are_written_all_or_none(tmp_path, capsys):
+    for split in ("val", "test"):
+        for sample in data.read("synthetic", "", split, limit=24):
+            Image.new("L", (96, 96), 255).save(tmp_path / f"{sample.id}.png")
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    missing = tmp_path / f"{data.read('synthetic', '', 'test', limit=1)[0].id}.png"
+    kept = missing.read_bytes()
+    missing.unlink()
+    with pytest.raises(ValueError, match="1 of 48 predictions cannot be scored"):
+        score_files(tmp_path, "--split", "val,test")
+    assert not (tmp_path / "val").exists()
+    listed = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if ".png" in line]
+    assert listed == [f"{missing}: missing", *(f"{name}.png: no sample of val,test has this name" for name in "ab")]
+    missing.write_bytes(kept)
+    score_files(tmp_path, "--split", "val,test", "--empty", "one")
+    for split in ("val", "test"):
+        assert json.loads((tmp_path / split / "metrics.json").read_text())["empty"] == "one"
 
 
 def test_predictions_that_cannot_be_scored_are_all_listed_and_nothing_is_written(tmp_path, capsys):
@@ -691,35 +1098,65 @@ def test_outlines_are_seen_on_any_picture():
 def test_shades_run_from_dark_blue_to_yellow():
     colours = np.asarray(evaluate.shades(np.array([[-5.0, 0.0, 64 / 255, 127 / 255, 191 / 255, 1.0, 5.0]])))[0]
     blue, green, yellow = np.array([20, 20, 80]), np.array([45, 145, 125]), np.array([250, 230, 40])
-    assert np.abs(colours - [blue, blue, (blue + green) / 2, green, (green + yellow) / 2, yellow, yellow]).max() <= 1
+    assert (colours[[0, 1, 3, 5, 6]] == [blue, blue, green, yellow, yellow]).all()
+    assert np.abs(colours[[2, 4]] - [(blue + green) / 2, (green + yellow) / 2]).max() <= 1
 
 
-def test_the_sheet_shows_scale_and_point(tmp_path):
-    image, mask = Image.new("RGB", (32, 32), (90, 90, 90)), np.zeros((32, 32), bool)
-    row = {"expression": "a ship", "image": image, "truth": mask, "prediction": mask, "maps": {"coarse": 0.0 * mask}}
-    evaluate.sheet([row, {**row, "point": (0.25, 0.75)}], [0.5, None], tmp_path / "sheet.png")
-    page = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
-    assert page.shape == (42 + 2 * 188, 4 * 166 + 6, 3)
-    bar = page[30, 3 * 166 + 20:3 * 166 + 152]                              # under the map's name
-    assert (bar[:, 0] - bar[:, 2]).argmax() > 120 > (bar[:, 2] - bar[:, 0]).argmax()
-    first, second = (page[top:top + 160, 2 * 166 + 6:2 * 166 + 166] for top in (42, 42 + 188))
-    yellow = np.argwhere((second == (255, 255, 0)).all(-1))
-    assert np.abs(yellow.mean(0) - (120, 40)).max() < 1 and not (first == (255, 255, 0)).all(-1).any()
+def test_the_sheet_has_everything_in_its_place(tmp_path, monkeypatch):
+    """Drawn again, item by item, at the places that our layout gives them in pixels."""
+    font = ImageFont.load_default(13)
+    images = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (32, 32, 3), dtype=np.uint8)) for k in range(2)]
+    truth, prediction = np.zeros((2, 32, 32), bool)
+    truth[4:20, 6:12], prediction[10:30, 20:28] = True, True
+    ramp = np.linspace(0, 1, 32)[None].repeat(32, 0)
+    rows = [{"expression": f"{k} " + "a ship " * 40, "image": image, "truth": truth, "prediction": prediction,
+             "maps": {"coarse": ramp, "uncertainty": ramp.T}} for k, image in enumerate(images)]
+    rows[1]["point"] = (0.25, 0.75)
+    evaluate.sheet(rows, [0.125, None], tmp_path / "sheet.png")
+    page = Image.new("RGB", (6 + 5 * 166, 42 + 2 * 188), "white")
+    words = [((6, 5), "image"), ((172, 5), "truth"), ((338, 5), "prediction"), ((504, 5), "coarse"),
+             ((670, 5), "uncertainty"), ((504, 21), "0"), ((656, 21), "1"), ((670, 21), "0"), ((822, 21), "1"),
+             ((6, 42 + 163), f"IoU 0.12   {rows[0]['expression'][:200]}"),
+             ((6, 230 + 163), f"IoU left out   {rows[1]['expression'][:200]}")]
+    for place, text in words:
+        ImageDraw.Draw(page).text(place, text, "black", font)
+    for left in (518, 684):                                             # the scale, between its 0 and its 1
+        page.paste(evaluate.shades(np.linspace(0, 1, 132)[None].repeat(8, 0)), (left, 26))
+    for top, row in zip((42, 230), rows, strict=True):
+        panels = [row["image"].resize((160, 160), Image.Resampling.BILINEAR)]
+        panels += [evaluate.outlined(row["image"], mask, (160, 160)) for mask in (truth, prediction)]
+        panels += [evaluate.shades(values).resize((160, 160), Image.Resampling.BILINEAR) for values in (ramp, ramp.T)]
+        if "point" in row:
+            ImageDraw.Draw(panels[2]).ellipse((36, 116, 44, 124), "yellow", "black", 2)
+        for left, panel in zip((6, 172, 338, 504, 670), panels, strict=True):
+            page.paste(panel, (left, top))
+    assert (np.asarray(Image.open(tmp_path / "sheet.png")) == np.asarray(page)).all()
+    evaluate.sheet([{**rows[0], "maps": {}}], [0.5], tmp_path / "narrow.png")
+    assert Image.open(tmp_path / "narrow.png").size == (3 * 166 + 6, 42 + 188)
+    evaluate.sheet([{**rows[0], "maps": {}}], [0.5], tmp_path / "small.png", cell=40)
+    assert Image.open(tmp_path / "small.png").size == (480, 42 + 68)                    # room for the sentence
+
+
+def with_outputs(monkeypatch, model, **changes):
+    """The model with some outputs replaced: {name: a function of the shape of the logits}."""
+    forward = model.forward
+
+    def changed(*inputs):
+        outputs = forward(*inputs)
+        return outputs | {name: change(outputs["logits"].shape) for name, change in changes.items()}
+
+    monkeypatch.setattr(model, "forward", changed)
 
 
 def test_the_point_of_a_model_is_where_its_map_is_one(run, monkeypatch):
+    def point(shape):
+        result = torch.zeros(shape[0], 1, 8, 16)
+        result[:, 0, 6, 3] = 1
+        return result
+
     model = models.load(run)
-    forward = model.forward
-
-    def with_point(*inputs):
-        outputs = forward(*inputs)
-        point = torch.zeros(len(outputs["logits"]), 1, 8, 16)
-        point[:, 0, 6, 3] = 1
-        logits = torch.full_like(outputs["logits"], 0.5)
-        logits[..., 16:] = -0.5
-        return {**outputs, "point": point, "logits": logits}
-
-    monkeypatch.setattr(model, "forward", with_point)
+    half = torch.where(torch.arange(32) < 16, 0.5, -0.5)
+    with_outputs(monkeypatch, model, point=point, logits=lambda shape: half.expand(shape))
     samples = data.read("synthetic", "", "val", limit=2)
     rows = evaluate.sheet_rows(model, samples, model.tokenizer, ONE.device, "fp32")
     assert [row["point"] for row in rows] == [(3.5 / 16, 6.5 / 8)] * 2
@@ -771,7 +1208,84 @@ def test_what_makes_a_mask_doubtful_is_said(run, capsys):
     assert "squashed" not in capsys.readouterr().err
 
 
+def test_zero_is_background_and_precision_reaches_the_model(run, photo, monkeypatch):
+    model = models.load(run)
+    with_outputs(monkeypatch, model, logits=torch.zeros)
+    found = evaluate.predict(model, photo, ["a ship", "a car"])
+    assert not found["masks"].any() and (found["probs"] == 0.5).all()
+    [row] = evaluate.sheet_rows(model, data.read("synthetic", "", "val", limit=1), model.tokenizer, ONE.device, "fp32")
+    assert not row["prediction"].any()
+    with_outputs(monkeypatch, model, logits=lambda shape: torch.tensor([1.0, math.nan]).view(2, 1, 1, 1).expand(shape))
+    with pytest.raises(ValueError, match="^'a car': the model's output is not finite"):
+        evaluate.predict(model, photo, ["a ship", "a car"])
+    monkeypatch.setattr(evaluate, "forward", lambda model, batch, device, precision: {}[precision])
+    for words, wanted in (((), "fp32"), (("bf16",), "bf16")):
+        with pytest.raises(KeyError, match=wanted):
+            evaluate.predict(model, photo, "a ship", *words)
+
+
+def test_what_may_be_given_as_a_picture_and_how_large_it_is(run, photo, capsys):
+    model = models.load(run)
+    wanted = evaluate.predict(model, photo, "the ship")["masks"]
+    for same in (str(photo), Image.open(photo), np.array(Image.open(photo))):
+        assert (evaluate.predict(model, same, ("the ship",))["masks"] == wanted).all()
+    capsys.readouterr()
+    for size, squashed in (((256, 20), False), ((20, 257), True)):                      # eight times the model's 32
+        evaluate.predict(model, Image.new("RGB", size), "the ship")
+        assert ("squashed by a factor of 8" in capsys.readouterr().err) == squashed
+    assert evaluate.predict(model, Image.new("RGB", (300, 20)), "the ship", tile=4, overlap=0).keys() == {"masks"}
+    assert capsys.readouterr().err.count("squashed") == 0
+
+
+def test_what_is_written_for_an_image(run, tmp_path, capsys):
+    """Every kind of file that a folder is searched for; an overlay has 2,048 pixels at most, one at least."""
+    (tmp_path / "in").mkdir()
+    kinds = ["bmp", "jp2", "jpeg", "jpg", "png", "tif", "tiff", "webp"]
+    for kind in kinds:
+        Image.new("RGB", (5, 4)).save(tmp_path / f"in/{kind}.{kind.upper()}", "PNG")
+    score(run, tmp_path / "a/b", "--image", str(tmp_path / "in"), "--text", "the ship")
+    assert {path.name for path in (tmp_path / "a/b").iterdir()} == {
+        f"{kind}-{what}.png" for kind in kinds for what in ("mask", "overlay", "coarse")}
+    printed = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in printed] == [str(tmp_path / f"a/b/{kind}-mask.png") for kind in kinds]
+    assert re.fullmatch(rf"\d+\.\d% of {tmp_path}/in/bmp\.BMP: the ship", printed[0][1])
+    Image.effect_noise((4096, 1), 90).convert("RGB").save(tmp_path / "long.png")
+    score(run, tmp_path, "--image", str(tmp_path / "long.png"), "--text", "the ship", "a car")
+    model, image = models.load(run), Image.open(tmp_path / "long.png")
+    found = evaluate.predict(model, image, ["the ship", "a car"])
+    for k in range(2):
+        for name, wanted in (("mask", Image.fromarray(found["masks"][k]).convert("L")),
+                             ("coarse", evaluate.shades(found["coarse"][k])),
+                             ("overlay", evaluate.outlined(image, found["masks"][k], (2048, 1)))):
+            written = Image.open(tmp_path / f"long-{k + 1}-{name}.png")
+            assert written.size == wanted.size and (np.asarray(written) == np.asarray(wanted)).all()
+
+
 # ------------------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("tile, overlap, wanted", [
+    (6, 2, [(0, [1, 1, 1, 1, 2 / 3, 1 / 3]), (4, [1 / 3, 2 / 3, 1, 1, 1, 1])]),
+    (5, 0, [(0, [1] * 5), (5, [1] * 5)]),
+    (4, 1, [(0, [1, 1, 1, 0.5]), (3, [0.5, 1, 1, 0.5]), (6, [0.5, 1, 1, 1])]),
+    (10, 9, [(0, [1] * 10)]), (40, 20, [(0, [1] * 10)])])
+def test_windows_by_hand(tile, overlap, wanted):
+    """Ten pixels: as few tiles as cover them, evenly spread, ramps of `overlap` pixels where two meet."""
+    found = evaluate.windows(10, tile, overlap)
+    assert [start for start, _ in found] == [start for start, _ in wanted]
+    for (_, weights), (_, expected) in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(weights, expected, rtol=1e-6)
+        assert weights.dtype == np.float32
+    assert [start for start, _ in evaluate.windows(100, 30, 10)] == [0, 18, 35, 52, 70]     # 17.5 k, to even
+
+
+def test_progress_of_tiles(run, bars):
+    model = models.load(run)
+    evaluate.predict(model, Image.new("RGB", (150, 100)), "the ship", tile=64, overlap=16)
+    evaluate.predict(model, Image.new("RGB", (150, 100)), "the ship")
+    assert [bar.said for bar in bars] == [
+        {"desc": "tiles", "total": 2 * 3, "disable": False, "leave": False, "steps": 6},
+        {"desc": "tiles", "total": 1, "disable": True, "leave": False, "steps": 1}]
 
 
 @pytest.mark.parametrize("length, tile, overlap", [(100, 40, 10), (100, 40, 0), (97, 32, 31), (33, 32, 8), (32, 32, 8),
@@ -855,10 +1369,10 @@ def test_a_folder_of_images_and_an_overlay_that_a_screen_shows(run, photo, tmp_p
 
 def test_the_mask_of_a_georeferenced_tiff_lands_where_the_image_does(run, photo, tmp_path):
     tags = ImageFileDirectory_v2()
-    tags.tagtype |= {33550: 12, 33922: 12, 34735: 3, 34736: 12, 34737: 2}
+    tags.tagtype |= {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2, 305: 2}
     values = {33550: (0.5, 0.5, 0.0), 33922: (0.0, 0.0, 0.0, 354000.0, 5812000.0, 0.0),
               34735: (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32633), 34736: (6378137.0, 298.257223563),
-              34737: "WGS 84 / UTM zone 33N|"}
+              34264: tuple(map(float, range(16))), 34737: "WGS 84 / UTM zone 33N|", 305: "not of the map"}
     for tag, value in values.items():
         tags[tag] = value
     source = tmp_path / "aerial.tif"
@@ -866,8 +1380,9 @@ def test_the_mask_of_a_georeferenced_tiff_lands_where_the_image_does(run, photo,
     score(run, tmp_path / "out", "--image", str(source), "--text", "the red ship")
     with Image.open(source) as image, Image.open(tmp_path / "out/aerial-mask.tif") as mask:
         assert mask.size == image.size and mask.mode == "L"
-        for tag in values:
-            assert mask.tag_v2[tag] == image.tag_v2[tag], tag
+        assert 305 in image.tag_v2 and 305 not in mask.tag_v2
+        for tag in values.keys() - {305}:
+            assert mask.tag_v2[tag] == image.tag_v2[tag] == values[tag], tag
             assert mask.tag_v2.tagtype[tag] == image.tag_v2.tagtype[tag], tag
     score(run, tmp_path / "tiled", "--image", str(source), "--text", "the red ship", "--tile", "64", "--overlap", "8")
     with Image.open(tmp_path / "tiled/aerial-mask.tif") as mask:

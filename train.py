@@ -179,12 +179,13 @@ def begin(args, processes):
 def begun_with(args, config, recipe, asked):
     """Config and recipe of the run that --resume goes on with; whatever is asked for otherwise is an error."""
     run, _ = models.run_settings(args.output, "--resume")
-    old_config, old_recipe = models.settings_from(args.model, run["config"], run["recipe"])
+    old_config, old_recipe = models.settings_from(run["model"], run["config"], run["recipe"])
     parts = (vars(old_config), vars(config)), (old_recipe, recipe)
     compared = [(f"{part} ", run[part], getattr(args, part)) for part in RUN if part in run and part != "data_root"]
     if args.dataset != "synthetic":
         compared += [("data_root ", *(str(Path(root).resolve()) for root in (run["data_root"], args.data_root)))]
-    compared += [(f"{field}=", old[field], new[field]) for field in sorted(asked) for old, new in parts if field in new]
+    compared += [(f"{field}=", old.get(field), new[field]) for field in sorted(asked) for old, new in parts
+                 if field in new]
     for name, there, here in compared:
         if there != here:
             now = f"{name}{here}" if name.endswith("=") else here

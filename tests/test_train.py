@@ -145,6 +145,48 @@ def test_options_left_out_are_these(monkeypatch):
         "tensorboard": False, "plan": False, "start": None, "checkpoint": None, "resume": False, "overwrite": False}
 
 
+def test_every_option_is_taken():
+    words = ["--model", "toy", "--dataset", "refer", "--data-root", "D", "--refs", "R", "--categories", "seen",
+             "--small", "--preset", "tiny", "--ablation", "1/slow", "--list-ablations", "--set", "a=1", "b=2",
+             "--epochs", "3", "-b", "4", "--micro-batch", "2", "--lr", "0.5", "--weight-decay", "0.25",
+             "--precision", "bf16", "--limit", "9", "--device", "cpu", "-j", "5", "--seed", "7", "--output", "O",
+             "--save-every", "6", "--tensorboard", "--plan", "--start", "S", "--resume"]
+    assert vars(train.arguments(words)) == {
+        "model": "toy", "dataset": "refer", "data_root": "D", "refs": "R", "categories": "seen", "small": True,
+        "preset": "tiny", "ablation": "1/slow", "list_ablations": True, "set": ["a=1", "b=2"], "epochs": 3,
+        "batch_size": 4, "micro_batch": 2, "lr": 0.5, "weight_decay": 0.25, "precision": "bf16", "limit": 9,
+        "device": "cpu", "workers": 5, "seed": 7, "output": Path("O"), "save_every": 6, "tensorboard": True,
+        "plan": True, "start": "S", "checkpoint": None, "resume": True, "overwrite": False}
+    assert train.arguments(["--model", "toy", "--overwrite"]).overwrite
+
+
+@pytest.mark.parametrize("words", [
+    ["--resume", "--overwrite"], ["--resume", "yes"], ["--model", "none"], ["--dataset", "none"], ["--preset", "small"],
+    ["--categories", "unseen"], ["--precision", "fp64"], ["--device", "tpu"], ["--batch-size", "0"],
+    ["--micro-batch", "0"], ["--lr", "much"], ["--seed", "x"]])
+def test_options_take_no_other_word(words, capsys):
+    with pytest.raises(SystemExit):
+        train.arguments(words)
+    assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cores, workers", [(1, 1), (2, 1), (6, 3), (64, 8)])
+def test_half_the_cores_load(monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert train.arguments([]).workers == workers
+
+
+@pytest.mark.parametrize("device, words, precision", [
+    ("cpu", [], "fp32"), ("cuda", [], "bf16"), ("cuda", ["--precision", "fp16"], "fp16"),
+    ("cpu", ["--precision", "fp16"], "fp16")])
+def test_precision_is_the_recipes_on_a_card_alone(tmp_path, device, words, precision):
+    args = options(tmp_path / "run", "--set", "precision=bf16", "--seed", "3", *words)
+    job = train.begin(args, evaluate.Processes(0, 2, torch.device(device)))
+    assert job.args.precision == precision
+    assert (job.sampler.seed, job.sampler.world, job.select) == (3, 2, "mIoU")
+    assert len(job.samples) == len(job.validation) == 60
+
+
 def test_factor_of_each_schedule():
     poly = {"epochs": 4, "schedule": "poly", "power": 0.9}
     assert train.factor(poly, 0, 40) == 1
@@ -287,6 +329,62 @@ def test_rates_progress_and_means_of_a_run(tmp_path, monkeypatch):
         mean = sum(value * count for _, value, count in part) / sum(count for _, _, count in part)
         assert len({count for _, _, count in part}) > 1
         assert (line["seg"], line["half"], line["loss"]) == pytest.approx((mean, mean / 2, 1.5 * mean), rel=1e-5)
+
+
+def test_what_a_run_shows_is_what_its_log_holds(tmp_path, monkeypatch, capsys):
+    bars, steps = [], []
+
+    class Bar(train.tqdm):
+        def __init__(self, *args, **options):
+            bars.append((list(args[0]), args[1], options))
+            super().__init__(*args, **options)
+
+        def set_postfix(self, shown, refresh):
+            steps.append(shown)
+
+    real = train.train_step
+    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(train, "train_step", lambda *given: taken.append(real(*given)) or taken[-1])
+    taken = []
+    run_to_end(tmp_path / "run", "--epochs", "2", "--set", "batch_size=4", "dropout=0", "--seed", "3", "--lr", "0.5")
+    monkeypatch.undo()
+    toy.register()
+    options = {"initial": 0, "total": 3, "disable": False, "leave": False}
+    assert bars == [([0, 1, 2], "epoch 1/2", options), ([0, 1, 2], "epoch 2/2", options)]
+    for k, (shown, (totals, count, _)) in enumerate(zip(steps, taken, strict=True)):
+        assert shown["loss"] == totals["loss"] / count["expressions"]
+        assert shown["rate"] == pytest.approx(0.5 * (1 - k / 6) ** 0.9) and shown["images_per_second"] > 0
+    said, lines = capsys.readouterr().out.splitlines(), log_of(tmp_path / "run")
+    epochs = [line for line in said if line.startswith("epoch ")]
+    for epoch, (line, entry) in enumerate(zip(epochs, lines, strict=True), 1):
+        assert re.sub(r"\d+ s(?=  |$)", "N s", line) == "  ".join([
+            f"epoch {epoch}/2", f"loss {entry['loss']:.3f}", f"val_oIoU {entry['val_oIoU']:.2f}",
+            f"val_mIoU {entry['val_mIoU']:.2f}", "N s", *(["best"] if entry["best"] else [])])
+        assert {"seg", "loss", "lr", "val_oIoU", "val_mIoU", "val_brightness", "best"} < entry.keys()
+        mean = sum(totals["loss"] for totals, _, _ in taken[3 * epoch - 3:3 * epoch]) / sum(
+            count["expressions"] for _, count, _ in taken[3 * epoch - 3:3 * epoch])
+        assert entry["loss"] == pytest.approx(mean) and entry["epoch"] == epoch
+    assert said[2] == "toy (tiny) on synthetic: 0.00 M parameters, 0.00 M learn"
+    assert said[3] == ("data     60 training and 60 validation expressions; an epoch has 3 steps of 4 expressions: "
+                       "1 process(es) x 1 micro-batch(es)")
+    assert said[4] == f"run      cpu, fp32, seed 3, kept by validation mIoU, folder {tmp_path / 'run'}"
+    assert said[-1] == f"run folder: {tmp_path / 'run'}"
+
+
+def test_epochs_draw_anew_and_seeds_apart(tmp_path, monkeypatch):
+    """Synthetic scenes are others in every epoch; what is drawn for an image depends on seed and epoch."""
+    seen, real = [], data.ReferringDataset.__init__
+
+    def watched(self, samples, *args, **options):
+        if "draw" in options:
+            seen.append((options["draw"], [sample.id for sample in samples], options["repeat_mask"]))
+        real(self, samples, *args, **options)
+
+    monkeypatch.setattr(data.ReferringDataset, "__init__", watched)
+    run_to_end(tmp_path / "run", "--seed", "5", "--set", "repeat_mask=0.5")
+    assert [(draw, masked) for draw, _, masked in seen] == [((5, 0), 0.5), ((5, 1), 0.5)]
+    assert [ids for _, ids, _ in seen] == [
+        [sample.id for sample in data.read("synthetic", "", "train", limit=60, epoch=epoch)] for epoch in (0, 1)]
 
 
 def prepared(output, *words):
@@ -505,6 +603,75 @@ def test_resume_with_other_settings_is_refused(tmp_path, words, message):
     run_to_end(tmp_path / "run", "--epochs", "1")
     with pytest.raises(ValueError, match=message):
         run_to_end(tmp_path / "run", "--epochs", "1", "--resume", *words)
+
+
+def test_resume_compares_all_that_tells_runs_apart(tmp_path):
+    words = custom(tmp_path / "data")
+    run_to_end(tmp_path / "run", *words)
+    path = tmp_path / "run/config.json"
+    begun = json.loads(path.read_text())
+    for part, other in {"model": "crobim_u", "dataset": "risbench", "refs": "r.p", "preset": "paper", "seed": 9,
+                        "ablation": "1/wide", "categories": "seen", "small": True, "limit": 3,
+                        "precision": "bf16"}.items():
+        paper = models.paper(other if part == "model" else "toy")
+        of_model = {"config": dataclasses.asdict(paper.Config()), "recipe": paper.RECIPE} if part == "model" else {}
+        path.write_text(json.dumps({**begun, part: other, **of_model}))
+        with pytest.raises(ValueError, match=rf"begun with {part} {other}, now {begun[part]} is asked for; repeat"):
+            run_to_end(tmp_path / "run", *words, "--resume")
+    path.write_text(json.dumps({name: value for name, value in begun.items() if name not in ("refs", "small")}))
+    run_to_end(tmp_path / "run", *words, "--resume")                # of before there were such options
+    path.write_text(json.dumps({**begun, "data_root": str(tmp_path / "run/../data")}))
+    run_to_end(tmp_path / "run", *words, "--resume")                # the same place by another way
+
+
+def test_config_json_rebuilds_the_run_and_what_was_in_the_folder_is_its_own(tmp_path):
+    run_to_end(tmp_path / "run", "--epochs", "1")
+    for name in ("mine.txt", "notes/mine.txt"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "run/val").mkdir()
+    (tmp_path / "run/val/metrics.json").write_text("{}")
+    args = options(tmp_path / "run", "--overwrite", "--seed", "4", "--epochs", "1", "--set", "select=oIoU")
+    job = train.begin(args, ONE)
+    assert job.select == "oIoU"
+    position = train.new_folder(job)
+    assert position == {"epoch": 0, "step": 0, "best": None, "log_length": 0, "sums": {}, "expressions": 0, "images": 0,
+                        "seconds": 0.0, "samples": 60, "steps": 2}
+    kept = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert kept == ["config.json", "mine.txt", "notes/mine.txt", "tokenizer.json"]
+    assert json.loads((tmp_path / "run/tokenizer.json").read_text()) == {"words": job.tokenizer.words}
+    about = json.loads((tmp_path / "run/config.json").read_text())
+    assert about.pop("versions").keys() == {"python", "torch", "numpy", "transformers"}
+    vocabulary = len(job.tokenizer.words) + len(toy.SPECIAL_TOKENS)
+    assert about == {
+        "model": "toy", "dataset": "synthetic", "data_root": "data", "refs": None, "preset": "tiny", "ablation": None,
+        "categories": "all", "small": False, "limit": 60, "seed": 4, "precision": "fp32", "start": None,
+        "config": dataclasses.asdict(toy.Config(vocab_size=vocabulary)),
+        "recipe": {**toy.RECIPE, **toy.RECIPE_TINY, "epochs": 1, "select": "oIoU"}}
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_says_so(tmp_path, capsys):
+    words = ("--epochs", "1", "--set", "dropout=0")
+    run_to_end(tmp_path / "run", *words)
+    state = state_of(tmp_path / "run")
+    torch.save({**state, "random": state["random"] * 2}, tmp_path / "run/resume.pt")
+    run_to_end(tmp_path / "run", *words, "--resume")
+    said = "resumed on 1 processes instead of 2: the same samples in the same order, other dropout"
+    assert said in capsys.readouterr().out
+    torch.save({**state, "steps": 3}, tmp_path / "run/resume.pt")
+    with pytest.raises(ValueError, match="begun on 60 samples, 3 steps an epoch; now there are 60, 2 steps: the data"):
+        run_to_end(tmp_path / "run", *words, "--resume")
+
+
+def test_a_published_tokenizer_is_the_papers(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="the toy's tokenizer is on no hub"):
+        run_to_end(tmp_path / "run", "--set", "pretrained=hub")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(toy, "tokenizer", lambda config: f"of {config.pretrained}")
+    job = train.begin(options(tmp_path / "run", "--set", "pretrained=hub"), ONE)
+    assert (job.tokenizer, job.config.vocab_size) == ("of hub", 100)
+    train.new_folder(job)
+    assert not (tmp_path / "run/tokenizer.json").exists()
 
 
 def test_a_run_of_an_older_version_goes_on_and_loads(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """train.py: settings, schedules, resume bit for bit, stops, several processes, wrong input. On the toy paper."""
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -18,13 +19,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import layouts
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import toy
 
 import data
 import evaluate
+import losses
 import metrics
 import models
 import train
@@ -931,6 +935,81 @@ def test_two_machines_train_and_score_like_one_process(tmp_path, start):
         [[line[field] for field in metrics.FIELDS] for line in lines[1]]
     scores = [json.loads((tmp_path / name / "test/metrics.json").read_text()) for name in ("two", "again")]
     assert scores[0]["mIoU"] == scores[1]["mIoU"] and scores[0]["oIoU"] == scores[1]["oIoU"]
+
+
+class Asked(Exception):
+    """A collective call was reached."""
+
+
+COLLECTIVE = {("evaluate.py", "score_split", "barrier"), ("losses.py", "backward", "all_reduce"),
+              ("losses.py", "forward", "all_gather"), ("metrics.py", "merged", "all_gather_object"),
+              ("train.py", "agree", "all_reduce"), ("train.py", "save_resume", "all_gather_object"),
+              ("train.py", "score_tests", "barrier")}
+
+
+def test_a_card_is_never_asked_to_gather_what_lies_elsewhere(tmp_path, monkeypatch):
+    """NCCL takes no tensor of the CPU. The meta device stands for the card; objects travel as what is on no device."""
+    called = {(path.name, function.name, call.func.attr) for path in (*ROOT.glob("*.py"), *ROOT.glob("models/*.py"))
+              for function in ast.walk(ast.parse(path.read_text())) if isinstance(function, ast.FunctionDef)
+              for call in ast.walk(function) if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+              and ast.unparse(call.func.value) == "dist" and hasattr(dist, call.func.attr)}
+    asking = {one for one in called if not re.match("is_|get_|init_process|destroy_", one[2])}
+    assert asking == COLLECTIVE                                     # each of them is asked below, or has no tensor
+    card = torch.device("meta")
+
+    def gather(parts, mine):
+        assert {one.device for one in (*parts, mine)} == {card}
+        if mine.dtype == torch.long:
+            parts[:] = [torch.tensor([3]), torch.tensor([2])]       # what the host reads
+
+    def reduce(tensor):
+        assert tensor.device == card
+        raise Asked
+
+    def gather_objects(every, mine):
+        every[:] = [mine] * len(every)
+        kinds = {type(value) for value in mine.values()}
+        assert kinds == {np.ndarray} or all(value.device.type == "cpu" for value in mine.values())
+        raise Asked
+
+    for name, stand_in in {"all_gather": gather, "all_reduce": reduce, "all_gather_object": gather_objects,
+                           "is_initialized": lambda: True, "get_world_size": lambda: 2, "get_rank": lambda: 1}.items():
+        monkeypatch.setattr(dist, name, stand_in)
+    flags = [True, torch.ones((), dtype=torch.bool, device=card), torch.zeros(2, 3, dtype=torch.float64, device=card)]
+    with pytest.raises(Asked):
+        train.agree(evaluate.Processes(0, 2, card), flags, {"loss": torch.zeros((), device=card)})
+    rows = torch.zeros(2, 4, device=card, requires_grad=True)
+    every, first = losses.GatherRows.apply(rows)
+    assert (every.shape, every.device, first) == ((5, 4), card, 3)
+    with pytest.raises(Asked):
+        every.sum().backward()
+    scores = metrics.Scores()
+    scores.add(torch.arange(2), torch.ones(2).long(), torch.ones(2).long())
+    with pytest.raises(Asked):
+        scores.merged()
+    job = train.begin(options(tmp_path / "run"), ONE)
+    with pytest.raises(Asked):
+        train.save_resume(job._replace(processes=evaluate.Processes(0, 2, ONE.device)), None, {},
+                          train.random_state(ONE.device))
+
+
+def test_each_process_takes_its_card_before_they_meet_and_wraps_the_model_there(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(getattr(device, "index", device)))
+    monkeypatch.setattr(dist, "init_process_group", done.append)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    processes = evaluate.start_processes()
+    assert processes == evaluate.Processes(5, 8, torch.device("cuda", 1))
+    assert done == [1, "nccl"]
+    job = train.begin(options(tmp_path / "run"), ONE)
+    learner = train.build(job)
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda model, device_ids: (model, device_ids))
+    for at, ids in ((processes, [1]), (evaluate.Processes(0, 2, ONE.device), None)):
+        network = train.start_phase(job._replace(processes=at), learner, 0).network
+        assert network == (learner.model, ids)
+    assert train.start_phase(job, learner, 0).network is learner.model
 
 
 def test_fewer_samples_than_processes_is_an_error(tmp_path):

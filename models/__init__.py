@@ -262,10 +262,9 @@ def word_tokenizer(name, config, words):
 
 
 def read_tokenizer(name, config, folder):
-    """The tokenizer of a run: the published one, which an export has with it, or the words in tokenizer.json."""
+    """The tokenizer of a run: the published one, or the list of words that the run kept in tokenizer.json."""
     if config.pretrained != "none":
-        exported = (Path(folder) / "model.safetensors").is_file()
-        return paper(name).tokenizer(dataclasses.replace(config, pretrained=str(folder)) if exported else config)
+        return paper(name).tokenizer(config)
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: the run's vocabulary is missing; copy it beside config.json")
@@ -290,6 +289,8 @@ def load(run, settings=(), device="cpu"):
     name, path = values["model"], weights_file(run, folder)
     config, recipe = override(*settings_from(name, values["config"], values["recipe"]), settings)
     check_recipe(recipe)
+    if path.name == "model.safetensors" and config.pretrained != "none":        # what is published is in the export
+        config = dataclasses.replace(config, pretrained=str(folder))
     tokenizer = read_tokenizer(name, config, folder)
     return ready(config, {**values, "recipe": recipe}, read_weights(path), path, tokenizer, device)
 
@@ -310,7 +311,7 @@ def export(run, folder):
     """Write the weights of `run` to `folder`, complete in itself: config.json, every tensor, the tokenizer's files."""
     model, folder = load(run), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config, tokenizer, files = model.config, model.tokenizer, {}
+    config, tokenizer, files, module = model.config, model.tokenizer, {}, paper(model.run["model"])
     if config.pretrained == "none":
         files["tokenizer.json"] = json.dumps({"words": tokenizer.words}).encode()
     elif hasattr(tokenizer, "pieces"):                      # sentencepiece
@@ -318,6 +319,9 @@ def export(run, folder):
     else:
         published = next(value for value in vars(tokenizer).values() if hasattr(value, "save_pretrained"))
         published.save_pretrained(folder / Path(published.name_or_path).name)
+        if hasattr(module, "tower_configs"):                # RSRefSeg 2 reads its towers' sizes where it has the towers
+            for name, sizes in zip((config.clip, config.sam), module.tower_configs(config), strict=True):
+                sizes.save_pretrained(folder / Path(name).name)
     files["config.json"] = json.dumps({**model.run, "data_root": "data"}, indent=1).encode()
     for name, content in files.items():
         with put_in_place(folder / name) as part:

@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 import toy
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -405,6 +406,23 @@ def test_an_export_takes_a_sentencepiece_file_with_it(tmp_path):
     after = models.load(tmp_path / "out").tokenizer(["the word7 of the pier"])
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"beit3.spm", "config.json", "model.safetensors"}
+
+
+def test_an_export_takes_the_sizes_of_published_towers_with_it(tmp_path):
+    """RSRefSeg 2 reads them in the towers' own files."""
+    paper = models.paper("rsrefseg2")
+    config = dataclasses.replace(paper.Config.tiny(), pretrained=str(tmp_path / "hub"), clip="any/clip", sam="any/sam")
+    for name, sizes in zip(("clip", "sam"), paper.tower_configs(paper.Config.tiny()), strict=True):
+        sizes.save_pretrained(tmp_path / "hub" / name)
+    pieces = {piece: k for k, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *WORDS])}
+    transformers.GemmaTokenizer(vocab=pieces, merges=[]).save_pretrained(tmp_path / "hub/clip")
+    written_run_of("rsrefseg2", tmp_path / "run", config)
+    models.export(tmp_path / "run", tmp_path / "out")
+    shutil.rmtree(tmp_path / "hub")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    model = models.load(tmp_path / "moved")
+    assert model.tokenizer(["a ship"])[0].shape == (1, config.text_length)
+    assert model.run["config"] | {"pretrained": 0} == json.loads(json.dumps(config.__dict__)) | {"pretrained": 0}
 
 
 def test_a_model_on_the_hub_is_loaded_by_its_name_unless_a_folder_has_it(tmp_path, monkeypatch):

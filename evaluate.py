@@ -393,24 +393,22 @@ def score_predictions(args, splits, protocol, empty, selection):
             return error
         return count(sample, torch.from_numpy(row["prediction"]), torch.from_numpy(row["truth"]))
 
-    found = []
-    for split in splits:
-        samples, folder, about = read_split(split=split, **selection)
-        with ThreadPool() as pool:
-            rows = list(tqdm(pool.imap(counted, samples), split, len(samples), leave=False))
-        found.append((samples, folder, about, rows))
-    faults = [str(row) for *_, rows in found for row in rows if isinstance(row, Exception)]
-    ids = {sample.id for samples, *_ in found for sample in samples}
-    extra = sorted(file.name for file in Path(args.predictions).glob("*.png") if file.stem not in ids)
-    for line in [*faults, *(f"{name}: no sample of {args.split} has this name" for name in extra)]:
+    found = [read_split(split=split, **selection) for split in splits]
+    every = [sample for samples, *_ in found for sample in samples]
+    with ThreadPool() as pool:
+        rows = list(tqdm(pool.imap(counted, every), "masks", len(every), leave=False))
+    faults = [str(row) for row in rows if isinstance(row, Exception)]
+    extra = {file.name for file in Path(args.predictions).glob("*.png")} - {f"{sample.id}.png" for sample in every}
+    for line in [*faults, *(f"{name}: no sample of {args.split} has this name" for name in sorted(extra))]:
         print(line, file=sys.stderr)
     if faults:
-        raise ValueError(f"{len(faults)} of {len(ids)} predictions cannot be scored, see above; nothing is written")
-    for samples, folder, about, rows in found:
-        merged = {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
-        lines = metrics.records(samples, {"number": np.arange(len(rows)), **merged}, empty)
-        about |= {"protocol": protocol, "threshold": "255 of 0 and 255",
-                  "predictions": args.predictions, "side": args.side, "limit": args.limit or ""}
+        raise ValueError(f"{len(faults)} of {len(every)} predictions cannot be scored, see above; nothing is written")
+    for samples, folder, about in found:
+        mine, rows = rows[:len(samples)], rows[len(samples):]
+        merged = {key: np.array([float(row[key]) for row in mine]) for key in mine[0]}
+        lines = metrics.records(samples, {"number": np.arange(len(mine)), **merged}, empty)
+        about |= {"protocol": protocol, "threshold": "255 of 0 and 255", "predictions": args.predictions,
+                  "side": args.side, "limit": args.limit or ""}
         report(folder, lines, metrics.summarize(lines, empty), about, args.rows,
                lambda numbers, samples=samples: [file_row(args, samples[number]) for number in numbers])
 
@@ -475,10 +473,8 @@ def sheet_rows(model, samples, tokenizer, device, precision):
 
 
 def sheet(rows, ious, path, cell=160):
-    """The picture sheet: a row per sample with image, truth, prediction and maps; its IoU and sentence beneath.
-
-    Under a map's name stands its scale; a dot on the prediction is the point that prompted it.
-    """
+    """The picture sheet: a row per sample with image, truth, prediction (a dot is the point that prompted it) and maps,
+    each under its name and scale; the IoU and the sentence beneath."""
     titles, font = ["image", "truth", "prediction", *rows[0]["maps"]], ImageFont.load_default(13)
     across, down, head = cell + 6, cell + 28, 42
     page = Image.new("RGB", (max(len(titles) * across + 6, 480), head + len(rows) * down), "white")
@@ -593,10 +589,8 @@ def windows(length, tile, overlap):
 
 
 def segment_files(model, names, texts, output, precision, tile, overlap):
-    """`predict` on every file, and every picture of a folder, with every sentence; writes mask, overlay and maps.
-
-    The mask of a georeferenced TIFF is a TIFF with the same tags, so that it lands on the map in a GIS.
-    """
+    """`predict` on every file, and every picture of a folder, with every sentence; writes mask, overlay and maps. The
+    mask of a georeferenced TIFF is a TIFF with the same tags, so that it lands on the map in a GIS."""
     files, output = [], Path(output)
     for path in map(Path, names):
         inside = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]

@@ -993,7 +993,7 @@ def test_masks_that_were_written_score_as_the_model_that_wrote_them(run, bars, t
         ("dataset", "synthetic"), ("data_root", ""), ("split", "test"), ("subset", "all categories"),
         ("protocol", protocol), ("threshold", "255 of 0 and 255"), ("predictions", str(folder / "masks")),
         ("side", 32 if words else None), ("limit", 24)]
-    assert [bar.said for bar in bars[-1:]] == [{"desc": "test", "total": 24, "leave": False}]
+    assert [bar.said for bar in bars[-1:]] == [{"desc": "masks", "total": 24, "leave": False}]
     assert metrics.compare(metrics.read_records(folder), metrics.read_records(again))["wins"]["equal"] == 100
     args = evaluate.arguments(["--predictions", str(folder / "masks"), "--dataset", "synthetic", *words])
     sample = data.read("synthetic", "", "test", limit=24)[5]

@@ -412,11 +412,8 @@ def train_step(job, learner, position, sampler, batches, stop):
     expressions = sum(len(numbers) for rank in plan for micro in rank for numbers in micro)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor(recipe, done, total)
-    random = random_state(processes.device)
-    statistics = [(one, one.clone()) for module in model.modules()      # which a forward pass changes
-                  if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for one in module.buffers()]
-    infinite = torch.zeros(processes.world, len(plan[0]), dtype=torch.float64, device=processes.device)
-    sums = {}
+    random, buffers = random_state(processes.device), [(one, one.clone()) for one in model.buffers()]    # before it
+    sums, infinite = {}, torch.zeros(processes.world, len(plan[0]), dtype=torch.float64, device=processes.device)
     for micro in range(len(plan[0])):
         batch, last = to_device(next(batches), processes.device), micro + 1 == len(plan[0])
         with contextlib.nullcontext() if last or processes.world == 1 else network.no_sync():
@@ -430,12 +427,11 @@ def train_step(job, learner, position, sampler, batches, stop):
         for name, value in {**terms, "loss": loss}.items():
             sums[name] = sums.get(name, 0) + value.detach() * count
     scaler.unscale_(optimizer)
-    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(learning, recipe.get("clip") or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.get("clip") or math.inf)
     broken = ~torch.isfinite(norm) & (not scaler.is_enabled())          # else the scaler skips the step
     (stops, broken, *infinite), totals = agree(processes, [stop.asked is not None, broken, infinite], sums)
     if broken or any(infinite):
-        for buffer, before in statistics:
+        for buffer, before in buffers:              # statistics of batch norm
             buffer.copy_(before)
         save_resume(job, learner, position, random)
         refuse_infinite(job, position, sampler, infinite)

@@ -539,10 +539,9 @@ def tower_configs(config):
             vision_config=vision | {"image_size": c.vision_size, "patch_size": c.patch})
         widths, heads = ([base * 2 ** stage for stage in range(4)] for base in (c.sam_width, c.sam_heads))
         backbone = {
-            "model_type": "sam2_hiera_det_model", "hidden_size": c.sam_width, "num_attention_heads": c.sam_heads,
-            "blocks_per_stage": list(c.sam_blocks), "embed_dim_per_stage": widths,
-            "num_attention_heads_per_stage": heads, "window_size_per_stage": list(c.sam_windows),
-            "global_attention_blocks": list(c.sam_global),
+            "model_type": "sam2_hiera_det_model", "hidden_size": c.sam_width, "embed_dim_per_stage": widths,
+            "num_attention_heads_per_stage": heads, "blocks_per_stage": list(c.sam_blocks),
+            "window_size_per_stage": list(c.sam_windows), "global_attention_blocks": list(c.sam_global),
             "window_positional_embedding_background_size": [c.sam_background] * 2}
         sam = Sam2Config(
             vision_config={"model_type": "sam2_vision_model", "backbone_config": backbone,
@@ -552,6 +551,7 @@ def tower_configs(config):
                                  "mlp_dim": c.decoder_mlp, "iou_head_hidden_dim": c.prompt_width})
     else:
         (clip, _), (sam, _) = published(SiglipConfig, c, c.clip), published(Sam2Config, c, c.sam)
+        clip.vision_config.dtype = clip.text_config.dtype = sam.dtype = torch.float32         # whatever is said there
         if c.text_length > (longest := clip.text_config.max_position_embeddings):
             raise ValueError(f"text_length={c.text_length}: {c.clip} has positions for {longest} tokens")
     clip.vision_config.vision_use_head = False      # III-B: the pooling layer goes, the map stays
@@ -573,8 +573,8 @@ class RSRefSeg2(nn.Module):
         attention = "q_proj", "k_proj", "v_proj", "out_proj"                  # Silent: LoRA
         for tower, rank, ends in ((self.vision, c.lora_vision, attention), (self.text, c.lora_text, attention),
                                   (self.sam.vision_encoder, c.lora_sam, ("attn.qkv", "attn.proj"))):
-            for path, layer in list(tower.named_modules()):
-                if rank and isinstance(layer, nn.Linear) and path.endswith(ends):
+            for path, layer in tower.named_modules():
+                if rank and path.endswith(ends):
                     parent, _, name = path.rpartition(".")
                     setattr(tower.get_submodule(parent), name, LoRALinear(layer, rank))
         self.small = c.clip_size or clip.vision_config.image_size             # H_1
@@ -891,7 +891,7 @@ def published(kind, config, name, **options):
                                 "or say --set pretrained=hub")
     try:
         found = kind.from_pretrained(source, **options)
-        if kind is AutoTokenizer and len(found) <= 5:           # its answer to missing files: the special words
+        if kind is AutoTokenizer and len(found) <= len(found.all_special_ids):       # its answer to missing files
             raise OSError("neither tokenizer.json nor tokenizer.model found")
         return found, source
     except (OSError, ValueError, RuntimeError, ImportError) as error:

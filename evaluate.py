@@ -148,9 +148,9 @@ def is_users(error):
     while last.tb_next:
         last = last.tb_next
     code = last.tb_frame.f_code
-    raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    ours = raised and Path(code.co_filename).is_relative_to(Path(__file__).parent)
-    return isinstance(error, OSError) or (isinstance(error, (ValueError, ImportError)) and ours)
+    raised, file = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"], Path(code.co_filename)
+    ours = raised and file.is_relative_to(Path(__file__).parent) and "site-packages" not in file.parts
+    return isinstance(error, OSError) or (ours and isinstance(error, (ValueError, ImportError)))
 
 
 @contextlib.contextmanager

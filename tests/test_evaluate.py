@@ -805,6 +805,7 @@ def test_sentences_that_no_font_holds_or_no_terminal_shows_are_scored(run, tmp_p
 
 
 def test_a_run_on_data_that_allow_no_control_says_so_and_ends_well(tmp_path, capsys):
+    toy.register()
     write_custom(tmp_path / "data", ["the red ship", "a car"])
     words = ["--model", "toy", "--dataset", "custom", "--data-root", str(tmp_path / "data"), "--device", "cpu"]
     train.train(train.arguments([*words, "--workers", "0", "--epochs", "1", "--output", str(tmp_path / "run")]), ONE)
@@ -950,8 +951,13 @@ def test_an_error_in_a_loader_worker_arrives_as_one_line(capsys):
     assert capsys.readouterr().err == "error: images/3.png is truncated; copy it again\n"
 
 
+def raised_in(file):
+    exec(compile("raise ValueError('no ship')", ROOT / file, "exec"))
+
+
 @pytest.mark.parametrize("fault", [lambda: np.zeros(3).reshape(2, 2), lambda: int("three"), lambda: json.loads("{"),
-                                   lambda: [].index(1), lambda: {}["key"]])
+                                   lambda: [].index(1), lambda: {}["key"],
+                                   lambda: raised_in(".venv/lib/python3/site-packages/numpy/core.py")])
 def test_a_fault_of_ours_keeps_its_traceback(fault):
     with pytest.raises((ValueError, KeyError)), evaluate.one_line_errors():
         fault()
@@ -964,7 +970,8 @@ def test_what_the_system_or_a_missing_package_answers_is_one_line(tmp_path, caps
     def no_folder():
         (tmp_path / "none" / "a").write_text("")
 
-    for fault, line in ((no_folder, "No such file"), (no_package, "pip install")):
+    for fault, line in ((no_folder, "No such file"), (no_package, "pip install"),
+                        (lambda: raised_in("models/toy.py"), "no ship")):
         with pytest.raises(SystemExit) as stopped, evaluate.one_line_errors():
             fault()
         error = capsys.readouterr().err

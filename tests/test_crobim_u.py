@@ -73,8 +73,8 @@ def batch(config=SMALL, images=2, image_index=(0, 1, 1), seed=0):
             "masks": masks}
 
 
-def run(model, data):
-    return model(data["images"], data["tokens"], data["text_mask"], data["image_index"])
+def run(model, given):
+    return model(given["images"], given["tokens"], given["text_mask"], given["image_index"])
 
 
 def randomise(module, seed=0):
@@ -329,20 +329,20 @@ def test_eq05_error_map():
 def test_eq06_eq07_eq08_criterion_calls_the_uncertainty_loss(monkeypatch):
     """Eqs. (6)-(8) get the coarse prediction, the resized logits and the settings."""
     config = replace(OPEN, lambda_unc=0.3, lambda_s=2.0, delta=0.4, clamp=7.0, error_blur=True, seg_on_refined=True)
-    model, data, calls = build(config), batch(), []
+    model, given, calls = build(config), batch(), []
 
     def record(*args, **settings):
         calls.append((args, settings))
         return uncertainty_loss(*args, **settings)
 
     monkeypatch.setattr(crobim_u, "uncertainty_loss", record)
-    outputs = run(model, data)
+    outputs = run(model, given)
     outputs["coarse_logits"] = torch.randn(3, 1, 64, 64)
-    losses = model.criterion(outputs, data, progress=1.0)
+    losses = model.criterion(outputs, given, progress=1.0)
     (U, prediction, masks), settings = calls[0]
     assert torch.equal(U, outputs["uncertainty_logits"]) and U.requires_grad
     assert torch.equal(prediction, outputs["coarse_logits"] > 0)
-    assert torch.equal(masks, data["masks"][:, None])
+    assert torch.equal(masks, given["masks"][:, None])
     assert settings == {"sample_weight": 2.0, "threshold": 0.4, "clamp": 7.0, "blur": True}
     expected = uncertainty_loss(U, prediction, masks, **settings).mean()
     torch.testing.assert_close(losses["unc"], 0.3 * expected)
@@ -513,22 +513,22 @@ def segmentation_loss(logits, masks):
 
 
 def test_eq17_refined_prediction_is_supervised():
-    model, data = build(replace(OPEN, lambda_ref=0.5)), batch()
-    outputs = run(model, data)
+    model, given = build(replace(OPEN, lambda_ref=0.5)), batch()
+    outputs = run(model, given)
     assert not torch.equal(outputs["logits"], outputs["coarse_logits"])
-    losses = model.criterion(outputs, data, progress=1.0)
-    assert losses["ref"].item() == pytest.approx(0.5 * segmentation_loss(outputs["logits"], data["masks"]), rel=1e-5)
-    assert losses["seg"].item() == pytest.approx(segmentation_loss(outputs["coarse_logits"], data["masks"]), rel=1e-5)
+    losses = model.criterion(outputs, given, progress=1.0)
+    assert losses["ref"].item() == pytest.approx(0.5 * segmentation_loss(outputs["logits"], given["masks"]), rel=1e-5)
+    assert losses["seg"].item() == pytest.approx(segmentation_loss(outputs["coarse_logits"], given["masks"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("seg_on_refined", [False, True])
 def test_eq17_switched_off_the_refinement_learns_where_l_seg_sees_it(seg_on_refined):
     """L_ref is optional: L_seg on P_fg then leaves the head without gradient, L_seg on P_ref trains it."""
-    model, data = build(replace(OPEN, lambda_ref=0.0, seg_on_refined=seg_on_refined)), batch()
-    outputs = run(model, data)
-    losses = model.criterion(outputs, data, progress=1.0)
+    model, given = build(replace(OPEN, lambda_ref=0.0, seg_on_refined=seg_on_refined)), batch()
+    outputs = run(model, given)
+    losses = model.criterion(outputs, given, progress=1.0)
     seen = outputs["logits" if seg_on_refined else "coarse_logits"]
-    assert losses["seg"].item() == pytest.approx(segmentation_loss(seen, data["masks"]), rel=1e-5)
+    assert losses["seg"].item() == pytest.approx(segmentation_loss(seen, given["masks"]), rel=1e-5)
     assert losses["ref"].item() == 0
     sum(losses.values()).backward()
     assert all((parameter.grad.abs().max() > 0) == seg_on_refined for parameter in model.refinement.parameters())
@@ -551,16 +551,16 @@ def test_l_seg_as_rmsin_sums_it():
 
 
 def test_eq18_objective_and_warm_up():
-    model, data = build(), batch()
-    outputs = run(model, data)
-    late, early = (model.criterion(outputs, data, progress) for progress in (0.05, 0.049))
+    model, given = build(), batch()
+    outputs = run(model, given)
+    late, early = (model.criterion(outputs, given, progress) for progress in (0.05, 0.049))
     assert set(late) == {"seg", "unc", "ref"} and all(loss.shape == () for loss in late.values())
-    prediction, _ = online_error(outputs["coarse_logits"], data["masks"][:, None])
-    L_unc = uncertainty_loss(outputs["uncertainty_logits"], prediction, data["masks"][:, None]).mean().item()
-    L_seg = segmentation_loss(outputs["coarse_logits"], data["masks"])
+    prediction, _ = online_error(outputs["coarse_logits"], given["masks"][:, None])
+    L_unc = uncertainty_loss(outputs["uncertainty_logits"], prediction, given["masks"][:, None]).mean().item()
+    L_seg = segmentation_loss(outputs["coarse_logits"], given["masks"])
     assert sum(late.values()).item() == pytest.approx(L_seg + 0.1 * L_unc + L_seg, rel=1e-5)
     assert early["unc"].item() == 0 and early["unc"].requires_grad
-    twice = build(replace(SMALL, lambda_seg=2.0)).criterion(outputs, data, 1.0)
+    twice = build(replace(SMALL, lambda_seg=2.0)).criterion(outputs, given, 1.0)
     assert twice["seg"].item() == pytest.approx(2 * L_seg) and twice["ref"].item() == pytest.approx(L_seg)
 
 
@@ -568,22 +568,22 @@ def test_eq18_objective_and_warm_up():
 
 
 def test_documented_shapes():
-    model, data = build(), batch()
+    model, given = build(), batch()
     M, C, S, L = 3, 16, 64, 8
-    features = model.encode_images(data["images"])
+    features = model.encode_images(given["images"])
     assert [tuple(feature.shape) for feature in features] == [(2, C, S // s, S // s) for s in (4, 8, 16, 32)]
-    features = [feature[data["image_index"]] for feature in features]
-    T = model.encode_text(data["tokens"], data["text_mask"])
+    features = [feature[given["image_index"]] for feature in features]
+    T = model.encode_text(given["tokens"], given["text_mask"])
     assert T.shape == (M, L, C)
-    U = model.scorer(features[-1], T, data["text_mask"])
+    U = model.scorer(features[-1], T, given["text_mask"])
     assert U.shape == (M, 1, S // 32, S // 32)
-    assert model.fusion(features[1], T, data["text_mask"], U).shape == features[1].shape
-    levels, positions = model.encoder(features[1:], T, data["text_mask"])
+    assert model.fusion(features[1], T, given["text_mask"], U).shape == features[1].shape
+    levels, positions = model.encoder(features[1:], T, given["text_mask"])
     assert [level.shape for level in levels] == [feature.shape for feature in features[1:]]
     assert [tuple(position.shape) for position in positions] == [(S * S // s // s, C) for s in (8, 16, 32)]
     F, P = model.decoder(features[0], levels, positions, T)
     assert F.shape == (M, C, S // 4, S // 4) and P.shape == (M, 1, S // 4, S // 4)
-    outputs = run(model, data)
+    outputs = run(model, given)
     assert set(outputs) == {"logits", "coarse_logits", "coarse", "uncertainty_logits", "uncertainty", "refine_mask"}
     for name, output in outputs.items():
         assert output.shape == (M, 1, S, S) and output.dtype == torch.float32, name
@@ -593,13 +593,13 @@ def test_documented_shapes():
 
 def test_fig1_what_reads_what():
     """Fig. 1, III-A to III-E: RUS reads stride 32, one UGF acts on 8, 16 and 32, UDLR gets F, P_fg and U."""
-    model, data = build(replace(OPEN, tau=0.3, temperature=0.4, blur=3)), batch()
+    model, given = build(replace(OPEN, tau=0.3, temperature=0.4, blur=3)), batch()
     randomise(model).float()
     assert (model.refinement.tau, model.refinement.temperature, model.refinement.blur) == (0.3, 0.4, 3)
-    index, text_mask = data["image_index"], data["text_mask"]
+    index, text_mask = given["image_index"], given["text_mask"]
     with torch.no_grad():
-        V4, V8, V16, V32 = (feature[index] for feature in model.encode_images(data["images"]))
-        T = model.encode_text(data["tokens"], text_mask)
+        V4, V8, V16, V32 = (feature[index] for feature in model.encode_images(given["images"]))
+        T = model.encode_text(given["tokens"], text_mask)
         U = model.scorer(V32, T, text_mask)
         fused = [model.fusion(V, T, text_mask, U) for V in (V8, V16, V32)]
         levels, positions = model.encoder(fused, T, text_mask)
@@ -607,7 +607,7 @@ def test_fig1_what_reads_what():
         P_fg, U_tilde = (nn.functional.interpolate(maps, (64, 64), mode="bilinear", align_corners=False)
                          for maps in (P, U))
         P_ref, M = model.refinement(F, P_fg, U_tilde)
-        outputs = run(model, data)
+        outputs = run(model, given)
     expected = {"logits": P_ref, "coarse_logits": P_fg, "coarse": P_fg.sigmoid(), "uncertainty_logits": U_tilde,
                 "uncertainty": U_tilde.sigmoid(), "refine_mask": M}
     assert set(outputs) == set(expected)
@@ -618,17 +618,17 @@ def test_fig1_what_reads_what():
 @pytest.mark.parametrize("image_index", [(0, 1, 1, 0, 1), None])
 def test_expressions_in_turn_are_expressions_together(monkeypatch, image_index):
     """On a processor, without gradients, as many expressions are decoded at a time as its caches hold."""
-    model, data = build(OPEN), batch(images=5, image_index=(0, 1, 1, 0, 1))
-    data["image_index"] = image_index and data["image_index"]
+    model, given = build(OPEN), batch(images=5, image_index=(0, 1, 1, 0, 1))
+    given["image_index"] = image_index and given["image_index"]
     counts, images = [], []
     model.decoder.register_forward_hook(lambda module, inputs, output: counts.append(len(output[1])))
     model.convnext.embeddings.register_forward_hook(lambda module, inputs, output: images.append(len(output)))
-    plain = run(model, data)
+    plain = run(model, given)
     for room, expected in ((1, [1] * 5), (2 * 16 * 64 ** 2, [2, 2, 1]), (3 * 16 * 64 ** 2, [3, 2]), (2 ** 26, [5])):
         monkeypatch.setattr(crobim_u, "AT_ONCE", room)
         counts.clear()
         with torch.no_grad():
-            outputs = run(model, data)
+            outputs = run(model, given)
         assert counts == expected and list(outputs) == list(plain)
         for name, output in outputs.items():
             torch.testing.assert_close(output, plain[name], rtol=1e-4, atol=1e-5)
@@ -647,10 +647,10 @@ def test_where_gradients_or_a_card_are_all_expressions_are_decoded_together(monk
 
 
 def test_bfloat16_autocast_gives_float32_outputs():
-    model, data = build(OPEN), batch()
+    model, given = build(OPEN), batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = run(model, data)
-    for name, output in run(model, data).items():
+        outputs = run(model, given)
+    for name, output in run(model, given).items():
         assert outputs[name].dtype == torch.float32
         assert (outputs[name] - output).abs().mean() < 0.05, name
 
@@ -753,26 +753,26 @@ def test_eq14_stops_the_refinement_mask_and_nothing_else(cheap):
 
 def test_every_part_of_the_model_gets_its_gradient_from_each_loss(exact):
     """Towers, projections, RUS, UGF, encoder, decoder and UDLR: nothing is cut but M, Eq. (14), and e, Eq. (4)."""
-    data, kept = batch(image_index=(0, 1)), []
+    given, kept = batch(image_index=(0, 1)), []
     model = randomise(build(replace(OPEN, encoder_layers=1)))
     for name, parameter in model.named_parameters():
         if name.endswith("layer_scale_parameter") or "norm" in name.lower():
             parameter.data.abs_().add_(0.5)
     model.refinement.head[4].register_forward_hook(lambda module, inputs, output: kept.append(output))
-    M = run(model, data)["refine_mask"]
+    M = run(model, given)["refine_mask"]
     groups = {name: [p for key, p in part.named_parameters() if not key.endswith("key.bias")]
               for name, part in model.named_children() if name != "visual_projections"}
     groups |= {f"visual_projections.{i}": list(part.parameters()) for i, part in enumerate(model.visual_projections)}
 
     def objective(fixed):
-        outputs = run(model, data)
+        outputs = run(model, given)
         if fixed:
             outputs["logits"] = outputs["coarse_logits"] + M * kept[-1]
-        return torch.stack([loss for _, loss in sorted(model.criterion(outputs, data, 1.0).items())])
+        return torch.stack([loss for _, loss in sorted(model.criterion(outputs, given, 1.0).items())])
 
     assert_differentiable(lambda: objective(True), list(groups.values()), lambda: objective(False), step=1e-7)
     reached = {}
-    for term, loss in model.criterion(run(model, data), data, 1.0).items():
+    for term, loss in model.criterion(run(model, given), given, 1.0).items():
         model.zero_grad()
         loss.backward(retain_graph=True)
         reached[term] = {name for name, group in groups.items()
@@ -796,8 +796,8 @@ def unreached(model, loss):
 
 
 def test_gradients_reach_what_each_loss_should_teach():
-    model, data = lively(OPEN), batch()
-    losses = model.criterion(run(model, data), data, progress=1.0)
+    model, given = lively(OPEN), batch()
+    losses = model.criterion(run(model, given), given, progress=1.0)
     names = {name for name, _ in model.named_parameters()}
     assert unreached(model, losses["seg"]) == {name for name in names if name.startswith("refinement.")}
     assert unreached(model, losses["ref"]) == set()
@@ -818,10 +818,10 @@ def test_param_groups_leave_vectors_and_scalars_undecayed():
 
 
 def test_frozen_towers_get_no_gradient_and_stay_in_eval():
-    model, data = build(replace(OPEN, freeze=True, dropout=0.1, drop_path=0.3)).train(), batch()
+    model, given = build(replace(OPEN, freeze=True, dropout=0.1, drop_path=0.3)).train(), batch()
     learning = {id(p) for group in model.param_groups(RECIPE) for p in group["params"]}
     assert not model.convnext.training and not model.bert.training and model.encoder.training
-    sum(model.criterion(run(model, data), data, 1.0).values()).backward()
+    sum(model.criterion(run(model, given), given, 1.0).values()).backward()
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("convnext.", "bert."))
         assert (id(parameter) in learning) != frozen and (parameter.grad is None) == frozen, name
@@ -1152,22 +1152,22 @@ def test_random_weights_load_nothing():
 
 def test_image_tower_equals_the_published_one():
     """A guard against changes in transformers: our loop over its stages gives its own maps."""
-    model, data = build(), batch()
-    pixels = (data["images"] / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+    model, given = build(), batch()
+    pixels = (given["images"] / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
         [0.229, 0.224, 0.225]).view(3, 1, 1)
     tower = ConvNextModel(model.convnext.config).eval()
     tower.load_state_dict(model.convnext.state_dict(), strict=False)
     maps = tower(pixels, output_hidden_states=True).hidden_states[1:]
-    features = model.encode_images(data["images"])
+    features = model.encode_images(given["images"])
     for projection, feature, found in zip(model.visual_projections, maps, features, strict=True):
         torch.testing.assert_close(projection(feature), found, rtol=1e-4, atol=1e-5)
 
 
 def test_text_tower_equals_the_published_one():
-    model, data = build(), batch()
-    words = model.bert(data["tokens"], attention_mask=data["text_mask"].long()).last_hidden_state
-    found = model.encode_text(data["tokens"], data["text_mask"])
-    real = data["text_mask"]
+    model, given = build(), batch()
+    words = model.bert(given["tokens"], attention_mask=given["text_mask"].long()).last_hidden_state
+    found = model.encode_text(given["tokens"], given["text_mask"])
+    real = given["text_mask"]
     torch.testing.assert_close(model.text_projection(words)[real], found[real], rtol=1e-4, atol=1e-5)
 
 

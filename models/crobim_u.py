@@ -656,14 +656,14 @@ def from_hub(load, source, **options):
 
 
 def read_huggingface(kind, source):
-    """{name: tensor} of a published `kind`, None where it has no place for one."""
+    """A published `kind` -> {name: tensor} of its file; None under a name that `kind` does not know."""
     model, info = from_hub(kind.from_pretrained, source, output_loading_info=True)
     tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
     return {name: tensor for name, tensor in tensors.items() if name not in info["missing_keys"]}
 
 
 def load_tower(tower, tensors, source, extra, fields):
-    """Every tensor into `tower`, in its float32, none missing, unknown or of another shape; `extra` begin a head's."""
+    """The tensors into `tower`, as float32, exactly its own; those whose names begin with `extra` are left aside."""
     tensors, own = {name: tensors[name] for name in tensors if not name.startswith(extra)}, tower.state_dict()
     wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:

@@ -393,7 +393,7 @@ class PromptRIS(nn.Module):
         self.requires_grad_(False)
         learning = [self.cmp, self.decoder, self.clip_image, self.clip_text]
         if not self.coarse_only:
-            learning += [self.text_prompts, self.sam] if self.config.text_prompt else [self.sam]
+            learning += [self.text_prompts, self.sam]
         for module in learning:
             module.requires_grad_(all(module is not tower for tower in self.frozen_towers()))
         if self.config.sam:

@@ -26,8 +26,8 @@ Equations
     Eq. (6)             SparsePromptGeneration.forward
     Eq. (7)             DensePromptGeneration.forward, cosine_maps
     Eq. (8)             RSRefSeg2.generate
-    Eqs. (9)-(12)       RSRefSeg2.criterion; of Eq. (11) losses.py, orthogonal_loss
-    Eq. (13)            metrics.py
+    Eq. (9), Eq. (10), Eq. (12)     RSRefSeg2.criterion
+    Eq. (11), Eq. (13)              losses.py, orthogonal_loss; metrics.py
 """
 
 import math

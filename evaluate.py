@@ -304,17 +304,15 @@ def score_split(model, processes, *, recipe, tokenizer, precision, micro_batch=3
         lines = evaluate(model, samples, processes, tokenizer=tokenizer, protocol=recipe["protocol"],
                          empty=recipe["empty"], precision=precision, micro_batch=micro_batch, workers=workers,
                          save_masks=part if save_masks else None, label=folder.name)
+        summary = metrics.summarize(lines, empty=recipe["empty"])
         if processes.first:
-            shutil.rmtree(folder / "masks", ignore_errors=True)
-            if save_masks:
-                part.rename(folder / "masks")
+            shutil.rmtree(folder / "masks", ignore_errors=True)         # at no moment do they stand by other scores
+            report(folder, lines, summary, about, rows, lambda numbers: sheet_rows(
+                model, [samples[number] for number in numbers], tokenizer, processes.device, precision),
+                part if save_masks else None)
     finally:
         if processes.first:
             shutil.rmtree(part, ignore_errors=True)
-    summary = metrics.summarize(lines, empty=recipe["empty"])
-    if processes.first:
-        report(folder, lines, summary, about, rows, lambda numbers: sheet_rows(
-            model, [samples[number] for number in numbers], tokenizer, processes.device, precision))
     return summary
 
 
@@ -351,11 +349,14 @@ def unknown(expression, tokenizer):
     return isinstance(tokenizer, data.WordTokenizer) and not tokenizer.numbers.keys() & set(data.words(expression))
 
 
-def report(folder, lines, summary, about, rows, drawn):
-    """Write the scores of a split, then print its table and draw its sheet; `drawn` gives the rows of some numbers."""
+def report(folder, lines, summary, about, rows, drawn, masks=None):
+    """Write the scores of a split, put its masks beside them, then print its table and draw its sheet; `drawn` gives
+    the rows of some numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "per_sample.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write_text(folder / "metrics.json", json.dumps({**about, **summary}, indent=1) + "\n")
+    if masks:
+        masks.rename(folder / "masks")
     print(metrics.table(summary, about), flush=True)
     (folder / "sheet.png").unlink(missing_ok=True)
     if numbers := chosen(lines, rows):

@@ -385,6 +385,9 @@ def test_a_scored_split_can_be_recomputed_from_its_files(run, tmp_path, capsys, 
                 truth = data.read_mask(samples[line["id"]], (96, 96))
                 assert line["intersection"] == ((prediction > 0) & truth).sum()
                 assert line["union"] == ((prediction > 0) | truth).sum()
+            image, expression = data.load([samples[line["id"]]])[0], line["expression"]
+            found = evaluate.predict(models.load(run), image.resize((side, side), Image.Resampling.BILINEAR), expression)
+            assert (found["masks"][0] == (prediction > 0)).mean() > 0.99
         assert Image.open(folder / "sheet.png").height > 1000
 
 
@@ -471,6 +474,16 @@ def test_masks_of_an_earlier_scoring_do_not_pass_for_those_of_the_scores(run, tm
     assert {path.name for path in (folder / "masks").iterdir()} == kept.keys()
     score(run, tmp_path)
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "per_sample.jsonl", "sheet.png"}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "masks").mkdir()
+
+    def full(path):
+        raise ValueError(f"{path} could not be written")
+
+    monkeypatch.setattr(models, "put_in_place", full)
+    with pytest.raises(ValueError, match="per_sample.jsonl could not be written"):
+        score(run, tmp_path, "--save-masks")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before        # nor new ones by old scores
 
 
 def test_the_authors_weights_score_into_a_folder_of_their_own(run, photo, tmp_path, monkeypatch):
@@ -1097,11 +1110,11 @@ def test_kinds_of_failure_and_of_sentence(tmp_path, capsys):
 
 def test_outlines_are_seen_on_any_picture():
     for level in (0, 60, 128, 200, 255):
-        image, mask = Image.new("RGB", (40, 40), (level,) * 3), np.zeros((40, 40), bool)
+        colour, mask = np.array([level, 255 - level, 7]), np.zeros((40, 40), bool)
         mask[10:30, 10:30] = True
-        drawn = np.asarray(evaluate.outlined(image, mask, (40, 40)))[..., 0].astype(int)
+        drawn = np.asarray(evaluate.outlined(Image.new("RGB", (40, 40), tuple(colour.tolist())), mask, (40, 40)))
         assert (drawn[10:30, 10] == 255).all() and (drawn[10:30, 9] == 0).all()        # white within, black around
-        assert (drawn[11:29, 11:29] == level).all() and (drawn[:9] == level * 2 // 5).all()
+        assert (drawn[11:29, 11:29] == colour).all() and (drawn[:9] == colour * 2 // 5).all()
     for side, lines in ((639, 1), (640, 2)):                               # thicker where a screen shrinks the picture
         mask = np.arange(100) > 49
         drawn = np.asarray(evaluate.outlined(Image.new("RGB", (side, 100)), np.tile(mask[:, None], side), (side, 100)))

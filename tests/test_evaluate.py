@@ -368,6 +368,7 @@ def test_rows_of_the_sheet():
 def test_a_scored_split_can_be_recomputed_from_its_files(run, tmp_path, capsys, protocol, side):
     score(run, tmp_path, "--protocol", protocol, "--split", "val,test", "--save-masks")
     assert f"protocol {protocol}" in capsys.readouterr().out
+    model = models.load(run)
     for split in ("val", "test"):
         folder = tmp_path / f"{split}{'-protocol=original' * (protocol == 'original')}-limit=24"
         lines = metrics.read_records(folder / "per_sample.jsonl")
@@ -385,9 +386,9 @@ def test_a_scored_split_can_be_recomputed_from_its_files(run, tmp_path, capsys, 
                 truth = data.read_mask(samples[line["id"]], (96, 96))
                 assert line["intersection"] == ((prediction > 0) & truth).sum()
                 assert line["union"] == ((prediction > 0) | truth).sum()
-            image, expression = data.load([samples[line["id"]]])[0], line["expression"]
-            found = evaluate.predict(models.load(run), image.resize((side, side), Image.Resampling.BILINEAR), expression)
-            assert (found["masks"][0] == (prediction > 0)).mean() > 0.99
+            image = data.load([samples[line["id"]]])[0].resize((side, side), Image.Resampling.BILINEAR)
+            found = evaluate.predict(model, image, line["expression"])["masks"][0]
+            assert (found == (prediction > 0)).mean() > 0.99
         assert Image.open(folder / "sheet.png").height > 1000
 
 

@@ -577,8 +577,12 @@ def test_rotated_convolution_drops_what_decides_and_keeps_the_kernel_exact(monke
     assert torch.allclose(module(features), plain, atol=1e-5)
     nn.init.zeros_(module.alpha.bias)
     kernels, conv2d = [], nn.functional.conv2d
-    monkeypatch.setattr(nn.functional, "conv2d", lambda x, weight, *rest, **options: (
-        kernels.append(weight), conv2d(x, weight, *rest, **options))[1])
+
+    def seen(x, weight, *rest, **options):
+        kernels.append(weight)
+        return conv2d(x, weight, *rest, **options)
+
+    monkeypatch.setattr(nn.functional, "conv2d", seen)
     with torch.autocast("cpu", torch.bfloat16):                # halved, by alpha, and not rounded to bfloat16
         module(features)
     assert torch.equal(kernels[-1], module.kernel.repeat(2, 1, 1, 1) / 2)

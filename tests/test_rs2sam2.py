@@ -395,22 +395,24 @@ def test_eq01_to_eq05_have_the_gradients_of_finite_differences():
 
 @pytest.mark.parametrize("changes", [{}, {"fusion": "uni", "official_fusion": True, "official_logits": True},
                                      {"fusion": "none", "mpg_attention": False}], ids=str)
-def test_the_whole_model_has_the_gradient_of_finite_differences(changes):
-    """From every output to every part of the model, in float64: no wire between two parts is cut."""
+def test_the_whole_model_has_the_gradient_of_finite_differences(changes, monkeypatch):
+    """From every output to the picture and every part of the model, in float64: no wire between two parts is cut."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     model, generator = build(lively=True, freeze=False, **changes).double(), torch.Generator().manual_seed(4)
     model.param_groups(RECIPE)
-    inputs = example()[:3]
+    images, *texts = example()[:3]
+    inputs = [nn.Parameter(images.double()), *texts]
     probe = {name: torch.randn(value.shape, generator=generator, dtype=torch.double)
              for name, value in model(*inputs).items()}
     parts = [model.beit3, model.sam.vision_encoder.backbone, model.sam.vision_encoder.neck, model.sam.mask_decoder,
              model.sam.prompt_encoder, model.gate, model.prompt_generator, model.token_mlp, model.text_projection,
              model.text_weight, nn.ParameterList([model.sam.no_memory_embedding]),
-             *(model.fusion if "fusion" in model._modules else [])]
+             *(model.fusion if "fusion" in model._modules else []), nn.ParameterList([inputs[0]])]
     for name, weights in probe.items():
         def value(name=name, weights=weights):
             return (model(*inputs)[name] * weights).mean()
 
-        learning = [p for p in model.parameters() if p.requires_grad]
+        learning = [inputs[0], *(p for p in model.parameters() if p.requires_grad)]
         gradients = dict(zip(map(id, learning), torch.autograd.grad(value(), learning, allow_unused=True), strict=True))
         with torch.no_grad():
             for part in parts:
@@ -1419,7 +1421,7 @@ def test_official_precision_keeps_sam_in_float32_under_autocast(switch):
 def test_official_losses_are_the_codes():
     model = build(official_dice=True, official_logits=True, hard_boundary=True)
     masks, generator = example()[3], torch.Generator().manual_seed(0)
-    m = torch.randn(M, 1, 64, 64, generator=generator)                        # their one channel, at full size
+    m = torch.randn(M, 1, 64, 64, generator=generator).requires_grad_()       # their one channel, at full size
     weight = torch.randn(M, generator=generator)
     losses = model.criterion({"logits": 2 * m - 1, "text_weight": weight}, {"masks": masks}, 0.0)
     pair = torch.cat((1 - m, m), 1).softmax(1)
@@ -1428,6 +1430,8 @@ def test_official_losses_are_the_codes():
         for p, y in zip(pair[n], (~masks[n], masks[n]), strict=True):         # background and foreground, summed
             dice += (1 - (2 * (p * y).sum() + 1e-6) / (p.sum() + y.sum() + 1e-6)) / M
     torch.testing.assert_close(losses["dice"], 0.1 * dice)
+    for ours, theirs in zip(torch.autograd.grad(losses["dice"], m), torch.autograd.grad(0.1 * dice, m), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-9)
     for n in range(M):                                                        # (7) cuts m at 0, not the pair at 0.5
         ones, y = (m[n, 0] > 0).float(), masks[n].float()
         error = torch.zeros(64, 64)

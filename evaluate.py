@@ -355,10 +355,10 @@ def report(folder, lines, summary, about, rows, drawn, masks=None):
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "per_sample.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write_text(folder / "metrics.json", json.dumps({**about, **summary}, indent=1) + "\n")
+    (folder / "sheet.png").unlink(missing_ok=True)
     if masks:
         masks.rename(folder / "masks")
     print(metrics.table(summary, about), flush=True)
-    (folder / "sheet.png").unlink(missing_ok=True)
     if numbers := chosen(lines, rows):
         sheet(drawn(numbers), [lines[number]["iou"] for number in numbers], folder / "sheet.png")
     else:
@@ -556,8 +556,8 @@ def segment(model, picture, texts, precision, tile, overlap, with_maps):
     for (top, down), below in zip(rows, [*(start for start, _ in rows[1:]), height], strict=True):
         for left, across in columns:
             part = picture.crop((left, top, left + len(across), top + len(down)))
-            pixels = np.array(part.resize((side, side), Image.Resampling.BILINEAR))
-            batch["images"] = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            part = np.array(part.resize((side, side), Image.Resampling.BILINEAR))
+            batch["images"] = torch.from_numpy(part).permute(2, 0, 1)[None]
             outputs, _ = forward(model, batch, device, precision)
             if (bad := not_finite(outputs)).any():
                 raise ValueError(f"'{texts[int(bad.int().argmax())]:.200}': {NOT_FINITE}")

@@ -786,9 +786,12 @@ def test_scores_are_written_before_they_are_printed_or_drawn(run, tmp_path, monk
     def fail(*_):
         raise RuntimeError("no room on the screen")
 
+    (tmp_path / "test-limit=24").mkdir()
+    (tmp_path / "test-limit=24/sheet.png").write_bytes(b"of other scores")
     monkeypatch.setattr(metrics if fails == "table" else evaluate, fails, fail)
     with pytest.raises(RuntimeError):
         score(run, tmp_path)
+    assert not (tmp_path / "test-limit=24/sheet.png").exists()
     assert len(metrics.read_records(tmp_path / "test-limit=24")) == 24
     assert json.loads((tmp_path / "test-limit=24/metrics.json").read_text())["samples"] == 24
 

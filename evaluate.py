@@ -603,7 +603,7 @@ def segment_files(model, names, texts, output, precision, tile, overlap):
     for k, file in enumerate(files):
         picture = data.read_image(file)
         with Image.open(file) as stored:
-            tags = {tag: value for tag, value in getattr(stored, "tag_v2", {}).items() if tag in GEOREFERENCE_TAGS}
+            tags = {tag: stored.tag_v2[tag] for tag in GEOREFERENCE_TAGS if tag in getattr(stored, "tag_v2", ())}
         result = predict(model, picture, texts, precision, tile=tile, overlap=overlap)
         scale = min(1, SCREEN / max(picture.size))
         name = file.stem if stems.count(file.stem) == 1 else f"{file.stem}-{file.suffix[1:]}{k + 1}"

@@ -949,13 +949,13 @@ def test_the_file_is_a_program(monkeypatch, capsys):
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 
 
-def test_a_corrupt_image_ends_in_one_line_that_names_it(run, tmp_path):
+def test_a_corrupt_image_ends_in_one_line_that_names_it(run, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
-    done = subprocess.run(command(run, "--image", broken, "--text", "a ship", "--output", tmp_path / "out"),
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "broken.png" in done.stderr
+    with pytest.raises(SystemExit) as stopped, evaluate.one_line_errors():
+        score(run, tmp_path / "out", "--image", str(broken), "--text", "a ship")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1 and str(broken) in error
 
 
 def test_an_error_in_a_loader_worker_arrives_as_one_line(capsys):

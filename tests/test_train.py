@@ -41,19 +41,24 @@ ONE = evaluate.Processes(0, 1, torch.device("cpu"))
 
 @pytest.fixture(autouse=True)
 def known():
+    """The toy, for this test; how many threads torch takes is left as it was."""
     toy.register()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    models.PAPERS.pop("toy")
 
 
 def main(monkeypatch, *words):
     """The program, in this process; torch is left as it was."""
-    deterministic, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
-    before = filled.fill_uninitialized_memory
+    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
+    before = fill.fill_uninitialized_memory
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     try:
         train.main()
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        filled.fill_uninitialized_memory = before
+        fill.fill_uninitialized_memory = before
 
 
 def options(output, *words):
@@ -1019,17 +1024,10 @@ def test_fewer_samples_than_processes_is_an_error(tmp_path):
 # ------------------------------------------------------------------------------------------------- the same to the bit
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", [name for name in models.PAPERS if name != "toy"])
-def test_two_threads_give_the_same_gradient_every_time(name, monkeypatch, two_threads):
+def test_two_threads_give_the_same_gradient_every_time(name, monkeypatch):
     """Seven sentences of an image: the two threads meet in the gradient of x[index], which they share at one image."""
+    torch.set_num_threads(2)
     paper = models.paper(name)
     samples = data.read("synthetic", "", "train", limit=12)
     tokenizer = models.word_tokenizer(name, paper.Config.tiny(), data.vocabulary("synthetic", samples))
@@ -1055,7 +1053,8 @@ def test_two_threads_give_the_same_gradient_every_time(name, monkeypatch, two_th
     assert_same(gradients[0], gradients[2])
 
 
-def test_a_run_is_repeatable_throughout(tmp_path, monkeypatch, two_threads):
+def test_a_run_is_repeatable_throughout(tmp_path, monkeypatch):
+    torch.set_num_threads(2)
     seen, real = [], toy.Toy.forward
 
     def watched(self, *inputs):

@@ -133,16 +133,20 @@ def test_logits_come_at_the_model_own_size_unless_its_paper_enlarges_twice():
         config = SimpleNamespace()
 
         def forward(self, images, *_):
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
             logits = torch.arange(4.0, dtype=torch.bfloat16).view(1, 1, 2, 2)
             return {"logits": logits, "image_index": torch.zeros(1, dtype=torch.long)}
 
-    batch = {"images": torch.zeros(1, 3, 8, 8)} | dict.fromkeys(("tokens", "text_mask", "image_index"))
+    seen, batch = [], {"images": torch.zeros(1, 3, 8, 8)} | dict.fromkeys(("tokens", "text_mask", "image_index"))
     outputs, _ = evaluate.forward(Half(), batch, ONE.device, "fp32")
     assert outputs["logits"].flatten().tolist() == [0, 1, 2, 3] and outputs["logits"].dtype == torch.float32
     assert outputs["image_index"].dtype == torch.int64
     Half.config = SimpleNamespace(enlarge_twice=True)
     enlarged = evaluate.forward(Half(), batch, ONE.device, "fp32")[0]["logits"]
     assert torch.equal(enlarged, evaluate.upsampled(outputs["logits"], (8, 8)))
+    for precision in ("bf16", "fp16"):
+        evaluate.forward(Half(), batch, ONE.device, precision)
+    assert seen == [None, None, torch.bfloat16, torch.float16]
 
 
 def test_counts_at_the_square_and_at_each_mask_own_size():
@@ -1258,6 +1262,12 @@ def test_zero_is_background_and_precision_reaches_the_model(run, photo, monkeypa
     for words, wanted in (((), "fp32"), (("bf16",), "bf16")):
         with pytest.raises(KeyError, match=wanted):
             evaluate.predict(model, photo, "a ship", *words)
+    samples = data.read("synthetic", "", "val", limit=1)
+    with pytest.raises(KeyError, match="fp16"):
+        evaluate.sheet_rows(model, samples, model.tokenizer, ONE.device, "fp16")
+    for words, wanted in (({}, "fp32"), ({"precision": "bf16"}, "bf16")):
+        with pytest.raises(KeyError, match=wanted):
+            evaluate.evaluate(model, samples, ONE, tokenizer=model.tokenizer, protocol="resized", workers=0, **words)
 
 
 def test_what_may_be_given_as_a_picture_and_how_large_it_is(run, photo, capsys):

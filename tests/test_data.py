@@ -96,6 +96,12 @@ def only(dataset, root, split="train", **options):
     return found
 
 
+def anew(dataset, root):
+    """The same, although nothing may have changed that tells the reader to look again."""
+    data._KNOWN.clear()
+    return only(dataset, root)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Readers
 
@@ -449,8 +455,7 @@ def test_the_first_of_the_usual_folders_is_taken(dataset, names, tmp_path):
     places = [f"{parent}{name}" for parent in ("", "refer/data/", "data/") for name in names]
     for place in reversed([*places, ""]):
         lists(tmp_path / place, "1.tif a ship\n")
-        data._KNOWN.clear()
-        assert only(dataset, tmp_path).image.parent == tmp_path / place / "images"
+        assert anew(dataset, tmp_path).image.parent == tmp_path / place / "images"
 
 
 def test_the_first_of_several_layouts_and_names_is_taken(tmp_path):
@@ -462,30 +467,25 @@ def test_the_first_of_several_layouts_and_names_is_taken(tmp_path):
     for kind, of_kind in names.items():
         for name in reversed(of_kind):
             shutil.copytree(tmp_path / kind, folder / name, dirs_exist_ok=True)
-            data._KNOWN.clear()
-            assert getattr(only("rrsisd", folder), kind).parent == folder / name
+            assert getattr(anew("rrsisd", folder), kind).parent == folder / name
     (folder / "output_phrase_train.txt").unlink()
     (folder / "phrase_txts").mkdir()
     for name in ("phrase_txts/output_phrase_train3.txt", "output_phrase_train3.txt",
                  "phrase_txts/output_phrase_train.txt", "output_phrase_train.txt"):
         (folder / name).write_text(f"00009.jpg {name}\n")
-        data._KNOWN.clear()
-        assert only("rrsisd", folder).expression == name
+        assert anew("rrsisd", folder).expression == name
     refer(tmp_path, [])  # the authors' own layout beside it
-    data._KNOWN.clear()
-    assert only("rrsisd", tmp_path).expression == "The ship"
+    assert anew("rrsisd", tmp_path).expression == "The ship"
     (folder / "refs(unc).p").unlink()
     row = {"file_name": "00009.jpg", "segmentation": layouts.rle(box())}
     for place in ("", "annotations", "datainfo"):  # the last reader
         (folder / place).mkdir(exist_ok=True)
         (folder / place / "rrsisd_train.jsonl").write_text(json.dumps({**row, "sent": f"of {place}"}))
-    data._KNOWN.clear()
-    assert only("rrsisd", folder).expression == "output_phrase_train.txt"
+    assert anew("rrsisd", folder).expression == "output_phrase_train.txt"
     for wanted in ("of datainfo", "of annotations", "of"):
         for path in folder.glob("**/output_phrase*"):
             path.unlink()
-        data._KNOWN.clear()
-        assert only("rrsisd", folder).expression == wanted
+        assert anew("rrsisd", folder).expression == wanted
         (Path(*folder.parts, wanted[3:]) / "rrsisd_train.jsonl").unlink()
 
 

@@ -529,6 +529,7 @@ def test_i1_of_another_size_than_the_towers_own_reads_interpolated_positions(mod
     for layer in model.vision.encoder.layers:
         x = layer(x[None] if x.ndim == 2 else x, None)
     close(v, model.vision.post_layernorm(x))
+    assert build(small(clip_size=48))(*inputs())["v"].shape == (N, D_V, 6, 6)                   # Table XIV
 
 
 def test_recomputing_changes_no_gradient():
@@ -1043,9 +1044,9 @@ def tensors_of(value):
 
 
 def gradients_are_right(module, given, arrange=lambda *given: given, parts=("",)):
-    """Those of its parameters in `parts` and of all that is given, against a small step along random directions.
+    """Gradients of what comes out, each number times one drawn at random, against small steps along random directions.
 
-    Of a sum of all that comes out, each number times one drawn at random.
+    By its parameters in `parts` and by all that is given; arrange: from that to the module's arguments.
     """
     own = {name: p for name, p in module.named_parameters() if name.startswith(parts)}
     start = [*((p + 0.3 * torch.randn_like(p)).detach().requires_grad_() for p in own.values()), *given]
@@ -1571,6 +1572,7 @@ def test_published_towers_are_loaded_whole(published, capsys):
     for changes in ({"dense": False}, {"dense_scale": False}):
         RSRefSeg2(dataclasses.replace(config, **changes)).load_pretrained()
     assert model.prompter.image_position.shape == (G * G, 40)      # the width of the tower, not of Config
+    assert all(p.any() for name, p in model.prompter.named_parameters() if name.endswith("to_q.bias"))   # not Xavier
     model.param_groups(RECIPE)
     models.remember_sources(model, sources)
     kept, left_out = models.own_state(model)

@@ -1429,7 +1429,7 @@ def test_official_losses_are_the_codes():
     for n in range(M):
         for p, y in zip(pair[n], (~masks[n], masks[n]), strict=True):         # background and foreground, summed
             dice += (1 - (2 * (p * y).sum() + 1e-6) / (p.sum() + y.sum() + 1e-6)) / M
-    torch.testing.assert_close(losses["dice"], 0.1 * dice)
+    torch.testing.assert_close(losses["dice"], 0.1 * dice, rtol=1e-5, atol=0)
     for ours, theirs in zip(torch.autograd.grad(losses["dice"], m), torch.autograd.grad(0.1 * dice, m), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-9)
     for n in range(M):                                                        # (7) cuts m at 0, not the pair at 0.5
@@ -1444,6 +1444,15 @@ def test_official_losses_are_the_codes():
     assert (boundary_loss(2 * m - 1, masks[:, None], weight, hard=True) - each).abs().min() > 1e-3
     plain = build(hard_boundary=True).criterion({"logits": m, "text_weight": weight}, {"masks": masks}, 0.0)
     torch.testing.assert_close(plain["tbl"], losses["tbl"])                   # our one logit m is cut at 0 as well
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_official_dice_has_the_codes_epsilon(sign):
+    """1e-6 decides where a class is neither drawn nor there: its p is e^-23 at each of 64 x 64 pixels."""
+    outputs = {"logits": torch.full((1, 1, 64, 64), 23.0 * sign), "text_weight": torch.ones(1)}
+    batch = {"masks": torch.full((1, 64, 64), sign > 0)}
+    loss = build(official_dice=True).criterion(outputs, batch, 0.0)["dice"]
+    assert loss.item() == pytest.approx(0.1 * (1 - 1e-6 / (math.exp(-23) * 64 ** 2 + 1e-6)), rel=1e-3)
 
 
 def test_starts_are_those_of_the_notes():

@@ -401,18 +401,18 @@ def test_the_whole_model_has_the_gradient_of_finite_differences(changes, monkeyp
     model, generator = build(lively=True, freeze=False, **changes).double(), torch.Generator().manual_seed(4)
     model.param_groups(RECIPE)
     images, *texts = example()[:3]
-    inputs = [nn.Parameter(images.double()), *texts]
+    picture = nn.Parameter(images.double() / 255)
     probe = {name: torch.randn(value.shape, generator=generator, dtype=torch.double)
-             for name, value in model(*inputs).items()}
+             for name, value in model(255 * picture, *texts).items()}
     parts = [model.beit3, model.sam.vision_encoder.backbone, model.sam.vision_encoder.neck, model.sam.mask_decoder,
              model.sam.prompt_encoder, model.gate, model.prompt_generator, model.token_mlp, model.text_projection,
              model.text_weight, nn.ParameterList([model.sam.no_memory_embedding]),
-             *(model.fusion if "fusion" in model._modules else []), nn.ParameterList([inputs[0]])]
+             *(model.fusion if "fusion" in model._modules else []), nn.ParameterList([picture])]
     for name, weights in probe.items():
         def value(name=name, weights=weights):
-            return (model(*inputs)[name] * weights).mean()
+            return (model(255 * picture, *texts)[name] * weights).mean()
 
-        learning = [inputs[0], *(p for p in model.parameters() if p.requires_grad)]
+        learning = [picture, *(p for p in model.parameters() if p.requires_grad)]
         gradients = dict(zip(map(id, learning), torch.autograd.grad(value(), learning, allow_unused=True), strict=True))
         with torch.no_grad():
             for part in parts:

@@ -413,7 +413,7 @@ def train_step(job, learner, position, sampler, batches, stop):
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor(recipe, done, total)
     random, buffers = random_state(processes.device), [(one, one.clone()) for one in model.buffers()]    # before it
-    sums, infinite = {}, torch.zeros(processes.world, len(plan[0]), dtype=torch.float64, device=processes.device)
+    sums, infinite = {}, torch.zeros(processes.world, len(plan[0]), device=processes.device)
     for micro in range(len(plan[0])):
         batch, last = to_device(next(batches), processes.device), micro + 1 == len(plan[0])
         with contextlib.nullcontext() if last or processes.world == 1 else network.no_sync():
@@ -600,10 +600,10 @@ def count(name, config, recipe, precision, expressions):
     fixed = sum(one.nbytes for one in (*model.parameters(), *model.buffers(), *3 * learning))
     images, side, length = -(-expressions // max(1, recipe["per_image"])), config.image_size, config.text_length
     with FakeTensorMode(allow_non_fake_inputs=True):
-        text_mask = torch.ones(expressions, length, dtype=torch.bool)
+        text_mask, numbers = torch.ones(expressions, length, dtype=torch.bool), torch.arange(expressions)
         batch = {"images": torch.zeros(images, 3, side, side, dtype=torch.uint8), "tokens": text_mask.long(),
-                 "text_mask": text_mask, "image_index": torch.arange(expressions) * images // expressions,
-                 "masks": torch.zeros(expressions, side, side, dtype=torch.bool), "instance": torch.arange(expressions)}
+                 "text_mask": text_mask, "image_index": numbers, "instance": numbers,
+                 "masks": torch.zeros(expressions, side, side, dtype=torch.bool)}
         return every, learn, fixed, kept_for_backward(model.to_empty(device="cpu"), batch, precision)
 
 

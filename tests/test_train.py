@@ -203,6 +203,10 @@ def test_factor_of_each_schedule():
     assert train.factor(poly, 30, 40) == pytest.approx(0.25 ** 0.9)
     cosine = {"epochs": 4, "schedule": "cosine", "warmup": 1}
     assert train.factor(cosine, 0, 40) == pytest.approx(0.1)
+    plain = {"epochs": 4, "schedule": "cosine"}                             # neither warm-up nor plateau nor floor
+    for k in (0, 1, 10, 39):
+        assert train.factor(plain, k, 40) == pytest.approx(0.5 * (1 + math.cos(math.pi * k / 40)))
+        assert train.factor({"epochs": 4, "schedule": "poly"}, k, 40) == pytest.approx((1 - k / 40) ** 0.9)
     short = [train.factor({**cosine, "epochs": 40, "warmup": 0.5}, step, 40) for step in range(3)]
     assert short[0] == 1 and short == sorted(short, reverse=True)          # a warm-up shorter than a step
     assert train.factor(cosine, 9, 40) == 1
@@ -325,7 +329,13 @@ def test_rates_progress_and_means_of_a_run(tmp_path, monkeypatch):
         saves.append((position["epoch"], position["step"], dict(learner.optimizer.param_groups[0])))
         real_save(job, learner, position, random)
 
+    def agreed(processes, flags, sums):
+        assert not any(value.requires_grad for value in sums.values())      # else they keep the step's graph
+        return real_agree(processes, flags, sums)
+
+    real_agree = train.agree
     monkeypatch.setattr(toy.Toy, "criterion", watched)
+    monkeypatch.setattr(train, "agree", agreed)
     monkeypatch.setattr(train, "save_resume", saved)
     run_to_end(tmp_path / "run", "--set", "batch_size=5", "micro_batch=5", "--save-every", "2", "--weight-decay", "0.3")
     steps = len(seen) // 2
@@ -339,6 +349,19 @@ def test_rates_progress_and_means_of_a_run(tmp_path, monkeypatch):
         mean = sum(value * count for _, value, count in part) / sum(count for _, _, count in part)
         assert len({count for _, _, count in part}) > 1
         assert (line["seg"], line["half"], line["loss"]) == pytest.approx((mean, mean / 2, 1.5 * mean), rel=1e-5)
+
+
+@pytest.mark.parametrize("refs, line", [
+    ("refcoco", "groups   2 expressions of each image, masked repeats where it has fewer"),
+    ("rrsisd", "groups   none, one expression per image: no repeats, instance contrastive learning (ICL) is off")])
+def test_groups_are_said_where_there_are_any(tmp_path, capsys, refs, line):
+    layouts.write(refs, tmp_path / "data", splits={"train": 4, "val": 1})
+    for share, said in ((0.5, [line]), (0.0, [])):
+        job = train.begin(train.arguments([
+            "--model", "toy", "--dataset", refs, "--data-root", str(tmp_path / "data"), "--preset", "tiny",
+            "--output", str(tmp_path / "run"), "--batch-size", "4", "--set", f"repeat_mask={share}"]), ONE)
+        train.print_settings(job, train.build(job).model)
+        assert [one for one in capsys.readouterr().out.splitlines() if one.startswith("groups")] == said
 
 
 def test_what_a_run_shows_is_what_its_log_holds(tmp_path, monkeypatch, capsys):
@@ -452,6 +475,15 @@ def test_the_end_of_a_run_is_scored_as_it_was_trained(tmp_path, monkeypatch):
             "dataset": "synthetic", "split": "test", "limit": 60, "small": True, "categories": "all",
             "precision": "fp32", "workers": 0, "micro_batch": 5, "checkpoint": tmp_path / "run/best.safetensors",
             "output": tmp_path / "run", "control": control}
+
+
+def test_where_the_recipe_keeps_the_last_epoch_that_one_is_scored(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluate, "score_split", lambda *_, **options: given.append(options) or {"mIoU": 1.0})
+    run_to_end(tmp_path / "run", "--epochs", "1", "--set", "select=last")
+    assert [one["checkpoint"] for one in given] == 2 * [tmp_path / "run/last.safetensors"]
+    assert not (tmp_path / "run/best.safetensors").exists() and state_of(tmp_path / "run")["best"] is None
+    assert log_of(tmp_path / "run")[0].keys() == {"epoch", "seg", "loss", "lr", "best"}     # nothing is validated
 
 
 def test_of_equal_epochs_the_first_is_kept(tmp_path, monkeypatch):
@@ -637,6 +669,7 @@ def test_resume_compares_all_that_tells_runs_apart(tmp_path):
 
 
 def test_config_json_rebuilds_the_run_and_what_was_in_the_folder_is_its_own(tmp_path):
+    tmp_path = tmp_path / "a/folder/to/make"
     run_to_end(tmp_path / "run", "--epochs", "1")
     for name in ("mine.txt", "notes/mine.txt"):
         (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
@@ -1124,7 +1157,7 @@ def test_resume_with_another_precision_other_data_or_other_words_is_refused(tmp_
     with pytest.raises(ValueError, match="begun with precision fp32, now bf16 is asked for"):
         run_to_end(tmp_path / "run", *words, "--resume", "--precision", "bf16")
     other = custom(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"begun with data_root \S+data, now \S+other is asked for"):
+    with pytest.raises(ValueError, match=f"begun with data_root {tmp_path / 'data'}, now {tmp_path / 'other'} is"):
         run_to_end(tmp_path / "run", *other, "--resume")
     shutil.rmtree(tmp_path / "data")
     custom(tmp_path / "data", "quark")
@@ -1222,6 +1255,31 @@ def test_settings_cut_sentences_speed_and_memory_are_said(tmp_path, capsys):
     assert 0.05 < line["peak_gib"] < 16 and line["images_per_second"] > 0
 
 
+def test_seconds_are_those_of_the_steps_also_over_a_stop(tmp_path, monkeypatch):
+    """A clock on which a step takes two seconds: six in an epoch of three steps, whatever lies between."""
+    now, real, images = [0.0], train.train_step, []
+
+    def step(*given):
+        now[0] += 2
+        result = real(*given)
+        images.append(result[1]["images"])
+        return result
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(train, "train_step", step)
+    words = ("--set", "batch_size=4")
+    for stops_at in (2, 1000):
+        with monkeypatch.context() as stopping:
+            stopping.setattr(StopAt, "steps", stops_at)
+            stopping.setattr(train, "StopRequest", StopAt)
+            with contextlib.suppress(train.Stopped):
+                run_to_end(tmp_path / "run", *words, *(["--resume"] if images else []))
+        now[0] += 500
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(images) == 6 and [line["seconds"] for line in lines] == [6.0, 6.0]
+    assert [line["images_per_second"] for line in lines] == [round(sum(images[k:k + 3]) / 6, 2) for k in (0, 3)]
+
+
 def test_pace_is_of_images_and_the_peak_of_the_card_where_there_is_one(monkeypatch):
     there = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3 * 2 ** 19))     # KiB
     monkeypatch.setattr(train, "resource", there)
@@ -1254,7 +1312,14 @@ def test_published_weights_are_loaded_where_no_others_are_complete(tmp_path, mon
     """A run or a start that holds every tensor needs none of them, one that leaves some out does."""
     loads, source = [], {"frozen": "hub"}
     words = models.word_tokenizer("toy", toy.Config(), ["ship"])
-    monkeypatch.setattr(toy, "tokenizer", lambda config: words)
+
+    class Published:
+        length = toy.Config.text_length
+
+        def __call__(self, texts):
+            return words(texts)
+
+    monkeypatch.setattr(toy, "tokenizer", lambda config: Published())
     monkeypatch.setattr(toy.Toy, "load_pretrained", lambda self: loads.append(1) or dict(source), raising=False)
     go = ("--epochs", "1", "--set", "pretrained=hub")
     for name, sources, times in (("short", {"frozen": "hub"}, [1, 2, 3]), ("whole", {}, [1, 1, 1])):
@@ -1358,6 +1423,42 @@ def test_the_plan_counts_what_a_step_keeps(name, precision):
         assert table[8] == pytest.approx((fixed + kept) / 2 ** 30, rel=0.02) and table[32] > table[16] > table[4]
 
 
+class Powers(torch.nn.Module):
+    """Keeps the images as floats, their exponential and that one's sine: three tensors of their size."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.weight = toy.Config(), torch.nn.Parameter(torch.ones(3, 1, 1))
+        self.register_buffer("shift", torch.zeros(3, 32, 32))
+
+    def forward(self, images, tokens, text_mask, image_index):
+        return {"logits": (images.float() * self.weight * 1.0 + self.shift).exp()}
+
+    def criterion(self, outputs, batch, progress):
+        return {"sine": outputs["logits"].sin().square().sum()}
+
+
+def test_what_is_kept_is_counted_once_and_without_the_models_own():
+    batch = {"images": torch.zeros(2, 3, 32, 32), "tokens": None, "text_mask": None, "image_index": None}
+    assert train.kept_for_backward(Powers(), batch, "fp32") == 3 * 4 * batch["images"].numel()
+
+
+@pytest.mark.parametrize("per_image, expressions, images", [(0, 3, 3), (1, 3, 3), (3, 6, 2), (4, 6, 2), (3, 1, 1)])
+def test_the_batch_that_is_counted_has_whole_images(monkeypatch, per_image, expressions, images):
+    seen = []
+    monkeypatch.setattr(train, "kept_for_backward", lambda model, batch, precision: seen.append((model, batch)) or 7)
+    config = toy.Config(image_size=48, text_length=9)
+    recipe = {**toy.RECIPE, "per_image": per_image, "phases": {"first": 0.5, "joint": 0.5}}
+    *_, kept = train.count("toy", config, recipe, "fp32", expressions)
+    model, batch = seen[0]
+    assert kept == 7 and model.training and model.phase == "joint"
+    assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
+        "images": ((images, 3, 48, 48), torch.uint8), "masks": ((expressions, 48, 48), torch.bool),
+        "tokens": ((expressions, 9), torch.long), "text_mask": ((expressions, 9), torch.bool),
+        "image_index": ((expressions,), torch.long), "instance": ((expressions,), torch.long)}
+    assert {(one.device.type, type(one).__name__) for one in batch.values()} == {("cpu", "FakeTensor")}
+
+
 def test_the_plan_of_a_command_needs_neither_data_nor_weights(capsys, monkeypatch):
     main(monkeypatch, "--model", "crobim_u", "--dataset", "rrsisd", "--plan", "--data-root", "nowhere")
     said = capsys.readouterr().out
@@ -1366,6 +1467,9 @@ def test_the_plan_of_a_command_needs_neither_data_nor_weights(capsys, monkeypatc
     assert [(int(row[0]), int(row[2])) for row in rows] == [(1, 32), (2, 16), (4, 8), (8, 4), (16, 2), (32, 1)]
     main(monkeypatch, "--model", "toy", "--plan", "--limit", 60)
     assert "60 training expressions: 2 steps per epoch, 4 in 2 epochs" in capsys.readouterr().out
+    objects = len({sample.instance for sample in data.read("synthetic", "", "train", limit=60)})
+    main(monkeypatch, "--model", "toy", "--plan", "--limit", 60, "--batch-size", 1, "--set", "per_image=0")
+    assert f": {objects} steps per epoch, {2 * objects} in 2 epochs" in capsys.readouterr().out     # by one process
 
 
 def test_the_plan_extends_two_counts_by_whole_images(monkeypatch, capsys):
@@ -1440,6 +1544,13 @@ def test_the_random_state_of_a_card_comes_back(tmp_path, monkeypatch):
         train.resume(here, learner, {**saved, "random": [random]})
         assert torch.equal(torch.get_rng_state(), random["cpu"]) and len(given) == times
     assert given == [(state["cuda"], card)]
+    torch.manual_seed(3)
+    second = train.random_state(ONE.device)
+    saved = state_of(tmp_path / "run")
+    learner = train.build(job, saved)
+    two = job._replace(processes=evaluate.Processes(1, 2, ONE.device))
+    train.resume(two, learner, {**saved, "random": [saved["random"][0], second]})
+    assert torch.equal(torch.get_rng_state(), second["cpu"])
 
 
 def test_a_card_that_is_too_small_is_answered_with_the_micro_batch_that_fits(tmp_path, monkeypatch):

@@ -447,8 +447,9 @@ def test_a_model_on_the_hub_is_loaded_by_its_name_unless_a_folder_has_it(tmp_pat
     (tmp_path / "org").mkdir()
     (tmp_path / "name").rename(tmp_path / "org/name")
     assert models.load("org/name").config.width == 5
-    with pytest.raises(FileNotFoundError, match="no such run folder"):
-        models.load("org/typo")
+    for place in ("org/typo", "runs/of/mine", "runs", "my runs/best", tmp_path / "gone/run"):           # no org/name
+        with pytest.raises(FileNotFoundError, match="no such run folder"):
+            models.load(place)
     assert len(asked) == 2
 
 

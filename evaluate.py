@@ -116,8 +116,9 @@ def batches(dataset, plan, workers, device):
             if isinstance(batch, Exception):
                 raise batch
             yield batch
-    finally:        # the traceback of a fault would keep alive the workers, who outlast the end of the program
-        getattr(loaded, "_shutdown_workers", bool)()
+    finally:
+        if workers:         # the traceback of a fault would keep them alive, and they outlast the end of the program
+            loaded._shutdown_workers()
 
 
 def started(loader):

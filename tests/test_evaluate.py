@@ -96,14 +96,28 @@ def test_precisions_and_what_travels_to_the_device(monkeypatch):
         "images": ((there,), {"non_blocking": True}), "samples": [images]}
 
 
-def test_the_loader_pins_memory_for_a_card_alone(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda plan, **options: asked.append((plan, options)) or [])
-    for kind in ("cpu", "cuda"):
-        assert not list(evaluate.batches("dataset", iter([[(0,)]]), 3, torch.device(kind)))
+def test_the_loader_pins_memory_for_a_card_alone_and_ends_its_workers(monkeypatch):
+    class Loader:
+        def __init__(self, plan, **options):
+            asked.append((plan, options))
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise StopIteration
+
+        def _shutdown_workers(self):
+            ended.append(self)
+
+    asked, ended = [], []
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    for kind, workers in (("cpu", 3), ("cuda", 0)):
+        assert not list(evaluate.batches("dataset", iter([[(0,)]]), workers, torch.device(kind)))
     (plan, options), (_, of_card) = asked
-    assert plan == [[(0,)]] and (options["num_workers"], options["batch_size"]) == (3, None)
-    assert (options["pin_memory"], of_card["pin_memory"]) == (False, True)
+    assert plan == [[(0,)]] and options["batch_size"] is None
+    assert [(one["num_workers"], one["pin_memory"]) for one in (options, of_card)] == [(3, False), (0, True)]
+    assert len(ended) == 1
 
 
 def test_a_worker_is_silent_about_a_main_process_that_is_gone(monkeypatch, capsys):

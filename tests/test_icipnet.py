@@ -1069,7 +1069,7 @@ def std(tensor):
 def test_starts():
     """Silent: starts; Departs: (7), cross-scale."""
     torch.manual_seed(0)
-    model = ICIPNet(dataclasses.replace(TINY, width=64, embed=32, init_std=0.02))
+    model = ICIPNet(dataclasses.replace(TINY, width=64, embed=32, init_std=0.05))
     for i, stage in enumerate(model.stages):
         bif = stage.attention
         for layer in (stage.icip.f[0], stage.icip.f[2], bif.f_q, bif.f_k, bif.f_v, stage.W):      # Xavier-uniform
@@ -1081,7 +1081,7 @@ def test_starts():
             assert 0.9 * bound < layer.weight.abs().max() <= bound and layer.bias.abs().max() > 0
         assert (bif.norm.weight == 1).all() and bif.norm.eps == 1e-5
         for gate in (stage.gate, stage.visual_gate) if i < 3 else ():
-            assert all(0.018 < std(layer.weight) < 0.022 for layer in gate.layers[::2])
+            assert all(0.045 < std(layer.weight) < 0.055 for layer in gate.layers[::2])
     assert (model.stages[3].gate, model.stages[3].visual_gate, model.stages[3].intra_scale) == (None, None, None)
     lambdas = torch.cat([getattr(BilateralInformationFusion(1, 1, 1, 768, token_hidden=1), f"lambda_{name}")
                          for name in ("q1", "k1", "q2", "k2") for _ in range(3)], 1)

@@ -957,7 +957,8 @@ def test_pretrained_tokenizer_numbers_pieces_as_the_embedding_expects(tmp_path, 
     assert torch.equal(text_mask, tokens != 1)
     assert tokens[1, 0] == 0 and tokens[1, -1] == 2                           # cut, with </s> kept
     assert 0 in raw.encode("漢") and 3 in tokenize(["漢"])[0]                  # <unk>
-    assert raw.encode("The") != raw.encode("the")                             # case kept
+    upper, lower = ([piece + 1 for piece in raw.encode(word)] for word in ("The", "the"))
+    assert upper != lower and tokenize(["The"])[0][0, 1:len(upper) + 1].tolist() == upper          # case kept
     with pytest.raises(ValueError, match=r"beit3\.spm: \d+ tokens, expected vocab_size - 8 = 64002"):
         rs2sam2.tokenizer(dataclasses.replace(config, vocab_size=64010))
     (tmp_path / "beit3.spm").write_bytes(b"no such thing")

@@ -1255,8 +1255,9 @@ def test_copied_modules_run_with_bfloat16_weights_on_maps_that_are_not_square(tm
     assert full.shape[-2:] == (16, 24)
 
 
-def test_copied_modules_refuse_what_they_would_read_wrongly(tmp_path):
-    RUS, UGF, UDLR = copied_out(tmp_path / "mine.py", *TAKEN)
+@pytest.mark.parametrize("copied", [False, True])
+def test_modules_refuse_what_they_would_read_wrongly(tmp_path, copied):
+    RUS, UGF, UDLR = copied_out(tmp_path / "mine.py", *TAKEN) if copied else TAKEN
     features, words, U = torch.randn(2, 8, 3, 4), torch.randn(2, 5, 8), torch.randn(2, 1, 3, 4)
     last, mask = features.movedim(1, -1), torch.ones(2, 5, dtype=torch.bool)
     scorer, fusion, refinement = RUS(8), UGF(8, heads=2), UDLR(8, hidden=4)

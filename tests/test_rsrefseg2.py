@@ -1270,12 +1270,16 @@ def test_official_pooling_of_the_text_of_the_dense_prompt(source):
 
 def test_official_single_stage_hands_on_the_words():
     """Table X there: no decomposition, the second stage reads all words."""
-    model = build(small(cascade=False, alpha_ortho=0.0, decomposition_blocks=0, subspace_positions=False,
-                        pad_to_longest=True))
+    config = small(cascade=False, alpha_ortho=0.0, decomposition_blocks=0, subspace_positions=False,
+                   pad_to_longest=True)
+    model = build(config)
     outputs = model(*inputs())
     assert outputs["t2"].shape == (M, 8, D_T)                   # seven words and EOS, the longest sentence
     close(outputs["t2"], model.text(inputs()[1][:, :8]).last_hidden_state)
     assert not model.prompter.text_positions
+    images, tokens, text_mask, _ = (one.to("meta") for one in inputs())      # for --plan, where lengths are not known
+    _, words, read, _ = RSRefSeg2(config).to("meta").encode(images[..., :32, :32].float(), tokens, text_mask)
+    assert words.shape == (M, L, D_T) and read.shape == (M, L)
 
 
 def test_official_contrast_cuts_the_mask_on_the_grid_and_has_no_bound():

@@ -673,7 +673,7 @@ class RSRefSeg2(nn.Module):
             tokens = tokens[:, :longest]
             read = torch.ones_like(tokens, dtype=torch.bool)
         else:
-            read = text_mask & functional.pad(text_mask[:, 1:], (0, 1))       # Departs: t_word; EOS is each row's last
+            read = functional.pad(text_mask[:, 1:], (0, 1))                   # Departs: t_word; EOS is each row's last
             read = read | (text_mask & ~read.any(1, keepdim=True))            # unless there is nothing else
         v = self.vision(I_1, interpolate_pos_encoding=True).last_hidden_state                 # without its pooling
         text = self.text(tokens)                    # it reads the padding, as it was trained to; Departs: t_sent

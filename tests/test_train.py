@@ -397,6 +397,10 @@ def test_what_a_run_shows_is_what_its_log_holds(tmp_path, monkeypatch, capsys):
         mean = sum(totals["loss"] for totals, _, _ in taken[3 * epoch - 3:3 * epoch]) / sum(
             count["expressions"] for _, count, _ in taken[3 * epoch - 3:3 * epoch])
         assert entry["loss"] == pytest.approx(mean) and entry["epoch"] == epoch
+    begun = json.loads((tmp_path / "run/config.json").read_text())
+    begun["config"]["vocab_size"] = toy.Config.vocab_size           # the words are not read yet
+    for line, part in zip(said, ("config", "recipe"), strict=False):
+        assert line == f"{part}   " + "  ".join(f"{key}={value}" for key, value in begun[part].items())
     assert said[2] == "toy (tiny) on synthetic: 0.00 M parameters, 0.00 M learn"
     assert said[3] == ("data     60 training and 60 validation expressions; an epoch has 3 steps of 4 expressions: "
                        "1 process(es) x 1 micro-batch(es)")

@@ -666,6 +666,10 @@ def test_prompt_encoder_may_learn():
     got = gradients(model)
     assert all(p.requires_grad for part in (model.prompter, model.scales) for p in part.parameters())
     reached = [name for name in got if name.startswith("sam.prompt_encoder") and got[name] > 0]
+    for dense in (True, False):                 # SAM's own embedding is read where no dense prompt is
+        prompts = build(small(train_prompt_encoder=True, dense=dense)).sam.prompt_encoder
+        assert (prompts.mask_embed.conv1.weight.requires_grad, prompts.no_mask_embed.weight.requires_grad) == (
+            dense, not dense)
     assert reached and all("mask_embed" in name for name in reached) and got["sam.no_memory_embedding"] > 0
 
 

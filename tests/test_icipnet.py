@@ -205,6 +205,12 @@ def test_rows_are_those_of_the_paper():
     assert {table: list(rows) for table, rows in ABLATIONS.items()} == {
         **{table: list(rows) for table, rows in TABLES.items()}, "official": ["all"]}
     assert ABLATIONS["official"]["all"] == OFFICIAL
+    printed = {"III": "81.58/74.06 82.97/76.27 83.53/77.62 83.77/78.21",       # oIoU/mIoU in the order of the rows
+               "IV": "74.64/60.23 75.60/62.72 75.85/63.40 75.77/63.07"}
+    figures = {table: {row: "oIoU {}, mIoU {}".format(*pair.split("/"))
+                       for row, pair in zip(TABLES[table], pairs.split(), strict=True)}
+               for table, pairs in printed.items()}
+    assert figures == icipnet.FIGURES
 
 
 # ------------------------------------------------------------------------------------------------- ICIP, Eqs. (1)-(4)

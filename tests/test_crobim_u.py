@@ -859,7 +859,8 @@ def test_config_is_frozen_and_checked():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SMALL.width = 3
     for changes, named in (({"rus": False}, "rus=True"), ({"refine": "fast"}, "refine=fast"), ({"blur": 4}, "blur=4"),
-                           ({"width": 18}, "width=18")):
+                           ({"width": 18, "norm_groups": 2}, "width=18"), ({"heads": 3}, "heads=3"),
+                           ({"norm_groups": 5}, "norm_groups=5")):
         with pytest.raises(ValueError, match=named):
             replace(SMALL, **changes)
 

@@ -81,6 +81,7 @@ def test_processes_join_as_torchrun_says(monkeypatch, asked, card, world, wanted
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name)
     assert evaluate.start_processes("cpu") == (0, 1, torch.device("cpu")) and evaluate.start_processes("cpu").first
+    assert evaluate.start_processes(asked).device == torch.device("cuda:0" if device == "cuda:1" else "cpu")
 
 
 def test_precisions_and_what_travels_to_the_device(monkeypatch):

@@ -1522,9 +1522,9 @@ def test_the_program_ends_as_its_run_does(monkeypatch, capsys):
         main(monkeypatch, "--device", "cpu")
     assert ended.value.code == 130 and capsys.readouterr() == ("", "stopped after step 1\n")
     monkeypatch.setattr(train, "train", fail)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(RuntimeError, match="a fault of ours") as caught:
         main(monkeypatch, "--device", "cpu")
-    assert kept[0]() is None
+    assert caught.tb and kept[0]() is None
     monkeypatch.setattr(train, "train", lambda args, processes: print("rank", processes.rank))
     for rank in (0, 1):
         monkeypatch.setattr(train, "start_processes", lambda _, rank=rank: evaluate.Processes(rank, 2, ONE.device))

@@ -698,11 +698,18 @@ class BertWords:
 def tokenizer(config):
     """The published tokenizer: a callable, list of strings -> tokens (M,L) int64, text_mask (M,L) bool."""
     source = find_weights(config, config.text_backbone)
-    words = from_hub(BertTokenizer.from_pretrained, source)
-    if len(words) != config.vocab_size:             # where its file is missing, transformers knows five special words
-        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}; is "
-                         "vocab.txt or tokenizer.json there?")
+    words = from_hub(read_words, source)
+    if len(words) != config.vocab_size:
+        raise ValueError(f"{source}: a vocabulary of {len(words)} words, expected vocab_size={config.vocab_size}")
     return BertWords(words, config.text_length)
+
+
+def read_words(source):
+    """The tokenizer there. Where its files are missing, transformers answers with one of the special words alone."""
+    words = BertTokenizer.from_pretrained(source)
+    if len(words) == len(words.all_special_tokens):
+        raise OSError("neither vocab.txt nor tokenizer.json found")
+    return words
 
 
 def find_weights(config, name):

@@ -1408,7 +1408,9 @@ def test_wrong_weights_are_named(folder, tmp_path):
         with pytest.raises(ValueError, match=f"{name}: damaged, or not as Microsoft has it; download"):
             load(pretrained=str(tmp_path), image_backbone=name)
     (tmp_path / "bert-base-uncased").mkdir()
-    with pytest.raises(ValueError, match="bert-base-uncased: "):
+    with pytest.raises(ValueError, match="bert-base-uncased: not a folder as transformers saves it.*neither vocab.txt"):
         icipnet.tokenizer(dataclasses.replace(TINY, pretrained=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="no-such/model: not reached.*HF_ENDPOINT.*pretrained=DIR"):
+        icipnet.tokenizer(dataclasses.replace(TINY, pretrained="hub", text_backbone="no-such/model"))
     with pytest.raises(ValueError, match="a vocabulary of 8 words, expected vocab_size=40"):
         icipnet.tokenizer(dataclasses.replace(TINY, pretrained=str(folder)))

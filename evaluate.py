@@ -69,7 +69,9 @@ def start_processes(device=None):
     if cuda:
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, *_ = next(dist.rendezvous("env://"))     # torchrun's, which keeps what a crashed attempt left in it
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return Processes(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
 
 

@@ -65,7 +65,10 @@ def test_processes_join_as_torchrun_says(monkeypatch, asked, card, world, wanted
     joined, chosen = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 3, world)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **there: joined.append(
+        (backend, there["store"].underlying_store, there["rank"], there["world_size"])))
     for name, value in (("RANK", 3), ("WORLD_SIZE", world), ("LOCAL_RANK", 1)):
         monkeypatch.setenv(name, str(value))
     if wanted is None:
@@ -74,7 +77,7 @@ def test_processes_join_as_torchrun_says(monkeypatch, asked, card, world, wanted
         return
     device, backend = wanted
     assert evaluate.start_processes(asked) == (3, world, torch.device(device))
-    assert (joined, chosen) == ([backend] if backend else [], [1] if device == "cuda:1" else [])
+    assert (joined, chosen) == ([(backend, store, 3, 4)] if backend else [], [1] if device == "cuda:1" else [])
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     evaluate.start_processes(asked)
     assert len(joined) == bool(backend)                                         # once

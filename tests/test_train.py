@@ -876,9 +876,8 @@ def steps_of(folder, rank):
 def test_a_crash_is_gone_on_from_by_torchrun_itself(tmp_path, start):
     """One process of two ends hard, once: --max-restarts starts both again, --resume auto takes the last state."""
     words = ("--save-every", "2", "--set", "batch_size=4", "per_image=0", "dropout=0.3", "--resume", "auto")
-    # torchrun's store outlives a crash, and the processes may find each other's old addresses in it
     process = start(tmp_path / "run", *words, processes=2, launch=("--standalone", "--max-restarts", "1"),
-                    TOY=f"{tmp_path} crash 4", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+                    TOY=f"{tmp_path} crash 4")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and "(exitcode: 13)" in errors, errors
     process = start(tmp_path / "whole", *words, processes=2)
@@ -1038,7 +1037,8 @@ def test_each_process_takes_its_card_before_they_meet_and_wraps_the_model_there(
     done = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(getattr(device, "index", device)))
-    monkeypatch.setattr(dist, "init_process_group", done.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 5, 8)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **there: done.append(backend))
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     processes = evaluate.start_processes()

@@ -67,6 +67,9 @@ def start_processes(device=None):
     rank, world, local = (int(os.environ.get(*one)) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
+        if local >= (there := torch.cuda.device_count()):
+            raise ValueError(f"process {local + 1} of this machine has no card, there are {there}: start at most so many "
+                             "(torchrun --nproc-per-node), or say --device cpu")
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
         store, *_ = next(dist.rendezvous("env://"))     # torchrun's, which keeps what a crashed attempt left in it

@@ -42,7 +42,8 @@ PARTS = {"step": "forward, loss, backward and AdamW of the model / of its publis
          "expressions": "inference on fifteen sentences of one image / on one sentence",
          "loader": "decoding and resizing image and mask by PIL alone / the data loader; 1 is as fast as decoding",
          "metrics": "the share of evaluating 24 samples that counting pixels and summing up take",
-         "memory": "peak of a step's whole process, libraries included, beside the count of train.py --plan"}
+         "memory": "peak of a step's whole process, libraries included, beside the count of train.py --plan",
+         "card": "on cuda: a step's sentences a second, share of the rate of a large matrix product, slowest operators"}
 
 
 def crobim_u_backbones(model, batch):
@@ -284,6 +285,28 @@ class Bench:
                                       self.args.precision, expressions)
         print(f"{'peak memory of a training step':<34}{peak / 2 ** 30:8.2f} GiB   by the count of train.py --plan "
               f"{(fixed + kept) / 2 ** 30:.2f} GiB")
+
+    def card(self):
+        """What a step makes of the card: its rate beside that of a large product, and where its time goes."""
+        if self.device.type != "cuda":
+            return print("card: needs --device cuda")
+        batch = self.batch(self.args.images, self.args.images * self.args.per_image)
+        side, dtype = 8192, evaluate.PRECISIONS[self.args.precision] or torch.float32
+        square = torch.randn(side, side, device=self.device, dtype=dtype)
+        step, product = self.seconds([lambda: self.step_of(self.objective, batch), lambda: square @ square])
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            self.step_of(self.objective, batch)
+        rate, most = counter.get_total_flops() / step / 1e12, 2 * side ** 3 / product / 1e12
+        print(f"{'training step on the card':<34}{step:8.3f} s   {len(batch['tokens']) / step:.1f} sentences/s   "
+              f"{rate:.0f} TFLOP/s, {rate / most:.0%} of the {most:.0f} of a matrix product")
+        with torch.profiler.profile() as profile:
+            self.step_of(self.objective, batch)
+            torch.cuda.synchronize()
+        spent = {one.key: one.self_device_time_total / 1e6 for one in profile.key_averages()
+                 if one.device_type.name == "CPU"}
+        print(f"  busy {sum(spent.values()) / step:.0%} of the step; by operator:")
+        for name, seconds in sorted(spent.items(), key=lambda one: -one[1])[:10]:
+            print(f"  {name:<60.60} {seconds:.4f} s  {seconds / step:6.1%}")
 
 
 def arguments(argv=None):

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +82,7 @@ def figure(paper, row):
 def command(args, row, seed):
     """What a user would type for this run, but for the folder."""
     words = ["--model", args.model, "--dataset", "synthetic", "--preset", "tiny", "--ablation", row, "--seed", seed,
-             "--epochs", args.epochs, "--device", "cpu"]
+             "--epochs", args.epochs, "--precision", "fp32"]
     words += (["--limit", args.limit] if args.limit else []) + (["--set", *args.set] if args.set else [])
     return [str(word) for word in words]
 
@@ -133,6 +134,7 @@ def trained(args, row, seed, wanted):
         scored, control = (Path(folder, name, "metrics.json") for name in ("test", "test-shuffled"))
         summary = json.loads(scored.read_text())
         return {"model": args.model, "row": row, "seed": seed, "seconds": round(time.monotonic() - begun),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "mIoU": summary["mIoU"], "oIoU": summary["oIoU"],
                 "control": json.loads(control.read_text())["mIoU"] if control.exists() else None,
                 "diagnostics": {name: figure["mean"] for name, figure in summary["diagnostics"].items()},

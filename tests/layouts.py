@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 import data
 
@@ -66,6 +65,8 @@ def polygons(mask: np.ndarray) -> list[list[float]]:
 
 
 def rle(mask: np.ndarray) -> dict:
+    from pycocotools import mask as coco  # not everywhere, and not for every layout
+
     code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(code["size"]), "counts": code["counts"].decode()}
 

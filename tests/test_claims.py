@@ -62,7 +62,7 @@ def test_a_run_is_trained_kept_and_not_repeated(place, monkeypatch, capsys):
     claims.main([*TINY, "--epochs", "2", "--list"])
     listed = capsys.readouterr().out.splitlines()
     assert listed[0] == ("python train.py --model toy --dataset synthetic --preset tiny --ablation 1/wide --seed 0 "
-                         "--epochs 2 --device cpu --limit 24")
+                         "--epochs 2 --precision fp32 --limit 24")
     assert [row.split()[:3] for row in listed[-2:]] == [["1/wide", "not", "run"], ["1/slow", "not", "run"]]
     with pytest.raises(ValueError, match=r"^1/wide, seed 1: train.py ended with 1: $"):
         claims.main([*TINY, "--seeds", "2"])

@@ -751,11 +751,12 @@ def test_parts_of_both_kinds_are_a_union(tmp_path):
 
 
 def test_polygons_without_pycocotools(tmp_path, monkeypatch):
+    polygon = only("refcoco", refer(tmp_path, [[1, 1, 6, 1, 6, 4, 1, 4]], dataset="refcoco"))
+    lengths = only("rrsisd", refer(tmp_path / "rle", [layouts.rle(box())]))
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    found = only("refcoco", refer(tmp_path, [[1, 1, 6, 1, 6, 4, 1, 4]], dataset="refcoco"))
     with pytest.raises(ModuleNotFoundError, match="pip install pycocotools"):
-        data.load([found])
-    assert data.load([only("rrsisd", refer(tmp_path / "rle", [layouts.rle(box())]))])[1][0].any()
+        data.load([polygon])
+    assert data.load([lengths])[1][0].any()
 
 
 @pytest.mark.parametrize("array", [

@@ -65,6 +65,7 @@ def test_processes_join_as_torchrun_says(monkeypatch, asked, card, world, wanted
     joined, chosen = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 3, world)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **there: joined.append(
@@ -76,6 +77,12 @@ def test_processes_join_as_torchrun_says(monkeypatch, asked, card, world, wanted
             evaluate.start_processes(asked)
         return
     device, backend = wanted
+    if device == "cuda:1":
+        with monkeypatch.context() as one, pytest.raises(
+                ValueError, match=r"process 2 of this machine has no card, there are 1: .*--nproc-per-node.*--device cpu"):
+            one.setattr(torch.cuda, "device_count", lambda: 1)
+            evaluate.start_processes(asked)
+        assert (joined, chosen) == ([], [])
     assert evaluate.start_processes(asked) == (3, world, torch.device(device))
     assert (joined, chosen) == ([(backend, store, 3, 4)] if backend else [], [1] if device == "cuda:1" else [])
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -68,7 +68,7 @@ def start_processes(device=None):
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         if local >= (there := torch.cuda.device_count()):
-            raise ValueError(f"process {local + 1} of this machine has no card, there are {there}: start at most so many "
+            raise ValueError(f"process {local + 1} of this machine has no card, there are {there}: start as many "
                              "(torchrun --nproc-per-node), or say --device cpu")
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():

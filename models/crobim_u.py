@@ -113,7 +113,7 @@ class Config:
 
     @classmethod
     def tiny(cls):
-        return cls(image_size=96, pretrained="none", vocab_size=256,
+        return cls(image_size=128, pretrained="none", vocab_size=256,               # U_p at stride 32 has 4x4 cells
                    convnext_depths=(1, 1, 2, 1), convnext_widths=(24, 48, 72, 96), layer_scale=1.0, drop_path=0.0,
                    bert_width=48, bert_layers=2, bert_heads=4, bert_ffn=96, dropout=0.0,
                    width=48, norm_groups=8, encoder_layers=2, heads=4, ffn_width=96, refine="cheap", refine_hidden=4,
@@ -586,7 +586,7 @@ RECIPE = {                                          # IV-B2 where not marked
     "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU", "phases": None,      # our choice
 }
 RECIPE_FOR = {}                                     # IV-B2: one recipe for all data sets
-RECIPE_TINY = {"epochs": 18, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5,
+RECIPE_TINY = {"epochs": 14, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "schedule": "cosine", "warmup": 0.5,
                "clip": 1.0, "per_image": 4}
 ABLATIONS = {"V": {row: {"rus": rus, "ugf": ugf, "udlr": udlr} for row, rus, ugf, udlr in (
     ("Base", False, False, False), ("+UGF", True, True, False), ("+UDLR", True, False, True),

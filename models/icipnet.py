@@ -714,7 +714,7 @@ def read_words(source):
 
 def find_weights(config, name):
     """What `pretrained` makes of a backbone's name: the hub name itself, or the path of its folder or file."""
-    hub, is_file = config.pretrained == "hub", name.endswith((".pth", ".spm"))
+    hub, is_file = config.pretrained == "hub", name.endswith(".pth")
     if hub and not is_file:
         return name
     path = Path(config.weights_dir if hub else config.pretrained) / name.split("/")[-1]

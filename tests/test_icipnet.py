@@ -1,5 +1,6 @@
 """ICIPNet against its paper: every equation re-derived with plain loops, shapes, counts, gradients, weights."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -14,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     BertConfig,
     BertForPreTraining,
@@ -356,8 +358,10 @@ def test_eq07_lambda_stays_finite_and_moderate(width):
     fresh = torch.cat([BilateralInformationFusion(1, 1, 1, width, token_hidden=1).lambda_q1
                        for _ in range(8)])
     assert 0.09 < fresh.std() < 0.11                           # what a new module draws is what was drawn here
-    module.half()
-    assert module.balance().dtype == torch.float32
+    module.half()                                              # products and sums of halves are not rounded to halves
+    q1, k1, q2, k2 = (vector.detach().double() for vector in vectors)
+    exact = (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + 0.8
+    assert module.balance().dtype == torch.float32 and abs(module.balance().item() - exact.item()) < 2e-5
 
 
 @pytest.mark.parametrize("softmax", [True, False])
@@ -1174,6 +1178,26 @@ def test_every_parameter_learns_from_both_terms(changes, inert):
         assert not unexplained, unexplained
 
 
+class OnlyOnMeta(TorchFunctionMode):
+    """Refuses every call that gives a tensor of another device than the model's, also where PyTorch would let it in."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not isinstance(result, torch.Tensor) or result.is_meta, function
+        return result
+
+
+@pytest.mark.parametrize("changes", [{}, {"bif": False, "rmsin": True}, {"softmax": False, "dice_sum": True}], ids=str)
+def test_what_is_made_on_the_way_is_on_the_models_device(changes, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())     # it knows no meta
+    model = build(**changes).to("meta").train()
+    pictures, tokens, text_mask, image_index, truth = (x.to("meta") for x in (*inputs(images=2, per_image=2), masks(4)))
+    with OnlyOnMeta():
+        for given in ((pictures, tokens, text_mask, image_index), (pictures, tokens[:2], text_mask[:2])):
+            outputs = model(*given)
+            model.criterion(outputs, {"masks": truth[:len(given[1])]}, 0.0)
+
+
 def test_a_single_expression_trains():
     pictures, tokens, text_mask, _ = inputs(images=1, size=96)
     model = ICIPNet(dataclasses.replace(Config.tiny(), vocab_size=40)).train()
@@ -1340,6 +1364,16 @@ def test_weights_from_a_folder(folder, capsys):
     assert text_mask.sum(1).tolist() == [5, 3]
 
 
+def test_sentences_reach_berts_tokenizer_as_they_are():
+    """It lower-cases by itself if it is the uncased one: another BERT may be named."""
+    def tokenizer(texts, **options):
+        return {"input_ids": torch.tensor([[len(text), text.count("R")] for text in texts]),
+                "attention_mask": torch.tensor([[1, 0]])}
+
+    tokens, text_mask = icipnet.BertWords(tokenizer, 2)(["Red"])
+    assert tokens.tolist() == [[3, 1]] and text_mask.tolist() == [[True, False]]
+
+
 def microsoft_names(swin):
     """The tensors of transformers' Swin under the names of Microsoft's files, with what those hold besides."""
     file, state = {}, swin.state_dict()
@@ -1361,11 +1395,12 @@ def microsoft_names(swin):
     return file
 
 
-def test_weights_in_microsofts_naming(folder, tmp_path):
+@pytest.mark.parametrize("wrap", [lambda tensors: {"model": tensors}, dict], ids=["model", "plain"])
+def test_weights_in_microsofts_naming(wrap, folder, tmp_path):
     torch.manual_seed(4)
     source = SwinModel(SwinConfig(**SMALL_SWIN), add_pooling_layer=False)
     path = tmp_path / "swin_base_patch4_window12_384_22k.pth"
-    torch.save({"model": microsoft_names(source)}, path)
+    torch.save(wrap(microsoft_names(source)), path)
     model = build(image_backbone=path.name, weights_dir=str(tmp_path), pretrained="hub",
                   text_backbone=str(folder / "bert-base-uncased"), vocab_size=len(VOCABULARY))
     model.load_pretrained()

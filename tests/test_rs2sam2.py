@@ -1,5 +1,7 @@
 """RS2-SAM 2 against its paper: every equation by plain loops, BEiT-3 against its description, DESIGN's contract."""
 
+import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 import data
@@ -694,6 +697,28 @@ def test_both_encoders_are_shown_what_pil_shrinks_without_aliasing(official, sma
             assert ((seen[name][m] * std + mean) * 255 - levels).abs().max() < 9          # PIL rounds twice
 
 
+class OnlyOnMeta(TorchFunctionMode):
+    """Refuses every call that gives a tensor of another device than the model's, also where PyTorch would let it in."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not isinstance(result, torch.Tensor) or result.is_meta, function
+        return result
+
+
+@pytest.mark.parametrize("changes", [{}, {"mpg": False, "official_unknown": True, "official_pixels": True,
+                                          "official_dice": True, "hard_boundary": True}], ids=["paper", "official"])
+def test_what_is_made_on_the_way_is_on_the_models_device(changes, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())     # it knows no meta
+    model = build(official_precision=bool(changes), **changes).to("meta").train()
+    images, tokens, text_mask, masks, index = (x.to("meta") for x in (*example(), torch.tensor([0, 0, 1])))
+    with OnlyOnMeta():
+        for given in ((images, tokens, text_mask), (images[:2], tokens, text_mask, index)):
+            outputs = model(*given)
+            model.criterion(outputs, {"masks": masks}, 0.0)
+            model.diagnose(outputs, masks)
+
+
 def test_checkpointing_leaves_outputs_and_gradients_as_they_are():
     images, tokens, text_mask, masks = example()
     gradients, calls = [], []
@@ -1231,7 +1256,8 @@ def their_shapes(c):
 
 def their_file(path, c, seed=0, wrapper="module", change=dict):
     tensors = change({name: fill(name, shape, seed) for name, shape in their_shapes(c).items()})
-    torch.save({wrapper: tensors, "ds_version": "0.14", "buffer_names": set()} if wrapper else tensors, path)
+    rest = {"ds_version": "0.14", "buffer_names": set(), "args": argparse.Namespace(lr=1.0)}     # and their arguments
+    torch.save({wrapper: tensors} | rest if wrapper else tensors, path)
     return path
 
 

@@ -1,5 +1,6 @@
 """RSRefSeg 2: each equation against plain loops, the towers against transformers, and what the head promises."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from transformers import GemmaTokenizer, Sam2Model, SiglipModel, SiglipTextModel, SiglipVisionModel
 
 import data
@@ -1381,6 +1383,31 @@ def test_half_precision_stays_near_and_cosines_in_float32(model):
     assert torch.equal(*positions)                              # SAM's sines need more than eight bits
     for name in ("logits", "p_dense", "t2", "sentence"):
         assert (half[name].float() - full[name]).norm() < 0.05 * full[name].norm(), name
+
+
+class OnlyOnMeta(TorchFunctionMode):
+    """Refuses every call that gives a tensor of another device than the model's, also where PyTorch would let it in."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not isinstance(result, torch.Tensor) or result.is_meta, function
+        return result
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"official_losses": True, "spat": "MIL", "pad_to_longest": True},
+    {"subspace_init": "zero", "prompt_init": "zero", "image_positions": "sine", "dense_scale": True}], ids=str)
+def test_what_is_made_on_the_way_is_on_the_models_device(changes, monkeypatch):
+    """With each image's own expression, and with an image_index; losses and diagnosis too."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())     # it knows no meta
+    model = build(small(alpha_dense=0.5, alpha_spat=0.5, **changes)).to("meta").train()
+    images, tokens, text_mask, index = (one.to("meta") for one in inputs())
+    batch = {name: one.to("meta") for name, one in batch_for().items()}
+    with OnlyOnMeta():
+        outputs = model(images, tokens, text_mask, index)
+        model.criterion(outputs, batch, 0.0)
+        model.diagnose(outputs, batch["masks"])
+        model(images, tokens[:N], text_mask[:N])
 
 
 def test_images_are_encoded_once(model):

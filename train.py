@@ -241,7 +241,7 @@ def print_settings(job, model):
           f"{len(sampler.plan(0, 0)[0])} micro-batch(es)")
     if cut := data.cut(job.samples, job.tokenizer):
         print(f"text     {cut}")
-    if recipe.get("repeat_mask") and sampler.groups:
+    if sampler.groups:
         print(f"groups   {recipe['per_image']} expressions of each image, masked repeats where it has fewer")
     elif recipe.get("repeat_mask"):
         print("groups   none, one expression per image: no repeats, instance contrastive learning (ICL) is off")
@@ -423,7 +423,7 @@ def train_step(job, learner, position, sampler, batches, stop):
             terms = model.criterion(outputs, batch, done / total)
             loss, count = sum(terms.values()), len(batch["samples"])
             scaler.scale(loss * (count * processes.world / expressions)).backward()
-        infinite[processes.rank, micro] = ~torch.isfinite(loss.detach())
+        infinite[processes.rank, micro] = ~torch.isfinite(loss)
         for name, value in {**terms, "loss": loss}.items():
             sums[name] = sums.get(name, 0) + value.detach() * count
     scaler.unscale_(optimizer)
@@ -437,7 +437,7 @@ def train_step(job, learner, position, sampler, batches, stop):
         refuse_infinite(job, position, sampler, infinite)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return totals, {"expressions": expressions, "images": sum(map(len, itertools.chain(*plan)))}, bool(stops)
 
 

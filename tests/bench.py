@@ -41,7 +41,7 @@ PARTS = {"step": "forward, loss, backward and AdamW of the model / of its publis
          "inference": "forward of the model / of its published towers alone, both without gradients",
          "expressions": "inference on fifteen sentences of one image / on one sentence",
          "loader": "decoding and resizing image and mask by PIL alone / the data loader; 1 is as fast as decoding",
-         "metrics": "the share of evaluating 24 samples that counting pixels and summing up take",
+         "metrics": "evaluating 24 samples / their forward passes",
          "memory": "peak of a step's whole process, libraries included, beside the count of train.py --plan",
          "card": "on cuda: a step's sentences a second, share of the rate of a large matrix product, slowest operators"}
 
@@ -245,31 +245,37 @@ class Bench:
                         ("bare", "loader"), count_flops=False)
 
     def metrics(self):
-        """Share of an evaluation that is spent on counting and summing up."""
+        """An evaluation beside its forward passes, and the share of it that counting and summing up take."""
         self.model.eval()
-        spent, real = [], {"counts": evaluate.counts, "records": metrics.records}
+        spent = {"forward": [], "counts": [], "records": [], "summarize": []}
+        places = {name: metrics if name in ("records", "summarize") else evaluate for name in spent}
+        real = {name: getattr(place, name) for name, place in places.items()}
 
         def timed(name):
             def call(*args, **options):
                 begun = time.perf_counter()
                 result = real[name](*args, **options)
-                spent.append(time.perf_counter() - begun)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                spent[name].append(time.perf_counter() - begun)
                 return result
             return call
 
         config = dataclasses.replace(self.model.config, vocab_size=100)
         tokenizer = models.word_tokenizer(self.args.model, config, data.vocabulary("synthetic", []))
-        evaluate.counts, metrics.records = timed("counts"), timed("records")
+        for name, place in places.items():
+            setattr(place, name, timed(name))
         begun = time.perf_counter()
         lines = evaluate.evaluate(self.model, data.read("synthetic", "", "test", limit=24),
                                   evaluate.Processes(0, 1, self.device), tokenizer=tokenizer, protocol="resized",
                                   workers=0, precision=self.args.precision, micro_batch=12)
-        summed = time.perf_counter()
         metrics.summarize(lines, bootstrap=0)
-        spent.append(time.perf_counter() - summed)
         total = time.perf_counter() - begun
-        evaluate.counts, metrics.records = real["counts"], real["records"]
-        print(f"{'metrics share of an evaluation':<34}{sum(spent):8.3f} s of {total:.3f} s: {sum(spent) / total:.1%}")
+        for name, place in places.items():
+            setattr(place, name, real[name])
+        forward, *rest = (sum(times) for times in spent.values())
+        print(f"{'evaluation / its forward passes':<34}{total:8.3f} s   forward {forward:8.3f} s   ratio "
+              f"{total / forward:5.2f}   counting and summing up {sum(rest) / total:.1%}")
 
     def memory(self):
         """Peak of one training step in a process of its own (on cuda: of this one)."""

@@ -216,7 +216,9 @@ def difference(before, after):
 def table(args, rows):
     """The printed table of {row: {seed: line}}."""
     paper, width, wide, before = models.paper(args.model), max(map(len, rows)), 7 * max(2, args.seeds), {}
-    lines = [", ".join([f"{args.model}, tiny preset on synthetic scenes, {args.epochs} epochs, test split", *args.set]),
+    devices = sorted({line.get("device", "cpu") for runs in rows.values() for line in runs.values()})
+    lines = [", ".join([f"{args.model}, tiny preset on synthetic scenes, {args.epochs} epochs, test split", *args.set,
+                        *devices]),
              f"{'row':<{width}}{'mIoU':>9}{'oIoU':>9}{'control':>9}  {'of each seed':<{wide}}"
              f"  {'less the row before (95 %)':<34}  the paper"]
     for row, runs in rows.items():

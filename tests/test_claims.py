@@ -116,10 +116,10 @@ def test_the_table_by_hand():
             "V/+UGF": {1: scored([(2, 4, 0), (3, 4, 0)]), 0: scored([(1, 4, 0), (3, 4, 0)])},
             "V/+UDLR": {},
             "V/RUS only": {0: scored([(1, 4, 0), (3, 4, 0)], control=None)},
-            "V/Full": {0: scored([(0, 4, 0), (3, 4, 0)])}}
+            "V/Full": {0: scored([(0, 4, 0), (3, 4, 0)], device="a card")}}
     printed = claims.table(args, rows).splitlines()
     assert [" ".join(row.split()) for row in printed] == [
-        "crobim_u, tiny preset on synthetic scenes, 7 epochs, test split, width=24",
+        "crobim_u, tiny preset on synthetic scenes, 7 epochs, test split, width=24, a card, cpu",
         "row mIoU oIoU control of each seed less the row before (95 %) the paper",
         "V/Base 43.75 60.50 10.00 37.50 50.00 mIoU 69.33, Pr@0.9 34.07",
         "V/+UGF 56.25 60.00 10.00 50.00 62.50 +12.50 +12.50 .. +12.50, 2 seeds mIoU 69.44, Pr@0.9 34.45",

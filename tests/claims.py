@@ -39,8 +39,8 @@ import metrics  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 
-# Table of the paper, and epochs that take a quiet machine of two cores at most five minutes.
-MAIN = {"crobim_u": ("V", 16), "icipnet": ("III", 12), "rsrefseg2": ("X", 20), "rs2sam2": ("4", 11),
+# Table of the paper, and epochs that take a quiet machine of two cores about five minutes.
+MAIN = {"crobim_u": ("V", 10), "icipnet": ("III", 12), "rsrefseg2": ("X", 20), "rs2sam2": ("4", 11),
         "prompt_ris": ("3", 17)}
 FILE = ROOT / "tests/claims.jsonl"
 COMMAND = (sys.executable, str(ROOT / "train.py"))
@@ -55,7 +55,7 @@ def arguments(argv=None):
     parser.add_argument("--rows", nargs="+", metavar="TABLE/ROW",
                         help="rows of train.py --list-ablations (default: those of the paper's main table)")
     parser.add_argument("--seeds", **number, default=3, help="seeds 0 to N - 1")
-    parser.add_argument("--epochs", **number, help="of each run (default: what takes two cores at most five minutes)")
+    parser.add_argument("--epochs", **number, help="of each run (default: what takes two cores about five minutes)")
     parser.add_argument("--jobs", **number, default=1, help="runs at once, from two on of one thread each")
     parser.add_argument("--limit", type=evaluate.at_least(0), metavar="N", default=0, help="as for train.py")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="as for train.py")

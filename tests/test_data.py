@@ -881,7 +881,7 @@ def scattered(values, square=None, lines=()):
 
 
 @pytest.mark.parametrize(("array", "right"), [
-    (scattered(range(1, 9)), True), (scattered(range(1, 7)), False),                  # ten and eight values
+    (scattered(range(1, 8)), True), (scattered(range(1, 7)), False),                  # nine and eight values
     (scattered(range(1, 9), 8), True), (scattered(range(1, 9), 9), False),            # noise about 0 ends at 8,
     (scattered(range(1, 9), 247), True), (scattered(range(1, 9), 246), False),        # about 255 it begins at 247
     (scattered(range(1, 9), None, (100, 128, 200)), True),                            # edges are not 3 pixels wide
@@ -1005,6 +1005,7 @@ def test_rrsisd_alone_resizes_its_masks(tmp_path):
     nearest = np.minimum(((np.arange(9) + 0.5) * 8 / 9).astype(int), 7)
     assert (mask == box(8, 8)[nearest]).all()
     assert data.look([found])[0][0][0] == "resized"
+    assert (data.read_mask(found, None) == box(8, 8)).all()                         # to no size that is not known
     polygon = [[1, 1, 6, 1, 6, 4, 1, 4]]
     with pytest.raises(ValueError, match=r"the image is 9x8 .height x width., its mask 8x8; export one .*'s size$"):
         data.load([only("refcoco", refer(tmp_path, polygon, dataset="refcoco", size=(8, 8), actual=(8, 9)))])

@@ -422,6 +422,19 @@ def test_a_scored_split_can_be_recomputed_from_its_files(run, tmp_path, capsys, 
         assert Image.open(folder / "sheet.png").height > 1000
 
 
+def test_a_folder_for_masks_is_made_only_where_they_are_asked_for(run, tmp_path, monkeypatch):
+    seen, real = [], evaluate.evaluate
+
+    def watched(*given, **settings):
+        seen.append(sorted(path.name for path in tmp_path.glob("*/*")))
+        return real(*given, **settings)
+
+    monkeypatch.setattr(evaluate, "evaluate", watched)
+    for words in ((), ("--save-masks",)):
+        score(run, tmp_path, "--split", "val", *words)
+    assert seen == [[], ["masks.part", "metrics.json", "per_sample.jsonl", "sheet.png"]]
+
+
 def test_control_is_written_beside_the_split(run, tmp_path):
     score(run, tmp_path, "--control", "shuffled")
     written = json.loads((tmp_path / "test-shuffled-limit=24/metrics.json").read_text())

@@ -325,7 +325,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, ste
     for round_, at in enumerate((steps, steps + 1)):               # stopped twice, in either phase
         monkeypatch.setattr(StopAt, "steps", at)
         monkeypatch.setattr(train, "StopRequest", StopAt)
-        with pytest.raises(train.Stopped):
+        where = "" if round_ else {2: "step 2 of epoch 1", 4: "epoch 1"}[at]
+        with pytest.raises(train.Stopped, match=f"^stopped after {where}.*; go on with --resume$"):
             run_to_end(tmp_path / "parts", *words, *(["--resume"] if round_ else []))
     monkeypatch.undo()
     torch.manual_seed(12345)                                        # whatever state the process is in
@@ -521,7 +522,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_expressions_of_all_processes(
 
 def test_outputs_come_to_the_criterion_in_full_precision_and_numbers_as_they_are(tmp_path, monkeypatch):
     real, seen = toy.Toy.forward, {}
-    monkeypatch.setattr(toy.Toy, "forward", lambda self, *inputs: {**real(self, *inputs), "chosen": inputs[3]})
+    monkeypatch.setattr(toy.Toy, "forward", lambda self, *inputs: {
+        **(outputs := real(self, *inputs)), "coarse": outputs["coarse"].bfloat16(), "chosen": inputs[3]})
     monkeypatch.setattr(toy.Toy, "criterion", lambda self, outputs, batch, progress: seen.update(
         {name: value.dtype for name, value in outputs.items()}) or {"seg": outputs["logits"].mean()})
     job, learner, batches = prepared(tmp_path / "run", "--precision", "bf16")
@@ -969,15 +971,21 @@ def test_signals_are_handled_as_before_after_a_run(tmp_path):
 
 
 def test_a_ctrl_c_more_than_three_seconds_after_the_first_ends_at_once(monkeypatch):
-    stop, now = train.StopRequest(), [100.0]
+    stop, now = train.StopRequest(), [0.0]
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    for now[0], number in ((100.0, signal.SIGTERM), (102.0, signal.SIGINT), (103.0, signal.SIGINT),
-                           (109.0, signal.SIGTERM)):
-        stop.ask(number, None)
-        assert stop.asked == 100.0
-    now[0] = 103.25
-    with pytest.raises(KeyboardInterrupt):
-        stop.ask(signal.SIGINT, None)
+
+    def ends(number, seconds):
+        now[0] = seconds
+        try:
+            stop.ask(number, None)
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    assert [ends(number, seconds) for number, seconds in (
+        (signal.SIGTERM, 100.0), (signal.SIGINT, 102.0), (signal.SIGINT, 103.0), (signal.SIGTERM, 109.0),
+        (signal.SIGINT, 103.25))] == [False, False, False, False, True]
+    assert stop.asked == 100.0
 
 
 def test_resume_of_nothing_and_of_a_torn_file(tmp_path):
@@ -1554,10 +1562,11 @@ def test_pace_is_of_images_and_the_peak_of_the_card_where_there_is_one(monkeypat
 
 
 def test_windows_counts_no_memory(monkeypatch):
-    monkeypatch.setattr(os, "name", "nt")
-    monkeypatch.setitem(sys.modules, "resource", None)              # it has no such module
     spec = importlib.util.spec_from_file_location("train_on_windows", train.__file__)
-    spec.loader.exec_module(there := importlib.util.module_from_spec(spec))
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        windows.setitem(sys.modules, "resource", None)              # it has no such module
+        spec.loader.exec_module(there := importlib.util.module_from_spec(spec))
     assert there.resource is None and train.resource is resource
 
 

@@ -471,7 +471,7 @@ class RotatedConv(nn.Module):
 
     def forward(self, features):
         route = self.norm(self.local(features).permute(0, 2, 3, 1)).relu().mean((1, 2))             # (B,C)
-        alpha = self.alpha(self.dropout(route)).sigmoid().float()               # (B,1)
+        alpha = self.alpha(self.dropout(route)).sigmoid()                       # (B,1)
         theta = functional.softsign(self.theta(self.dropout(route)).float())[:, 0] * math.radians(40)
         with torch.autocast(features.device.type, enabled=False):
             turned = torch.einsum("bts,ois->boit", alpha[..., None] * rotation(theta), self.kernel.flatten(2).float())

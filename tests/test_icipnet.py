@@ -596,6 +596,15 @@ def test_rotated_convolution_drops_what_decides_and_keeps_the_kernel_exact(monke
     with torch.autocast("cpu", torch.bfloat16):                # halved, by alpha, and not rounded to bfloat16
         module(features)
     assert torch.equal(kernels[-1], module.kernel.repeat(2, 1, 1, 1) / 2)
+    module.eval()
+    raw, angles = [], []
+    module.theta.register_forward_hook(lambda m, args, out: raw.append(out[:, 0]))
+    monkeypatch.setattr(icipnet, "rotation", lambda theta: angles.append(theta) or rotation(theta))
+    with torch.autocast("cpu", torch.bfloat16):                # nor is the angle, which comes of a product of halves
+        module(features)
+    expected = [value / (1 + abs(value)) * math.radians(40) for value in raw[0].tolist()]
+    assert raw[0].dtype == torch.bfloat16 and angles[0].dtype == torch.float32
+    assert np.allclose(numpy(angles[0]), expected, rtol=1e-5, atol=0)
 
 
 def test_intra_scale_interaction_weighs_places():
@@ -926,15 +935,17 @@ def test_the_whole_model_works_with_bfloat16_weights():
 
 
 def test_what_must_be_exact_is_float32_under_autocast(icip):
-    module, V, L, mask = icip
+    (module, V, L, mask), normed = icip, []
     with torch.autocast("cpu", torch.bfloat16):
         V_hat, L_o = module.f(V).float(), module(V, L, mask)[0]
         T = module.prompts
         fusion_ = BilateralInformationFusion(5, 4, 6, 3)
         assert fusion_.scores(V[..., :3].bfloat16(), L[..., :3].bfloat16(), mask).dtype == torch.float32
+        fusion_.norm.register_forward_pre_hook(lambda m, args: normed.append(args[0].dtype))
+        fusion_(V, L, mask)
         assert build()(*inputs()[:3])["logits"].dtype == torch.float32
     expected = torch.tanh(V_hat @ T.mT).softmax(1).mT @ V_hat + T
-    assert L_o.dtype == torch.float32 and near(L_o[:, :3], expected, 2e-5)
+    assert L_o.dtype == torch.float32 and near(L_o[:, :3], expected, 2e-5) and normed == [torch.float32]
 
 
 def test_modules_tied_to_a_size_say_so():

@@ -1314,6 +1314,14 @@ def test_official_contrast_cuts_the_mask_on_the_grid_and_has_no_bound():
     close(model.criterion(outputs, batch, 0.5)["samp"], 0.5 * np.mean(losses_), 1e-4)
 
 
+@pytest.mark.parametrize("official", [False, True])
+def test_rows_of_other_processes_get_their_gradient_unless_as_in_the_official_code(official, monkeypatch):
+    model, seen = build(small(official_losses=official)), []
+    monkeypatch.setattr(rsrefseg2, "contrast", lambda *given, **options: seen.append(options) or given[0].sum())
+    model.criterion(model(*inputs()), batch_for(), 0.5)
+    assert seen == [{"remote_gradient": not official}]
+
+
 @pytest.mark.parametrize("kind", ["CE", "MIL"])
 def test_official_alignment_adds_dice_and_stays_on_the_grid(kind):
     """L_spat is taken at 32 x 32 (here G x G), L_dense at the mask's size; both with Dice beside the cross-entropy."""

@@ -1754,7 +1754,7 @@ def test_the_step_is_the_same_however_it_is_divided():
             assert [part for rank in two.plan(0, step) for part in rank] == one.plan(0, step)[0]
 
 
-def test_draws_depend_on_seed_epoch_and_step_alone():
+def test_draws_depend_on_seed_epoch_and_step_alone(monkeypatch):
     samples = many(COUNTS[0], expressions=3)
     settings = {"batch_size": 10, "micro_batch": 5, "per_image": 0}
     sampler = data.TrainSampler(samples, seed=1, **settings)
@@ -1767,6 +1767,10 @@ def test_draws_depend_on_seed_epoch_and_step_alone():
     assert steps_of(sampler, 3) != first != steps_of(data.TrainSampler(samples, seed=2, **settings), 2)
     drawn = {number for epoch in range(12) for plan in steps_of(sampler, epoch) for number in flat(plan)}
     assert len(drawn) > 0.95 * len(samples)  # every expression has its turn
+    orders, real = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: orders.append(seed) or real(seed))
+    assert steps_of(sampler, 2) == first and orders.count((1, 2, 0)) == 1 == orders.count((1, 2, 1))   # drawn once
+    monkeypatch.undo()
     whole = list(sampler.batches(2, 0))
     assert list(sampler.batches(2, 0, first_step=2)) == whole[sum(len(plan[0]) for plan in first[:2]):]
 
@@ -1978,6 +1982,9 @@ def test_check_finds_masks_of_nearly_everything_and_says_what_they_cover(capsys,
     assert [line.split("sample ")[1] for line in out.splitlines() if line.startswith("full ")] == [
         "m3: its mask covers 96.0% of it", "m4: its mask covers 100.0% of it"]
     assert "5 different pictures; the median mask covers 95.0% of its picture" in out
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"image": "0.png"}])))
+    _, out, _ = check(capsys, "--dataset", "custom", "--data-root", folder)
+    assert "0 empty, 0 resized, 1 entry, 2 full: 1 problems would stop" in out
 
 
 def test_check_says_what_of_val_and_test_is_in_train(capsys, tmp_path):
@@ -2025,11 +2032,14 @@ def test_check_is_not_ready_without_training_samples(capsys, tmp_path):
     assert code == 1 and out.splitlines()[-1].endswith("there are no training samples")
 
 
-def test_list_writes_a_line_per_sample(capsys, tmp_path):
+def test_list_writes_a_line_per_sample(capsys, tmp_path, monkeypatch):
     folder = custom(tmp_path / "ä", {"image": "a.png", "mask": "m.png", "expression": ["ein Schiff", "船"]},
                     {"image": "a.png", "mask": "m.png", "expression": "x", "split": "val"})
     Image.fromarray(blob()).save(folder / "m.png")
-    code, _, _ = check(capsys, "--dataset", "custom", "--data-root", folder, "--list", tmp_path / "list.jsonl")
+    with monkeypatch.context() as elsewhere:                              # where another encoding is the usual one
+        elsewhere.setattr(Path, "write_text", lambda path, text, encoding="ascii": path.write_bytes(
+            text.encode(encoding)))
+        code, _, _ = check(capsys, "--dataset", "custom", "--data-root", folder, "--list", tmp_path / "list.jsonl")
     assert '"ein Schiff"' in (written := (tmp_path / "list.jsonl").read_text(encoding="utf-8")) and '"船"' in written
     lines = [json.loads(line) for line in written.splitlines()]
     assert lines == [{"id": name, "image": str(folder / "a.png"), "expression": text, "split": split}

@@ -448,6 +448,14 @@ def test_images_are_taken_from_the_first_usual_place_that_holds_them(dataset, pl
             data.read(dataset, tmp_path, "train")
 
 
+def test_images_are_looked_for_beside_the_folder_of_the_pickle_then_in_and_above_it(tmp_path):
+    root = refer(tmp_path / "sets", [])
+    shutil.rmtree(root / "images")
+    for base in (root / "RRSISD", tmp_path, root / "rrsisd", root):
+        picture(base / "JPEGImages/00009.jpg")
+        assert anew("rrsisd", root).image.parent == base / "JPEGImages"
+
+
 @pytest.mark.parametrize(("dataset", "names"), [
     ("refsegrs", ("RefSegRS", "refsegrs", "new_dataset2")), ("risbench", ("RISBench_dataset", "RISBench", "risbench")),
     ("rrsisd", ("rrsisd", "RRSIS-D/rrsisd", "RRSIS-D", "RRSISD", "rrssid"))])
@@ -577,6 +585,14 @@ def test_changed_files_are_read_anew(dataset, name, old, new, tmp_path):
     shutil.rmtree((tmp_path / name).parent)
     with pytest.raises(FileNotFoundError, match=f"{dataset}: .*data-root"):
         data.read(dataset, tmp_path, "train")
+
+
+def test_a_list_that_comes_later_is_found(tmp_path):
+    folder = lists(tmp_path / "RISBench", "a.png a ship\n")
+    assert not data.has_split("risbench", tmp_path, "val")
+    (folder / "output_phrase_val.txt").write_text("a.png a ship\n")
+    os.utime(folder, ns=(1, 1))                                           # clocks of file systems are coarse
+    assert data.has_split("risbench", tmp_path, "val")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -938,15 +938,14 @@ class TrainSampler:
     per_image = 0: each object once per epoch by one of its expressions; b > 0: each image once by up to b expressions,
     of different objects as far as there are, and a step takes as many images as have about batch_size of them. Every
     draw depends on (seed, epoch, step) alone.
-    repeat_mask > 0, Prompt-RIS's groups: each image by exactly per_image of its expressions, of any objects (of so
-    many, drawn anew, where `objects` > 0), and where these have fewer, some of them again; these lose words. Where no
-    image has two expressions there are no groups.
+    repeat_mask > 0, Prompt-RIS's groups: each image by exactly per_image of its expressions, of any objects, and
+    where it has fewer, some of them again; these lose words. Where no image has two expressions there are no groups.
     """
 
     def __init__(self, samples: list[Sample], *, batch_size: int, micro_batch: int, per_image: int, seed: int,
-                 world: int = 1, repeat_mask: float = 0.0, objects: int = 0):
+                 world: int = 1, repeat_mask: float = 0.0):
         self.samples, self.micro_batch, self.per_image = samples, micro_batch, per_image
-        self.seed, self.world, self.objects, self.order = seed, world, objects, (None, [])
+        self.seed, self.world, self.order = seed, world, (None, [])
         units = defaultdict(lambda: defaultdict(list))
         for number, sample in enumerate(samples):
             units[sample.picture if per_image else sample.instance][sample.instance].append(number)
@@ -980,8 +979,7 @@ class TrainSampler:
         if not self.per_image:
             return [instances[0][rng.integers(len(instances[0]))]]
         if self.groups:
-            order = rng.permutation(len(instances))[:self.objects] if self.objects else range(len(instances))
-            numbers = list(itertools.chain(*(instances[place] for place in order)))
+            numbers = list(itertools.chain(*instances))
             rounds = -(-self.per_image // len(numbers))
             return [int(number) for _ in range(rounds) for number in rng.permutation(numbers)][:self.per_image]
         turns = [(turn, rng.random(), int(number)) for numbers in instances

@@ -203,7 +203,7 @@ def read(args, split, epoch=0):
 def make_sampler(args, recipe, processes, epoch=0):
     return data.TrainSampler(read(args, "train", epoch), batch_size=recipe["batch_size"], seed=args.seed,
                              micro_batch=recipe["micro_batch"], per_image=recipe["per_image"], world=processes.world,
-                             repeat_mask=recipe.get("repeat_mask", 0.0), objects=recipe.get("objects", 0))
+                             repeat_mask=recipe.get("repeat_mask", 0.0))
 
 
 def build(job, saved=None):

@@ -1874,22 +1874,6 @@ def test_groups_hold_per_image_expressions_each_and_are_never_divided(world, mic
         assert sorted(flat(sampler.plan(0, step))) == sorted(flat(one.plan(0, step)))
 
 
-def test_groups_of_so_many_objects():
-    """Four objects of three sentences an image: two of them, drawn anew each epoch; of one, a sentence comes again."""
-    samples = many([4] * 30, expressions=3)
-    seen = set()
-    for objects, different in ((1, 3), (2, 4)):
-        sampler = data.TrainSampler(samples, micro_batch=24, **GROUPS, objects=objects)
-        for plan in [plan for epoch in range(6) for plan in steps_of(sampler, epoch)]:
-            for group in plan[0][0]:
-                assert len(group) == 4 and len(set(group)) == different and len({n // 12 for n in group}) == 1
-                assert len({samples[n].instance for n in group}) == objects
-                seen |= {samples[n].instance for n in group if group[0] < 12}
-    assert len(seen) == 4
-    whole, few = (data.TrainSampler(samples, micro_batch=24, **GROUPS, objects=objects) for objects in (0, 9))
-    assert len({samples[n].instance for n in flat(whole.plan(0, 0))}) > 12 and len(flat(few.plan(0, 0))) == 24
-
-
 def test_no_groups_where_no_image_has_two_sentences_or_none_are_asked_for():
     single = many([1] * 30, expressions=1)
     for samples, changes in ((single, {}), (many([2] * 30), {"repeat_mask": 0.0}), (many([2] * 30), {"per_image": 0})):

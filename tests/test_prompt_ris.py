@@ -857,7 +857,6 @@ TRAINING = {    # of RECIPE
             "batch_size": 16 * 4, "per_image": 4},
     "ours: LAVT's, whose schedule it is": {"weight_decay": 0.01, "warmup": 0.0, "clip": 0.0},
     "ours: 4.2 says a portion of the words": {"repeat_mask": 0.25},
-    "ours: 4.2 samples sentences, of whatever objects": {"objects": 0},
     "ours: REFER's metrics at the image's own size": {"protocol": "original", "empty": "zero"},
     "ours: the best of the validation split": {"select": "mIoU"},
     "ours: fits a card": {"micro_batch": 16, "precision": "bf16"},

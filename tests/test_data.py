@@ -601,7 +601,8 @@ def test_a_list_that_comes_later_is_found(tmp_path):
 
 def test_expression_keeps_case_and_falls_back(tmp_path):
     for number, (sentence, expression) in enumerate([
-            ({"raw": " The  SHIP\n"}, "The SHIP"), ({"raw": ""}, "the ship"), ({"raw": "", "sent": None}, "the ship")]):
+            ({"raw": " The  SHIP\n"}, "The SHIP"), ({"raw": "", "sent": "the boat"}, "the boat"),
+            ({"raw": "", "sent": None}, "the ship")]):
         assert only("rrsisd", refer(tmp_path / str(number), [], sentence=sentence)).expression == expression
     with pytest.raises(ValueError, match="ref 7.*the expression is empty"):
         data.read("rrsisd", refer(tmp_path / "e", [], sentence={"raw": " ", "sent": "", "tokens": []}), "train")

@@ -1422,6 +1422,14 @@ def test_weights_in_microsofts_naming(wrap, folder, tmp_path):
         assert torch.equal(model.swin.eval()(pixels, always_partition=True).last_hidden_state, expected)
 
 
+def test_files_written_on_a_card_are_read_where_there_is_none(tmp_path, monkeypatch):
+    seen, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: seen.append(options) or load(*given, **options))
+    torch.save({"a": torch.ones(1)}, tmp_path / "file.pth")
+    icipnet.read_pth(tmp_path / "file.pth")
+    assert seen == [{"map_location": "cpu", "weights_only": True}]
+
+
 def test_wrong_weights_are_named(folder, tmp_path):
     def load(**changes):
         return build(**{"pretrained": str(folder), "vocab_size": len(VOCABULARY), **changes}).load_pretrained()

@@ -1353,6 +1353,14 @@ def test_their_names_become_ours_by_rule(tmp_path, wrapper):
                        model.sam.prompt_encoder.shared_embedding.positional_embedding)
 
 
+def test_files_written_on_a_card_are_read_where_there_is_none(tmp_path, monkeypatch):
+    seen, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: seen.append(options) or load(*given, **options))
+    torch.save({"a": torch.ones(1)}, tmp_path / "file.pth")
+    rs2sam2.read_file(tmp_path / "file.pth")
+    assert seen == [{"map_location": "cpu", "weights_only": True}]
+
+
 def test_files_that_are_not_theirs_are_refused_in_one_line(tmp_path):
     path = tmp_path / "authors.pth"
     message = re.escape(str(path))

@@ -1892,6 +1892,14 @@ def test_a_file_of_other_sizes_goes_where_it_belongs(tmp_path, wrap):
         assert torch.equal(ours["sam.prompt_encoder.point_embed.weight"][k:k + 1], point)
 
 
+def test_files_written_on_a_card_are_read_where_there_is_none(tmp_path, monkeypatch):
+    seen, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: seen.append(options) or load(*given, **options))
+    their_file(tmp_path / "theirs.pth")
+    rsrefseg2.read_official(tmp_path / "theirs.pth")
+    assert seen == [{"map_location": "cpu", "weights_only": True}]
+
+
 def test_half_precision_weights_become_float32(tmp_path):
     """Their engine keeps weights in BF16."""
     def halve(tensors):

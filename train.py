@@ -622,8 +622,8 @@ def plan(args):
     """Print what a step keeps in memory, by micro-batch; neither weights nor data are needed."""
     _, recipe, every, learn, table = memory(args)
     print(f"{args.model} ({args.preset}) on {args.dataset}: {every / 1e6:.2f} M parameters, {learn / 1e6:.2f} M learn, "
-          f"{args.precision}\nparameters, gradients, optimiser and what is kept for the backward pass; the peak lies "
-          f"above it\n\nmicro-batch      GiB   micro-batches in a step of {recipe['batch_size']}")
+          f"{args.precision}\nparameters, gradients, optimiser and what is kept for the backward pass; the peak may "
+          f"lie a third above\n\nmicro-batch      GiB   micro-batches in a step of {recipe['batch_size']}")
     for size, gib in table.items():
         print(f"{size:>11} {gib:>8.2f}   {-(-recipe['batch_size'] // size)}")
     try:

@@ -1801,7 +1801,7 @@ def test_the_plan_extends_two_counts_by_whole_images(monkeypatch, capsys):
     train.plan(args)
     assert capsys.readouterr().out == (
         "toy (paper) on rrsisd: 3.45 M parameters, 1.23 M learn, fp32\n"
-        "parameters, gradients, optimiser and what is kept for the backward pass; the peak lies above it\n\n"
+        "parameters, gradients, optimiser and what is kept for the backward pass; the peak may lie a third above\n\n"
         "micro-batch      GiB   micro-batches in a step of 20\n"
         "          3     8.00   7\n          6    11.00   4\n         12    17.00   2\n"
         "\nsteps per epoch: not known, the data are not there\n")

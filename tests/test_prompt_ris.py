@@ -51,7 +51,7 @@ def small(**changes):
         "clip_text_heads": 2, "clip_text_ffn": 20, "sam_patch": 8, "sam_width": 16, "sam_heads": 2, "sam_ffn": 24,
         "sam_layers": 2, "sam_window": 3, "sam_global": (1,), "sam_prompt_width": 16, "sam_mask_channels": 8,
         "sam_decoder_heads": 2, "sam_decoder_ffn": 24, "prompts": 3, "cmp_heads": 2, "decoder_width": 8,
-        "decoder_heads": 2, "decoder_ffn": 16, "text_heads": 2, "text_ffn": 16, **changes})
+        "decoder_heads": 2, "decoder_ffn": 16, "text_heads": 2, "text_ffn": 16, "icl_warmup": 0.0, **changes})
 
 
 def build(seed=0, **changes):
@@ -353,6 +353,14 @@ def test_eq09_sum_of_three_losses_on_the_maps_that_the_paper_names(changes):
         expected["icl"] = model.config.icl_weight * icl
         assert icl > 0.001
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_eq09_instance_contrasting_may_wait():
+    model = build(icl_warmup=0.5)
+    batch = batch_of(model.config)
+    outputs = {"coarse_logits": torch.randn(8, 1, 3, 3).requires_grad_(), "logits": torch.randn(8, 1, 32, 32)}
+    early, late = (model.criterion(outputs, batch, progress)["icl"] for progress in (0.49, 0.5))
+    assert early.item() == 0 and early.requires_grad and late.item() > 0.001
 
 
 # ----------------------------------------------------------------------------------- gradients by finite differences
@@ -847,7 +855,7 @@ NUMBERS = {     # of Config: where the paper, or what it builds on, has them
     "ours: G-Ref's longest sentences as ETRIS cuts them": {"text_length": 22},
     "ours: 4.2 gives no rate": {"prompt_dropout": 0.2},
     "ours: plain softmax in (3)": {"tau": 1.0},
-    "Eq. (9), a plain sum": {"icl_weight": 1.0},
+    "Eq. (9), a plain sum from the start": {"icl_weight": 1.0, "icl_warmup": 0.0},
     "ours: Eq. (8) finite at equal masks": {"icl_epsilon": 1e-4},
     "ours: as the paper's prompt learning": {"freeze_clip": True},
     "ours: published weights": {"pretrained": "hub"},

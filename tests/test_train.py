@@ -1772,11 +1772,14 @@ def test_the_batch_that_is_counted_has_whole_images(monkeypatch, per_image, expr
 
 
 def test_the_plan_of_a_command_needs_neither_data_nor_weights(capsys, monkeypatch):
+    build, asked = models.build, set()                      # RSRefSeg 2 reads its towers' sizes from their source
+    monkeypatch.setattr(models, "build", lambda name, config: asked.add(config.pretrained) or build(name, config))
     main(monkeypatch, "--model", "crobim_u", "--dataset", "rrsisd", "--plan", "--data-root", "nowhere")
     said = capsys.readouterr().out
     assert "crobim_u (paper) on rrsisd" in said and "steps per epoch: not known" in said
     rows = [line.split() for line in said.splitlines() if line.strip()[:1].isdigit()]
     assert [(int(row[0]), int(row[2])) for row in rows] == [(1, 32), (2, 16), (4, 8), (8, 4), (16, 2), (32, 1)]
+    assert asked == {"none"}
     main(monkeypatch, "--model", "toy", "--plan", "--limit", 60)
     assert "60 training expressions: 2 steps per epoch, 4 in 2 epochs" in capsys.readouterr().out
     objects = len({sample.instance for sample in data.read("synthetic", "", "train", limit=60)})

@@ -2108,6 +2108,7 @@ def test_check_prints_reference_counts_of_categories(capsys, tmp_path):
     _, val, _ = check(capsys, "--dataset", "refcoco", "--data-root", tmp_path, "--categories", "seen", "--split", "val")
     assert "val    seen: " in val and "test   seen" not in val and "train  seen" not in val
     assert "expressions (published" not in out and "images (published" not in out      # those count all categories
+    assert "refs of" not in out                                                        # that is the union's
     _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--categories", "unseen")
     assert "published 445" in out and "35473" not in out and "held out" not in out and " refs of refcoco\n" in out
     _, out, _ = check(capsys, "--dataset", "refcoco-union", "--data-root", tmp_path, "--categories", "seen")

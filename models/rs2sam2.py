@@ -108,6 +108,8 @@ class Config:
     lambda_ce: float = 1.0                          # 4.2
     lambda_dice: float = 0.1
     lambda_tbl: float = 0.2
+    lambda_mpg: float = 0.0                         # our choice: a loss of the pseudo-mask's own; the paper has none
+    neck_norm: bool = False                         # our choice, for a random tower, whose neck map grows without bound
     background_weight: float = 0.9                  # [19]
     foreground_weight: float = 1.1
 
@@ -136,11 +138,12 @@ class Config:
     @classmethod
     def tiny(cls):
         return cls(image_size=96, pretrained="none", text_length=24, freeze=False, vocab_size=256,
-                   beit_size=96, beit_patch=12, beit_width=64, beit_layers=3, beit_heads=4, beit_ffn=128,
+                   beit_size=96, beit_patch=8, beit_width=64, beit_layers=3, beit_heads=4, beit_ffn=128,
                    beit_positions=32, hiera_width=32, hiera_heads=1, hiera_blocks=(2, 2, 2, 1),
                    hiera_windows=(8, 4, 6, 2), hiera_global=(5,), hiera_background=3, sam_width=96, sam_heads=4,
                    sam_mlp=192, fusion_reduction=2, fusion_heads=2, gate_heads=4, mpg_heads=4,
-                   lambda_dice=1.0, background_weight=1.0, foreground_weight=1.0)      # Dice finds small objects sooner
+                   lambda_dice=1.0, background_weight=1.0, foreground_weight=1.0,      # Dice finds small objects sooner
+                   lambda_mpg=1.0, neck_norm=True)  # SAM 2 as published reads masks, a random one has to learn it
 
 
 # ------------------------------------------------------------------------------------------------ 3.2, union encoder
@@ -416,6 +419,18 @@ class MaskPromptGenerator(nn.Module):
         return rearrange(M_p, "m h w 1 -> m 1 h w")
 
 
+def pseudo_mask_loss(M_p, masks, eps=1e-4):
+    """Cross-entropy and Dice of M_p (M,1,h,w) in [0,1] with the share of each cell in masks (M,1,H,W) bool -> (M,).
+
+    Ours, for lambda_mpg: the paper's M_p learns through SAM 2 alone, which reads masks from the start.
+    """
+    y = functional.interpolate(masks.float(), M_p.shape[-2:], mode="area")    # (M,1,h,w)
+    p = M_p.float().clamp(eps, 1 - eps)
+    cross_entropy = -(y * p.log() + (1 - y) * (1 - p).log()).mean((1, 2, 3))
+    overlap, squares = (p * y).sum((1, 2, 3)), (p * p + y * y).sum((1, 2, 3))
+    return cross_entropy + 1 - (2 * overlap + eps) / (squares + eps)
+
+
 # ------------------------------------------------------------------------------------------------------------ the model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))       # mean, std
@@ -439,6 +454,7 @@ def start_from_scratch(model):
     """Start a model that no published weights will fill: with transformers' own, std 0.02, a small one hardly learns.
 
     Convolutions keep biases: without them SAM 2's mask embedding, which normalises, would not see how high a mask is.
+    Its weights are enlarged: else its output is so faint beside the image embedding that nothing learns to read it.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -446,6 +462,9 @@ def start_from_scratch(model):
             nn.init.zeros_(layer.bias)
         elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             layer.reset_parameters()
+    with torch.no_grad():
+        for layer in (model.sam.prompt_encoder.mask_embed.conv1, model.sam.prompt_encoder.mask_embed.conv3):
+            layer.weight *= 8
 
 
 def sam2_config(c):
@@ -533,7 +552,10 @@ class RS2SAM2(nn.Module):
         # The neck's own forward also makes the positions of every level, which SAM 2 needs for its memory only.
         feature32, feature16, feature8, feature4 = (
             conv(stage) for conv, stage in zip(neck.convs, reversed(stages), strict=True))
-        return feature4, feature8, feature16 + functional.interpolate(feature32, scale_factor=2.0, mode="nearest")
+        feature16 = feature16 + functional.interpolate(feature32, scale_factor=2.0, mode="nearest")
+        if self.config.neck_norm:
+            feature16 = functional.layer_norm(feature16.movedim(1, -1), (self.config.sam_width,)).movedim(-1, 1)
+        return feature4, feature8, feature16
 
     def segment(self, pixels, text_mask, words, sparse_prompts, M_p):
         """SAM 2 on pixels (M,3,S,S), with fusion layers, gate and both prompts, (M,1,C) and M_p -> m (M,1,S/4,S/4)."""
@@ -596,7 +618,9 @@ class RS2SAM2(nn.Module):
         if c.boundary_loss:
             cut = -1.0 if c.official_logits else 0.0                          # m > 0; Departs: (7)
             losses["tbl"] = boundary_loss(logits, masks, outputs["text_weight"], hard=c.hard_boundary, cut=cut)
-        lam = {"ce": c.lambda_ce, "dice": c.lambda_dice, "tbl": c.lambda_tbl}
+        if c.mpg and c.lambda_mpg:
+            losses["mpg"] = pseudo_mask_loss(outputs["pseudo_mask"], masks)
+        lam = {"ce": c.lambda_ce, "dice": c.lambda_dice, "tbl": c.lambda_tbl, "mpg": c.lambda_mpg}
         return {name: lam[name] * loss.mean() for name, loss in losses.items()}  # Eq. (6)
 
     def choose_what_learns(self):
@@ -872,7 +896,7 @@ def read_official(path):
 #   T_i          C wide in every stage, with projections of each layer's own; the last layer's T is read by nobody
 #   (7)          differences to the pixel above and on the left, 0 where there is none; T_s is the word <s> of `words`.
 #                Weight 0 is an optimum: `diagnose` reports |weight|; near 0 the loss does nothing
-#   M_p          has no loss of its own; its probabilities enter where SAM 2 expects logits
+#   M_p          has no loss of its own (lambda_mpg: one); its probabilities enter where SAM 2 expects logits
 #   token MLP    Linear, ReLU, Linear on V_cls; the one sparse token: the "sparse embeddings" have no length
 #   decoder      single mask, its token 0; IoU and object scores are not read
 #   (6), (7)     at S x S; cross-entropy weighted 0.9/1.1 as in [19]; Dice eps 1, all per expression (ours)

@@ -31,7 +31,7 @@ SMALL = dataclasses.replace(
     Config.tiny(), image_size=64, text_length=8, vocab_size=20, beit_size=32, beit_width=16, beit_layers=2, beit_ffn=32,
     beit_patch=8, beit_positions=12, hiera_width=16, hiera_blocks=(1, 1, 2, 1), hiera_global=(3,), fusion_reduction=4,
     fusion_heads=4, sam_width=16, sam_heads=2, sam_mlp=24, gate_heads=2, mpg_heads=2, lambda_dice=0.1,
-    background_weight=0.9, foreground_weight=1.1)
+    background_weight=0.9, foreground_weight=1.1, lambda_mpg=0.0, neck_norm=False)
 RECIPE = {**rs2sam2.RECIPE, **rs2sam2.RECIPE_TINY}
 M, L = 3, 8
 
@@ -43,6 +43,8 @@ def build(seed=0, lively=False, **changes):
     if lively:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
+            for layer in (model.sam.prompt_encoder.mask_embed.conv1, model.sam.prompt_encoder.mask_embed.conv3):
+                layer.weight /= 8                   # as they were before they were enlarged
             for parameter in model.parameters():
                 scale = 0.15 if parameter.ndim > 1 else 0.05
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
@@ -459,6 +461,45 @@ def test_eq06_terms_carry_the_papers_weights():
     assert set(build(boundary_loss=False).criterion({"logits": logits}, {"masks": masks}, 0.5)) == {"ce", "dice"}
 
 
+def test_the_pseudo_mask_may_have_a_loss_of_its_own():
+    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masks[0, :2, :3] = True                                                   # covers a cell, and half of the next
+    M_p = torch.tensor([[0.7, 0.4, 0.2, 0.1], [0.3, 0.05, 0.6, 0.5]], requires_grad=True)
+    y = torch.tensor([[1.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    expected = 0.0
+    for p, share in zip(M_p, y, strict=True):
+        ce = -sum(t * a.log() + (1 - t) * (1 - a).log() for a, t in zip(p, share, strict=True)) / 4
+        overlap, squares = sum(a * t for a, t in zip(p, share, strict=True)), (p ** 2).sum() + (share ** 2).sum()
+        expected = expected + (ce + 1 - (2 * overlap + 1e-4) / (squares + 1e-4)) / 2
+    outputs = {"logits": torch.zeros(2, 1, 4, 4), "pseudo_mask": M_p.view(2, 1, 2, 2)}
+    terms = build(boundary_loss=False, lambda_mpg=0.3).criterion(outputs, {"masks": masks}, 0.0)
+    assert set(terms) == {"ce", "dice", "mpg"}
+    torch.testing.assert_close(terms["mpg"], 0.3 * expected)
+    torch.testing.assert_close(torch.autograd.grad(terms["mpg"], M_p), torch.autograd.grad(0.3 * expected, M_p))
+    sure = {**outputs, "pseudo_mask": (M_p > 0.5).float().view(2, 1, 2, 2)}    # 0 and 1 are bounded by 1e-4
+    assert build(lambda_mpg=1.0, boundary_loss=False).criterion(sure, {"masks": masks}, 0.0)["mpg"].item() < 5
+    assert "mpg" not in build(mpg=False, boundary_loss=False, lambda_mpg=1.0).criterion(outputs, {"masks": masks}, 0.0)
+
+
+@torch.no_grad()
+def test_a_random_tower_is_held_where_the_pseudo_mask_can_be_read():
+    images, tokens, text_mask, _ = example()
+    plain, normed = (build(lively=True, neck_norm=on) for on in (False, True))
+    pixels, words = torch.randn(M, 3, 64, 64), torch.randn(M, L, 16)
+    (*fine, F_16), (*same, normed_16) = (model.encode_image(pixels, words, text_mask) for model in (plain, normed))
+    torch.testing.assert_close(fine, same, rtol=0, atol=0)
+    expected = (F_16 - F_16.mean(1, keepdim=True)) / (F_16.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(normed_16, expected, rtol=1e-4, atol=1e-4)
+
+    torch.manual_seed(0)
+    model, given = RS2SAM2(Config.tiny()), {}
+    decoder = model.sam.mask_decoder
+    decoder.register_forward_pre_hook(lambda module, args, inputs: given.update(inputs), with_kwargs=True)
+    model(torch.randint(256, (M, 3, 96, 96), dtype=torch.uint8), tokens, text_mask)
+    low, high = (model.sam.prompt_encoder.mask_embed(torch.full((1, 1, 24, 24), p)) for p in (0.2, 0.8))
+    assert (high - low).std() > given["image_embeddings"].std()
+
+
 def test_eq07_the_weight_is_a_linear_of_the_first_word_and_the_boundary_moves_the_mask():
     model = build(lively=True)
     images, tokens, text_mask, masks = example()
@@ -828,6 +869,7 @@ def test_configuration_is_the_papers():
         "sam_backbone": "facebook/sam2-hiera-large", "beit_backbone": "beit3_large_patch16_224.pth",    # 4.2
         "alpha_text": 0.2, "alpha_image": 0.5,                                # 4.2
         "lambda_ce": 1.0, "lambda_dice": 0.1, "lambda_tbl": 0.2,              # 4.2
+        "lambda_mpg": 0.0, "neck_norm": False,                                # ours: the paper has neither
         "freeze": True,                                                       # 1, 3.3: "the frozen SAM 2 image encoder"
         "fusion": "bi", "gate": True, "mpg": True, "mpg_attention": True, "boundary_loss": True,    # 3.3 to 3.6
         "background_weight": 0.9, "foreground_weight": 1.1,                   # [19], RMSIN's class weights
@@ -1508,10 +1550,11 @@ def test_starts_are_those_of_the_notes():
                          scratch.sam.mask_decoder.transformer.layers[0].mlp.proj_in):
         bound = (6 / (linear_layer.in_features + linear_layer.out_features)) ** 0.5     # Xavier's
         assert 0.95 * bound < linear_layer.weight.abs().max() <= bound and not linear_layer.bias.any()
-    for convolution in (scratch.sam.prompt_encoder.mask_embed.conv1, scratch.sam.mask_decoder.upscale_conv1,
-                        scratch.beit3.vision_embed.proj):
-        fan_in = convolution.weight[0].numel()
-        assert 0.5 * fan_in ** -0.5 < convolution.weight.abs().max() <= fan_in ** -0.5 and convolution.bias.any()
+    embed = scratch.sam.prompt_encoder.mask_embed
+    for convolution, times in ((embed.conv1, 8), (embed.conv2, 1), (embed.conv3, 8),
+                               (scratch.sam.mask_decoder.upscale_conv1, 1), (scratch.beit3.vision_embed.proj, 1)):
+        bound = times * convolution.weight[0].numel() ** -0.5
+        assert 0.5 * bound < convolution.weight.abs().max() <= bound and convolution.bias.any()
 
 
 def test_tiny_builds_small():

@@ -676,7 +676,7 @@ RECIPE = {                                          # 4.2 where not marked; RRSI
     "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,      # likewise
 }
 RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
-RECIPE_TINY = {"epochs": 40, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
+RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
                "warmup": 0.5, "clip": 1.0, "per_image": 4}
 ABLATIONS = {
     "3": {row: {"boundary_loss": tbl, "mpg": mmp, "fusion": "bi" if dhf else "none", "gate": dhf}

@@ -464,7 +464,7 @@ def test_eq06_terms_carry_the_papers_weights():
 def test_the_pseudo_mask_may_have_a_loss_of_its_own():
     masks = torch.zeros(2, 4, 4, dtype=torch.bool)
     masks[0, :2, :3] = True                                                   # covers a cell, and half of the next
-    M_p = torch.tensor([[0.7, 0.4, 0.2, 0.1], [0.3, 0.05, 0.6, 0.5]], requires_grad=True)
+    M_p = torch.tensor([[0.7, 0.4, 0.2, 0.1], [0.03, 0.005, 0.01, 0.02]], requires_grad=True)   # squares near eps
     y = torch.tensor([[1.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     expected = 0.0
     for p, share in zip(M_p, y, strict=True):
@@ -481,15 +481,15 @@ def test_the_pseudo_mask_may_have_a_loss_of_its_own():
     assert "mpg" not in build(mpg=False, boundary_loss=False, lambda_mpg=1.0).criterion(outputs, {"masks": masks}, 0.0)
 
 
-@torch.no_grad()
 def test_a_random_tower_is_held_where_the_pseudo_mask_can_be_read():
     images, tokens, text_mask, _ = example()
     plain, normed = (build(lively=True, neck_norm=on) for on in (False, True))
-    pixels, words = torch.randn(M, 3, 64, 64), torch.randn(M, L, 16)
+    pixels, words = torch.randn(M, 3, 64, 64, requires_grad=True), torch.randn(M, L, 16)
     (*fine, F_16), (*same, normed_16) = (model.encode_image(pixels, words, text_mask) for model in (plain, normed))
     torch.testing.assert_close(fine, same, rtol=0, atol=0)
     expected = (F_16 - F_16.mean(1, keepdim=True)) / (F_16.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(normed_16, expected, rtol=1e-4, atol=1e-4)
+    assert torch.autograd.grad(normed_16.square().mul(normed_16).sum(), pixels)[0].abs().max() > 1e-6
 
     torch.manual_seed(0)
     model, given = RS2SAM2(Config.tiny()), {}

@@ -896,6 +896,7 @@ def read_official(path):
 #   T_i          C wide in every stage, with projections of each layer's own; the last layer's T is read by nobody
 #   (7)          differences to the pixel above and on the left, 0 where there is none; T_s is the word <s> of `words`.
 #                Weight 0 is an optimum: `diagnose` reports |weight|; near 0 the loss does nothing
+#   neck         its map as it is (neck_norm: normalised over the channels, without weights)
 #   M_p          has no loss of its own (lambda_mpg: one); its probabilities enter where SAM 2 expects logits
 #   token MLP    Linear, ReLU, Linear on V_cls; the one sparse token: the "sparse embeddings" have no length
 #   decoder      single mask, its token 0; IoU and object scores are not read

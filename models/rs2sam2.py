@@ -139,7 +139,7 @@ class Config:
     def tiny(cls):
         return cls(image_size=96, pretrained="none", text_length=24, freeze=False, vocab_size=256,
                    beit_size=96, beit_patch=8, beit_width=64, beit_layers=3, beit_heads=4, beit_ffn=128,
-                   beit_positions=32, hiera_width=32, hiera_heads=1, hiera_blocks=(2, 2, 2, 1),
+                   beit_positions=32, hiera_width=32, hiera_heads=1, hiera_blocks=(1, 2, 3, 1),
                    hiera_windows=(8, 4, 6, 2), hiera_global=(5,), hiera_background=3, sam_width=96, sam_heads=4,
                    sam_mlp=192, fusion_reduction=2, fusion_heads=2, gate_heads=4, mpg_heads=4,
                    lambda_dice=1.0, background_weight=1.0, foreground_weight=1.0,      # Dice finds small objects sooner
@@ -676,7 +676,7 @@ RECIPE = {                                          # 4.2 where not marked; RRSI
     "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,      # likewise
 }
 RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
-RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
+RECIPE_TINY = {"epochs": 60, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
                "warmup": 0.5, "clip": 1.0, "per_image": 4}
 ABLATIONS = {
     "3": {row: {"boundary_loss": tbl, "mpg": mmp, "fusion": "bi" if dhf else "none", "gate": dhf}

@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import typing
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -115,15 +116,44 @@ def batches(dataset, plan, workers, device):
     loader = torch.utils.data.DataLoader(
         list(plan), batch_size=None, collate_fn=functools.partial(load_batch, dataset), num_workers=workers,
         worker_init_fn=outlast_signals, pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0))
-    loaded = started(loader)
+    with ctrl_c_waits():
+        loaded = started(loader)
     try:
-        for batch in loaded:
+        while True:
+            with ctrl_c_waits():
+                batch = next(loaded, None)
+            if batch is None:
+                break
             if isinstance(batch, Exception):
                 raise batch
             yield batch
     finally:
         if workers:         # the traceback of a fault would keep them alive, and they outlast the end of the program
-            loaded._shutdown_workers()
+            with ctrl_c_waits():
+                loaded._shutdown_workers()
+
+
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Within it the first Ctrl-C waits: amid the loader's lines it can leave a queue locked, on which its end waits."""
+    ours = threading.current_thread() is threading.main_thread()        # no other thread is interrupted
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked = []
+
+    def wait(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if asked:
+            raise KeyboardInterrupt
 
 
 def started(loader):

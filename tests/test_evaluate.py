@@ -904,6 +904,45 @@ def test_ctrl_c_ends_with_a_word(run, tmp_path):
     assert started.wait() == 130 and seen.rstrip().endswith("stopped") and "Traceback" not in seen
 
 
+def test_ctrl_c_amid_the_loaders_lines_leaves_no_queue_locked():
+    """A queue that it leaves locked would hold up the end of the loader, and so of the program, for ever."""
+    done = subprocess.run([sys.executable, "-c", f"""
+import signal, sys; sys.path.insert(0, {str(ROOT)!r})
+from multiprocessing.queues import Queue
+import torch, data, evaluate
+signal.signal(signal.SIGINT, signal.default_int_handler)
+data.collate, put = list, Queue.put
+def interrupted(self, *words):
+    self._notempty.acquire(); signal.raise_signal(signal.SIGINT); self._notempty.release()
+    put(self, *words)
+with evaluate.one_line_errors():
+    found = evaluate.batches([0] * 9, [[k] for k in range(9)], 1, torch.device("cpu"))
+    print(next(found))
+    Queue.put = interrupted
+    print(list(found))
+"""], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "[0]\n", "stopped\n")
+
+
+def test_a_second_ctrl_c_does_not_wait_and_another_handler_keeps_its_say():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        reached = 0
+        with pytest.raises(KeyboardInterrupt), evaluate.ctrl_c_waits():
+            signal.raise_signal(signal.SIGINT)
+            reached += 1
+            signal.raise_signal(signal.SIGINT)
+            reached += 1
+        assert reached == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        heard = []
+        signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+        with evaluate.ctrl_c_waits():
+            signal.raise_signal(signal.SIGINT)
+            assert heard == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_workers_outlast_a_stop_of_the_whole_group():
     class Stopped:
         def __getitem__(self, numbers):

@@ -498,7 +498,7 @@ def test_a_random_tower_is_held_where_the_pseudo_mask_can_be_read():
         torch.manual_seed(seed)
         model, given = RS2SAM2(Config.tiny()), {}
         decoder, embed = model.sam.mask_decoder, model.sam.prompt_encoder.mask_embed
-        decoder.register_forward_pre_hook(lambda module, args, inputs: given.update(inputs), with_kwargs=True)
+        decoder.register_forward_pre_hook(lambda module, args, inputs, to=given: to.update(inputs), with_kwargs=True)
         with torch.no_grad():
             model(torch.randint(256, (M, 3, 96, 96), dtype=torch.uint8), tokens, text_mask)
             told.append((embed(here) - embed(there)).std() / given["image_embeddings"].std())

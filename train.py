@@ -244,7 +244,9 @@ def print_settings(job, model):
     if sampler.groups:
         print(f"groups   {recipe['per_image']} expressions of each image, masked repeats where it has fewer")
     elif recipe.get("repeat_mask"):
-        print("groups   none, one expression per image: no repeats, instance contrastive learning (ICL) is off")
+        single = len({sample.picture for sample in job.samples}) == len(job.samples)
+        why = ", one expression per image: instance contrastive learning (ICL) is off" if single else ""
+        print(f"groups   none{why}")
     kept = "the last epoch" if job.select == "last" else f"validation {job.select}"
     print(f"run      {job.processes.device.type}, {job.args.precision}, seed {args.seed}, kept by {kept}, "
           f"folder {args.output}", flush=True)

@@ -47,7 +47,7 @@ from losses import binary_cross_entropy, dice_loss, uncertainty_loss
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's: our choice, ConvNeXt's usual ones
 MAPS = ("uncertainty", "refine_mask", "coarse")
-AT_ONCE = 2 ** 26                                   # C x S x S numbers that a CPU decodes together; more leave caches
+AT_ONCE = 2 ** 26                                   # width * S * S of what a CPU decodes together: the caches' limit
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Config:
     pretrained: str = "hub"                         # "hub", "none", or a folder with one entry per backbone
     weights_dir: str = "weights"                    # where files lie that are on no hub
     image_backbone: str = "pretrained_convnext_base.pth"        # IV-B1: SMLFR; or Meta's .pth, or a hub name
-    text_backbone: str = "google-bert/bert-base-uncased"        # IV-B1
+    text_backbone: str = "google-bert/bert-base-uncased"        # IV-B1; uncased: our choice
     freeze: bool = False                            # our choice: both towers learn
 
     convnext_depths: tuple[int, ...] = (3, 3, 27, 3)            # IV-B1: ConvNeXt-Base
@@ -252,8 +252,9 @@ class MultiScaleEncoder(nn.Module):
         positions = [(sine_positions(centre, T.shape[-1]) + embedding).to(embedding.dtype)          # Silent: positions
                      for centre, embedding in zip(centres, self.level_embedding, strict=True)]
         V = torch.cat([rearrange(feature, "b c h w -> b (h w) c") for feature in features], 1)      # Departs: (1)
+        where = torch.cat(positions), torch.cat(centres)                                            # (n,C), (n,2)
         for Phi in self.layers:
-            V = Phi(V, T, text_mask, torch.cat(positions), torch.cat(centres), sizes)               # (B,n,C)
+            V = Phi(V, T, text_mask, *where, sizes)                                                 # (B,n,C)
         tokens = zip(V.split([h * w for h, w in sizes], 1), sizes, strict=True)
         features = [rearrange(V_plus, "b (h w) c -> b c h w", h=h) for V_plus, (h, w) in tokens]  # Eq. (1)
         return features, positions
@@ -521,9 +522,10 @@ class CroBIMU(nn.Module):
         """L_seg of logits and masks (B,1,S,S)."""
         c = self.config
         ce = binary_cross_entropy(logits, masks, *c.class_weights).mean()     # Silent: L_seg
-        dice = dice_loss(logits, masks).mean()
         if c.dice_sum:
             dice = c.dice_sum * (dice_loss(logits, masks, eps=1e-6) + dice_loss(-logits, ~masks, eps=1e-6)).mean()
+        else:
+            dice = dice_loss(logits, masks).mean()
         return c.seg_weights[0] * ce + c.seg_weights[1] * dice
 
     def criterion(self, outputs, batch, progress):
@@ -715,7 +717,8 @@ def read_meta_convnext(path):
 #     (3)          Fig. 2's "raw broadcasting" of the words, which neither III-C nor (3) has, is left out
 #     Base         is CroBIM in the paper, of which no more is used than III-B describes: two towers, a projection per
 #                  level, a multi-scale encoder, mask logits. FIGURES are of the paper's own
-#     L_ref        is needed, since L_seg sees P_fg; in III-E it is optional. seg_on_refined=True is that reading
+#     L_ref        is needed, since L_seg sees P_fg; in III-E it is optional. seg_on_refined=True with lambda_ref=0 is
+#                  that reading: L_seg sees P_ref
 #     Pr@X         counts IoU >= X, as the field does; IV-A2 says "exceeds"
 # Silent
 #     projections  1x1 convolution and group norm per level, linear and layer norm for the words
@@ -727,33 +730,35 @@ def read_meta_convnext(path):
 #                  decoder, with one query
 #     positions    sines and a level embedding join Phi's queries and the decoder's keys
 #     start        Xavier and zero biases for attention and feed-forward layers: PyTorch's own start lets the words in
-#                  weakly. Proj of (9) and the MLP of (3) keep PyTorch's. No key biases in any attention: they cancel.
-#                  b at logit(0.05): the first predictions are mostly background
+#                  weakly. Projections, convolutions, Proj of (9), the first layer of (3)'s MLP keep PyTorch's. No key
+#                  biases in any attention: they cancel. b at logit(0.05): the first predictions are mostly background
 #     (3)          MLP 2C-C-1 with GELU, its last layer near zero: U starts near 0; W_v, W_t have no bias
 #     (6)          V and T enter RUS undetached, so L_unc also trains projections and towers
 #     (5) (7) (8)  z = e, with error_blur its 3x3 mean, (8) counting e; an empty union is not hard; epsilon 1, of pixels
-#     clamp        ours, off: as printed, (8) makes a lone wrong pixel weigh half the image, and holds U_p of a place
-#                  that errs as often as its image at 0.5 however rare errors are, which tau = 0.5 needs. clamp=100 ends
-#                  both: where 1 %, 0.5 %, 0.2 %, 0.1 % are wrong, that U_p is 0.50, 0.33, 0.17, 0.09 and M 0.50, 0.16,
-#                  0.03, 0.02: the better the model, the less is refined
+#     clamp        ours, off: as printed (epsilon 1), (8) makes a lone wrong pixel weigh half the image, and holds the
+#                  U_p of a place that errs as often as its image at 0.5 however rare errors are, which tau = 0.5
+#                  needs. clamp=100 ends both: where 1 %, 0.5 %, 0.2 %, 0.1 % are wrong, that U_p is 0.50, 0.33, 0.17,
+#                  0.09 and M 0.50, 0.16, 0.03, 0.02: the better the model, the less is refined
 #     warm-up      L_unc is multiplied by zero for the first 5 % of the run: an empty prediction's errors are the mask
-#     (9)          8 heads with their own output layer before Proj, dropout 0.1
+#     (9)          8 heads with their own output layer before Proj, dropout 0.1; no positions
 #     (11)         alpha 1, beta 0: g = U_p; the gradient of L_seg reaches RUS through g
 #     (13)         tau 0.5: (8) puts U_p above 0.5 where errors are more frequent than on average in their image; t 0.1;
 #                  no blur
-#     (15)         64 channels, F counted at S x S, the last layer zero; P_fg and U_p enter undetached
+#     (15)         64 channels, F enlarged to S x S (in effect, not in memory), the last layer zero; P_fg and U_p enter
+#                  undetached
 #     L_seg        0.9 x cross-entropy weighted 0.9/1.1 + 0.1 x Dice: RMSIN's terms and weights, whose code CroBIM's
 #                  README thanks. Ours is a mean over expressions, its Dice the foreground's with epsilon 1; RMSIN's
 #                  Dice sums both classes and a card's expressions (dice_sum=4: the paper's 32 are on 8 cards)
-#     (17) (18)    (17) writes a sigmoid, the loss takes logits. With lambda_ref=0 the refinement stays zero, but with
-#                  seg_on_refined=True. lambda_unc 0.1, lambda_ref 1
+#     (17) (18)    (17) writes a sigmoid, the loss takes logits. With lambda_ref=0 the refinement stays zero, except
+#                  with seg_on_refined=True. lambda_unc 0.1, lambda_ref 1
 #     text         20 tokens, [CLS] and [SEP] among them and kept where a sentence is cut (LAVT's code cuts [SEP] away),
 #                  lower case, padded to 20
 #     training     polynomial power 0.9, drop-path 0.3, no decay on vectors and scalars. The paper names no frozen part:
-#                  both towers learn, all of BERT; freeze=True keeps them as they were loaded
+#                  both towers learn, all of BERT; freeze=True keeps them as they were loaded. bf16, micro-batches of 4
 #     resizing     bilinear, align_corners=False; scoring at S x S, an empty union 0, best epoch by validation mIoU
 #     Table V      the rows are independent switches (V-B, V-C; "progressively" in V). Ours: "RUS only", L_unc as a mere
-#                  second task; "... L_seg twice" beside +UDLR and Full, where L_ref trains P_fg a second time
+#                  second task; "... L_seg twice" beside +UDLR and Full, where L_ref trains P_fg a second time. V-B says
+#                  that UGF gains most in Pr@0.5; in the table it gains 0.13 there, 0.38 in Pr@0.9
 # Omits
 #     CroBIM's own modules (context-aware prompts, language-guided aggregation, mutual interaction): unpublished code
 #     Mask2Former's masked attention, self-attention and feed-forward nets of the query, its second and third round,

@@ -51,8 +51,8 @@ class Config:
     text_length: int = 20                           # official code
     pretrained: str = "hub"                         # "hub", "none", or a folder with one entry per backbone
     weights_dir: str = "weights"                    # where files lie that are on no hub
-    image_backbone: str = "microsoft/swin-base-patch4-window12-384-in22k"   # III-A: Swin, 22K; or Microsoft's .pth
-    text_backbone: str = "google-bert/bert-base-uncased"                    # III-A: BERT
+    image_backbone: str = "microsoft/swin-base-patch4-window12-384-in22k"   # III, IV-A1: 22K; or Microsoft's .pth
+    text_backbone: str = "google-bert/bert-base-uncased"                    # III: BERT
     freeze: bool = False                            # True: BERT is frozen, Fig. 2; False: as the next two say
     bert_trained_layers: int = 10                   # official code: the first 10 of 12 layers learn,
     bert_embeddings: bool = False                   # the embeddings do not
@@ -120,7 +120,7 @@ class Config:
 
     @classmethod
     def tiny(cls):
-        # Windows that do not fit the maps, as in the paper's last two stages, tell the tokens where they are.
+        # Windows that do not fit the maps, as in the paper preset's last two stages, tell the tokens where they are.
         return cls(image_size=96, pretrained="none", vocab_size=256, embed=24, depths=(2, 1, 2, 1),
                    swin_heads=(1, 2, 4, 8), window=7, drop_path=0.0, init_std=0.1, bert_layers=2, bert_heads=4,
                    bert_ffn=96, bert_trained_layers=2, bert_embeddings=True, dropout=0.0, width=48, prompts=4,
@@ -224,7 +224,7 @@ class BilateralInformationFusion(nn.Module):
         return first.exp() - second.exp() + self.lambda_bias  # Eq. (7)
 
     def scores(self, Q, K, text_mask):
-        """One of the two maps of Eq. (8), (B,P,n), in float32, for the sake of exp(); G is the width of Q."""
+        """One of the two maps of Eq. (8) of halves (B,P,G), (B,n,G) -> (B,P,n), its softmax in float32."""
         products = ((Q / math.sqrt(Q.shape[-1])) @ K.mT).float()
         if not self.softmax:
             return products.masked_fill(~text_mask[:, None], 0)
@@ -271,7 +271,7 @@ class MultiModalFeatureReconstruction(nn.Module):
 
 
 class PixelWordAttention(nn.Module):
-    """LAVT's fusion, for Table III's rows without BIF: V (B,P,C), L_o (B,n,D), text_mask (B,n) bool -> (B,P,C)."""
+    """LAVT's fusion, for rows of the Tables without BIF: V (B,P,C), L_o (B,n,D), text_mask (B,n) bool -> (B,P,C)."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -556,7 +556,7 @@ class ICIPNet(nn.Module):
         self.decoder = Decoder(c.channels, c.decoder_width, c.rotated, NORMS[c.decoder_norm], c.router_dropout)
 
     def fusion(self, i):
-        """What follows stage i of Swin; Table III's rows differ in it."""
+        """What follows stage i of Swin; the rows of Tables III and IV differ in it."""
         c, channels = self.config, self.config.channels[i]
         icip = ImageConditionedInstancePrompt(channels, c.width, c.prompts, c.raw_prompts) if c.icip else None
         if c.bif:
@@ -565,7 +565,7 @@ class ICIPNet(nn.Module):
                 channels, c.width, c.sides[i] ** 2, half, value_mult=c.value_mult, lambda_bias=c.lambda_bias[i],
                 query_norm=c.query_norm, softmax=c.softmax, sublayer_norm=c.sublayer_norm, token_hidden=c.token_hidden)
         else:
-            attention = PixelWordAttention(channels, c.width)                   # Silent: Table III
+            attention = PixelWordAttention(channels, c.width)                   # Silent: tables
         return StageFusion(channels, icip, attention, last=i == 3, intra_scale=c.intra_scale, init_std=c.init_std)
 
     def load_pretrained(self):
@@ -592,7 +592,10 @@ class ICIPNet(nn.Module):
         return self
 
     def forward(self, images, tokens, text_mask, image_index=None):
-        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": float32, (M,1,S/4,S/4)}."""
+        """images (N,3,S,S) uint8, tokens, text_mask (M,L), image_index (M,) -> {"logits": float32, (M,1,S/4,S/4)}.
+
+        With align_corners they are (M,1,S,S).
+        """
         c, size = self.config, tuple(images.shape[-2:])
         if (c.bif or c.cross_scale) and size != (c.image_size, c.image_size):
             tied = "the token mixture of Eq. (10)" if c.bif else "the cross-scale interaction"
@@ -649,7 +652,7 @@ class ICIPNet(nn.Module):
 RECIPE = {
     "epochs": 40, "batch_size": 4, "lr": 3e-5, "weight_decay": 0.01,            # IV-A1, for AdamW
     "schedule": "poly", "power": 0.9, "warmup": 0.0, "clip": 0.0,               # IV-A1: poly; the rest official code
-    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "oIoU",   # official code; III-B4: resized
+    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "oIoU",   # official code
     "micro_batch": 4, "precision": "bf16", "phases": None, "black_boxes": 0.0,  # ours; boxes: 0.2 in the official code
 }
 RECIPE_FOR = {}                                     # IV-A1: one recipe for both data sets
@@ -674,7 +677,7 @@ RETIRED = {"channel_mult": 2}                       # fields of older runs, at t
 
 # --------------------------------------------------------------------------------------- tokenizer, published weights
 
-SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # BERT's [PAD] [UNK] [CLS] [SEP]
+SPECIAL_TOKENS = {"pad": 0, "unknown": 1, "begin": 2, "end": 3}      # for words of one's own; BERT has its own numbers
 MICROSOFT = {r"^patch_embed\.proj": "embeddings.patch_embeddings.projection", r"^patch_embed\.norm": "embeddings.norm",
              r"^layers": "encoder.layers", r"\.norm1": ".layernorm_before", r"\.norm2": ".layernorm_after",
              r"\.attn\.(relative_position_bias_table)": r".attention.relative_position_bias.\1",
@@ -778,10 +781,10 @@ def read_pth(path):
 #   network      the text names ICIP, BIF and a "lightweight", a "standard" decoder; the base of Tables III and IV is
 #                RMSIN, so its parts are on: intra_scale, cross_scale, rotated; all False: the text's, LAVT's decoder
 #   (1)          a vector t is D wide, as (2) and the concatenation need, and so is L; the text says C_i and C
-#   (5)          Q has P rows, K and H have n, not M_i; O has P rows, not M_i+N
+#   (5) (13)     Q has P rows, K and H have n, not M_i; O has P rows, not M_i+N
 #   (5)          width of H: D, as (12) and (13) need; value_mult=2: 2D, as (5) prints it, and O likewise
 #   (5)          norm of Q: an instance norm over positions (code); query_norm=False: none, as printed
-#   (7)          lambda^i, "layer-wise dynamic": 0.8 at each stage (code); [16]: lambda_bias=(0.2, 0.356, 0.471, 0.556)
+#   (7)          lambda^i, "layer-wise dynamic": fixed, 0.8 at each stage (code); [16]: 0.2, 0.356, 0.471, 0.556
 #   (8)          each map a softmax over prompts and real words (code, [16]); softmax=False: as printed, padded words 0
 #   (9)          V_o passes an RMS norm and the factor 1 - lambda^i (code, [16]); sublayer_norm=False: as printed
 # Departs from the official code (where a switch is named, --ablation official/all turns it)
@@ -804,7 +807,7 @@ def read_pth(path):
 # Departs from RMSIN's code
 #   cross-scale  heads and tokens keep their axes, so that `to_map` mixes tokens, which two reshapes there scramble; one
 #                residual round the feed-forward of each scale, there two; PyTorch's starts, there std 0.02.
-#                rmsin=True: all as there; so have it the rows of Tables III and IV
+#                rmsin=True: all as there, which the rows of Tables III and IV set
 #   sizes        the coarsest map's, there 15 x 15; a coarser copy of one place only is left out
 # Silent (code: as the official code has it; LAVT, RMSIN: as theirs; unmarked: our choice)
 #   tables       ICIP alone (III, IV): the base's pixel-word attention reads [T_o; L]; BIF alone: BIF reads L. IV-B sets
@@ -821,6 +824,7 @@ def read_pth(path):
 #                cross-scale interaction to the decoder (LAVT, RMSIN, code)
 #   drop-path    0.3, rising from 0 over Swin's blocks, on attention and MLP (code)
 #   BERT         frozen in Fig. 2: freeze=True; by default layers 0-9 learn, 10, 11 and the embeddings do not (code)
-#   training     at 480, 20 tokens, power 0.9, class weights 0.9/1.1, Dice's eps 1e-6, decay by group, best oIoU (code)
+#   training     20 tokens, power 0.9, class weights 0.9/1.1, Dice's eps 1e-6, decay by group, best oIoU, each object
+#                once an epoch, scored at 480, an empty union 0, ImageNet's mean and std (code)
 # Omits
 #   none

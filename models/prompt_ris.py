@@ -216,7 +216,7 @@ def point_map(S_C, tau, sample):
     """
     if sample:
         return functional.gumbel_softmax(S_C.float(), tau=tau, hard=True)
-    highest = S_C.amax(1, keepdim=True) - S_C <= 1e-4  # Silent: (3)
+    highest = S_C.amax(1, keepdim=True) - S_C <= 1e-4  # Departs: (3)
     return functional.one_hot(highest.int().argmax(1), S_C.shape[1]).float()
 
 
@@ -359,7 +359,7 @@ class PromptRIS(nn.Module):
         self.phase = name
 
     def get_extra_state(self):
-        """The phase travels with the weights: in those of the first one nothing that feeds SAM has been trained."""
+        """The phase travels with the weights: in those of the first one the text prompts are untrained."""
         return torch.tensor(self.phase == "joint")
 
     def set_extra_state(self, state):
@@ -398,10 +398,10 @@ class PromptRIS(nn.Module):
         for module in learning:
             module.requires_grad_(all(module is not tower for tower in self.frozen_towers()))
         if self.config.sam:
-            for unread in (self.sam.shared_image_embedding, self.sam.mask_decoder.iou_prediction_head,
-                           self.sam.mask_decoder.output_hypernetworks_mlps[1:],
-                           self.sam.prompt_encoder.point_embed[:1], self.sam.prompt_encoder.point_embed[2:]):
-                unread.requires_grad_(False)
+            for fixed in (self.sam.shared_image_embedding, self.sam.mask_decoder.iou_prediction_head,
+                          self.sam.mask_decoder.output_hypernetworks_mlps[1:],
+                          self.sam.prompt_encoder.point_embed[:1], self.sam.prompt_encoder.point_embed[2:]):
+                fixed.requires_grad_(False)
 
     def param_groups(self, recipe):
         """What learns in this phase, and nothing else does from now on. Vectors do not decay."""
@@ -412,7 +412,7 @@ class PromptRIS(nn.Module):
                 {"params": vectors, "lr": recipe["lr"], "weight_decay": 0.0}]
 
     def forward(self, images, tokens, text_mask, image_index=None):
-        """images uint8 (N,3,H,W), tokens and text_mask (M,L), image_index (M,) -> dict.
+        """images uint8 (N,3,H,W), tokens and text_mask (M,L), image_index (M,), None: one each, M = N -> dict.
 
         logits (M,1,H,W) final mask; coarse (M,1,H_C,W_C) in [0,1] and coarse_logits; point (M,1,4H_S,4W_S) one-hot;
         image_index (M,). In the first phase and without SAM, logits are coarse_logits and there is no point.
@@ -426,7 +426,7 @@ class PromptRIS(nn.Module):
         pixels = normalised(images, self.config.image_size, SAM_MEAN, SAM_STD)              # (N,3,H,W)
         F_S = self.sam.vision_encoder(pixels).last_hidden_state                             # (N,D_S,H_S,W_S)
         F_S = F_S[index]                                                                    # (M,D_S,H_S,W_S)
-        S_C = resize(S_coarse, 4 * self.sam_grid)  # Silent: S_C                            # (M,1,4H_S,4W_S)
+        S_C = resize(S_coarse, 4 * self.sam_grid)  # Silent: S_C, S                         # (M,1,4H_S,4W_S)
         positions = self.sam.get_image_wide_positional_embeddings()                         # (1,D_S,H_S,W_S)
 
         P_point, point = self.point_prompt(S_C)                                             # (M,1,D_S)
@@ -439,7 +439,7 @@ class PromptRIS(nn.Module):
 
     def encode(self, images, tokens, text_mask, index):
         """CLIP's towers in lock-step -> F_T (M,L,D_T), F_I (M,N_C,D_I) without [CLS], after CLIP's last norms."""
-        pixels = normalised(images, self.config.clip_size, CLIP_MEAN, CLIP_STD)             # (N,3,s,s), s = 480
+        pixels = normalised(images, self.config.clip_size, CLIP_MEAN, CLIP_STD)             # (N,3,s,s), s clip_size
         F_I = self.clip_image.embeddings(pixels, interpolate_pos_encoding=True)             # (N,1+N_C,D_I)
         F_I = self.clip_image.pre_layrnorm(F_I)[index]  # Silent: CMP                       # (M,1+N_C,D_I)
         F_T = self.clip_text.embeddings(tokens)                                             # (M,L,D_T)
@@ -529,13 +529,12 @@ RECIPE = {                                          # 4.2 where not marked
     "epochs": 50, "batch_size": 64, "lr": 1e-4, "schedule": "poly", "power": 0.9,
     "phases": {"clip": 0.4, "joint": 0.6},          # 20 and 30 epochs
     "per_image": 4,                                 # b: 16 images x 4 expressions, masked repeats where there are fewer
-    "repeat_mask": 0.25,                            # our choice: share of a repeat's words that it loses
+    "repeat_mask": 0.25,                            # our choice: with what chance a repeat loses each of its words
     "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0,           # our choice: no warm-up, no gradient clipping
     "micro_batch": 16, "precision": "bf16", "protocol": "original", "empty": "zero", "select": "mIoU",    # our choice
 }
-RECIPE_FOR = {name: {"per_image": 0, "icl": False}               # our choice: no groups, one expression per image
-              for name in ("refsegrs", "rrsisd", "risbench")}
-RECIPE_TINY = {"epochs": 80, "batch_size": 32, "micro_batch": 32, "lr": 1.2e-3, "schedule": "cosine", "warmup": 1.0,
+RECIPE_FOR = {"rrsisd": {"per_image": 0, "icl": False}}          # one expression per image: nothing to contrast
+RECIPE_TINY = {"epochs": 60, "batch_size": 32, "micro_batch": 32, "lr": 1.2e-3, "schedule": "cosine", "warmup": 1.0,
                "clip": 1.0, "phases": {"clip": 0.15, "joint": 0.85}}
 RETIRED = {"cmp_width": 0, "icl_size": 0}           # fields of before, at the value that means what is done today
 ABLATIONS = {
@@ -570,7 +569,10 @@ def build_clip(c):
         vocab_size=c.vocab_size, hidden_size=c.clip_text_width, intermediate_size=c.clip_text_ffn,
         num_hidden_layers=c.clip_layers, num_attention_heads=c.clip_text_heads,
         max_position_embeddings=c.clip_text_positions, bos_token_id=None, eos_token_id=None)
-    return xavier(CLIPVisionModel(image)), xavier(CLIPTextModel(text))
+    image, text = xavier(CLIPVisionModel(image)), xavier(CLIPTextModel(text))
+    with torch.no_grad():
+        image.embeddings.position_embedding.weight[1:] = sine_table(c.clip_native // c.clip_patch, c.clip_width)
+    return image, text
 
 
 def build_sam(c):
@@ -589,7 +591,20 @@ def build_sam(c):
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
             module.reset_parameters()
     nn.init.normal_(sam.shared_image_embedding.positional_embedding)          # one tensor with the prompt encoder's
+    with torch.no_grad():
+        positions = sam.vision_encoder.pos_embed                                                    # (1,H_S,W_S,width)
+        positions[:] = sine_table(c.image_size // c.sam_patch, c.sam_width).view_as(positions)
     return xavier(sam)
+
+
+def sine_table(side, width):
+    """Where side x side cells lie, row by row -> (side*side,width), y in the first half: a table that is smooth."""
+    centres = (torch.arange(side) + 0.5) / side
+    angles = centres[:, None] * 2 * math.pi * 10000 ** -(torch.arange(width // 4) / (width // 4))
+    waves = torch.cat((angles.sin(), angles.cos()), 1)                                              # (side,width/2)
+    table = torch.cat((waves.repeat_interleave(side, 0), waves.repeat(side, 1)), 1)
+    table = table - table.mean(0)
+    return 0.5 * table / table.std()
 
 
 def xavier(module):
@@ -682,7 +697,8 @@ def load_tower(tower, tensors, source, extra, fields):
 # Notes
 # Departs
 #   (2)         divided by sqrt(D_C): a plain sum of 512 products starts saturated; the net can grow it
-#   (3)         E is computed anew in each call, not stored: so it is always that of the weights in use
+#   (3)         E is computed anew in each call, not stored: so it is always that of the weights in use. At inference
+#               the first of the cells within 1e-4 of the highest: those at the border are equal but for rounding
 #   (4)         always L text prompts: where a sentence is shorter, the padding is SAM's "not a point"
 #   (6)         its layer is the image tower's; the printed E_L2V is a slip
 #   (8)         log(eps + (1-eps) O), and so for 1-O, eps 1e-4: finite, and flat only where two masks are equal
@@ -701,9 +717,8 @@ def load_tower(tower, tensors, source, extra, fields):
 #               all. The prompts' own rows, which (5) and (6) drop, are not computed: nothing else reads them
 #   F_T, F_I    after CLIP's last norms; the decoder starts from copies of CLIP's projections, D_C = 512, and has one
 #               block each way: 8 heads, a feed-forward net 2048, residuals, norm after; (2) has no bias, is no cosine
-#   S_C         bilinear, stays logits, as SAM's own mask prompts are
-#   (3)         temperature 1, float32; e_p gets SAM's embedding of a foreground point; no second, padding point; of
-#               equally high cells (within 1e-4) the first
+#   S_C, S      bilinear, as S from S'; S_C stays logits, as SAM's own mask prompts are
+#   (3)         temperature 1, float32; e_p gets SAM's embedding of a foreground point; no second, padding point
 #   P_text      linear to 256, then twice: words, SAM's features (positions on keys), a net of 1024; 8 heads, norm after
 #   dropout     each kind of prompt of each expression with 0.2, independently (0.8 % lose all three): a point or word
 #               becomes "not a point", a mask "no mask"; so too in Table 5, which drops them at inference
@@ -712,11 +727,12 @@ def load_tower(tower, tensors, source, extra, fields):
 #               1e-4; w is hard, of each map its own, without gradient: else a lower IoU would lower the loss; L_icl is
 #               the sum over both maps; each expression counts 1/M: micro-batches that keep an
 #               image's expressions together give one objective; cross-entropy and Dice count alike
-#   training    weight decay 0.01, not on vectors; one polynomial over both phases; an epoch is every image once; of a
-#               repeated sentence each word is deleted with probability 0.25, one stays; AdamW, as 4.2; Xavier where
-#               nothing is loaded
-#   data        refcoco-union of data.py: the three sets without images of any validation or test split. Table 2: of
-#               its seen expressions, scored on seen and unseen; "test" is testA and testB as one (--split testA+testB)
+#   training    weight decay 0.01, not on vectors; one polynomial over both phases; an epoch is every image once, by
+#               its group; of a repeated sentence each word is deleted with probability 0.25, one stays; AdamW, as 4.2;
+#               Xavier and sines for positions where nothing is loaded: from random tables places are hardly read
+#   data        RRSIS-D, with one expression per image, has neither groups nor L_icl. Table 2: refcoco-union of data.py,
+#               the three sets without images of any validation or test split; of its seen expressions, scored on seen
+#               and unseen; "test" is testA and testB as one (--split testA+testB)
 #   Tables 3, 4 rows without SAM train S_coarse for all 50 epochs and score it; Table 4 has no ICL, as in Table 3's CMP
 # Omits
 #   none; 4.4's ImgAcc and InstAcc are in metrics.py, its figures: 77.61 / 76.02 without ICL, 79.34 / 77.74 with

@@ -238,7 +238,7 @@ class BEiT3(nn.Module):
             {"A": nn.Embedding((size // patch) ** 2 + 3, width), "B": nn.Embedding(positions, width)})
         self.encoder.layers = nn.ModuleList(BEiT3Layer(width, heads, ffn) for _ in range(layers))
         self.encoder.layer_norm = multiway(nn.LayerNorm, width)
-        for table in self.encoder.embed_positions.values():                           # words start at unit size
+        for table in self.encoder.embed_positions.values():                           # the tokens' own: 1
             nn.init.normal_(table.weight, std=0.02)
 
     def embed(self, pixels=None, tokens=None, text_mask=None):
@@ -611,10 +611,11 @@ class RS2SAM2(nn.Module):
         """outputs, batch["masks"] (M,S,S) bool, progress in [0,1] -> weighted scalars; their sum is the objective."""
         c, masks = self.config, batch["masks"][:, None]                       # (M,1,S,S)
         logits = resize(outputs["logits"], masks.shape[-2:])
-        losses = {"ce": binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight),
-                  "dice": dice_loss(logits, masks, squared=True)}
+        losses = {"ce": binary_cross_entropy(logits, masks, c.background_weight, c.foreground_weight)}
         if c.official_dice:                                                   # Departs: (6)
             losses["dice"] = dice_loss(logits, masks, eps=1e-6) + dice_loss(-logits, ~masks, eps=1e-6)
+        else:
+            losses["dice"] = dice_loss(logits, masks, squared=True)
         if c.boundary_loss:
             cut = -1.0 if c.official_logits else 0.0                          # m > 0; Departs: (7)
             losses["tbl"] = boundary_loss(logits, masks, outputs["text_weight"], hard=c.hard_boundary, cut=cut)
@@ -655,8 +656,8 @@ class RS2SAM2(nn.Module):
 
     @torch.no_grad()
     def diagnose(self, outputs, masks):
-        """masks (M,S,S) -> figures (M,). text_weight: |Linear(T_s)|, 0 is (7)'s trivial optimum; boundary: (7) at
-        weight 1; pseudo_mask_iou: of M_p, cut at 0.5, with the mask."""
+        """masks (M,S,S) -> figures (M,). text_weight: |Linear(T_s)|, 0 is (7)'s trivial optimum; boundary: (7), soft,
+        at weight 1; pseudo_mask_iou: of M_p, cut at 0.5, with the mask."""
         masks, figures = masks[:, None], {}                                   # (M,1,S,S)
         if "text_weight" in outputs:
             figures["text_weight"] = outputs["text_weight"].abs()
@@ -672,8 +673,8 @@ class RS2SAM2(nn.Module):
 RECIPE = {                                          # 4.2 where not marked; RRSIS-D's. Departs: batch, rates
     "epochs": 40, "batch_size": 8, "micro_batch": 1, "lr": 1e-5, "lr_modules": 5e-5,
     "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,
-    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "precision": "bf16", "black_boxes": 0.0,  # official code
-    "per_image": 0, "protocol": "resized", "empty": "zero", "select": "mIoU+oIoU", "phases": None,      # likewise
+    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "per_image": 0, "protocol": "resized", "empty": "zero",    # code
+    "select": "mIoU+oIoU", "precision": "bf16", "black_boxes": 0.0, "phases": None,     # the first of the code, too
 }
 RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
 RECIPE_TINY = {"epochs": 60, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",
@@ -762,15 +763,15 @@ def from_hub(load, source, **options):
             f"or put its files in DIR/{source.split('/')[-1]} and say --set pretrained=DIR") from error
 
 
-def load_tower(tower, source, fields, extra=()):
-    """A published tower into `tower`, float32: all but names that begin with `extra`; `fields` decide on the shapes."""
+def load_tower(tower, source, fields):
+    """A published tower into `tower`, float32, exactly its own tensors; `fields` decide on the shapes."""
     if source.endswith(".pth"):
         tensors = read_pth(source)
     else:
         model, info = from_hub(type(tower).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
         tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
-        extra = (*extra, *info["missing_keys"])     # what is not in the file was drawn at random
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(extra)}
+        for name in info["missing_keys"]:           # not in the file: drawn at random
+            del tensors[name]
     own = tower.state_dict()
     wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
@@ -868,7 +869,7 @@ def read_official(path):
 
 # Notes
 #
-# Departs (from the paper: padding, (4), (5), (6)'s weight, M_p, BEiT-3, batch; else from the code, whose form the field
+# Departs (from the paper: padding, (4), (5), M_p, BEiT-3, batch; else from the code, whose form the field
 #         in brackets gives; the row official/all sets all of these fields)
 #   padding      is masked wherever words are read: a batch changes nothing (the code: batch 1, no padding)
 #   <unk>        is read; the code takes it for padding in the union encoder, not in (2) and (4) (official_unknown)
@@ -881,22 +882,26 @@ def read_official(path):
 #                both classes, without squares, eps 1e-6 (official_dice)
 #   (7)          M_pre is the soft probability; the code cuts m at 0, though its mask is m > 0.5: no gradient reaches
 #                the logits, only the text weight learns (hard_boundary; without official_logits both cut m at 0)
-#   M_p          is resized at once to 4 * S/16, the prompt encoder's input; by way of S x S it differs by <= 0.02
+#   M_p          is resized at once to 4 * S/16, the prompt encoder's input; by way of H_s x W_s, read as S x S, it
+#                differs by <= 0.02
 #   BEiT-3       is shown the S x S image, shrunk without aliasing, not the original: the loader hands over one size
 #   pixels       BEiT-3 gets its own statistics, 0.5/0.5, bicubic; in the code ImageNet's, bilinear (official_pixels)
 #   logits       one logit m, cut at 0; in the code the pair (1-m, m), which is the logit 2m-1 (official_logits)
-#   precision    bf16, scoring too; the code scores, and has SAM 2, fusion and gate, in float32 (official_precision)
+#   precision    bf16, scoring too; the code has SAM 2, fusion and gate in float32 (official_precision), and scores
+#                wholly in it (--precision fp32)
 #   boxes        none; in the code 20-60 black squares of 32 x 32 on a fixed fifth of RRSIS-D's pictures (black_boxes)
 #   batch        4.2's "unified batch size of 1" is read as 1 on each of its 8 cards
 #   rates        as 4.2; the code's script for RRSIS-D has those of RefSegRS and never lets them fall (lr, lr_modules,
 #                schedule; its script for RefSegRS: official/all with --set black_boxes=0 --set schedule=step)
 # Silent (the code's choice unless marked "ours")
-#   BHFM         in all 48 blocks; r = d/4, 4 heads, each attention of (2) with its own weights, biases, exact GELU; no
-#                norm, positions or dropout; LN and MLP of (3) are the block's own, frozen; (4) and (5) have 8 heads
+#   BHFM         in all 48 blocks; F_i is what a block's attention gave, F_in its shortcut; r = d/4, 4 heads, each
+#                attention of (2) with its own weights, biases, exact GELU; no norm, positions or dropout; LN and MLP of
+#                (3) are the block's own, frozen; (4) and (5) have 8 heads
 #   T_i          C wide in every stage, with projections of each layer's own; the last layer's T is read by nobody
 #   (7)          differences to the pixel above and on the left, 0 where there is none; T_s is the word <s> of `words`.
 #                Weight 0 is an optimum: `diagnose` reports |weight|; near 0 the loss does nothing
-#   neck         its map as it is (neck_norm: normalised over the channels, without weights)
+#   neck         its map as it is (neck_norm: normalised over the channels, without weights), plus SAM 2's no-memory
+#                embedding, as for every image; those at strides 4 and 8 reach the decoder ungated
 #   M_p          has no loss of its own (lambda_mpg: one); its probabilities enter where SAM 2 expects logits
 #   token MLP    Linear, ReLU, Linear on V_cls; the one sparse token: the "sparse embeddings" have no length
 #   decoder      single mask, its token 0; IoU and object scores are not read
@@ -907,9 +912,9 @@ def read_official(path):
 #   selection    best mIoU + oIoU on val; scored at S x S; an empty union counts 0
 #   text         BEiT-3's own pieces in XLM-R's numbering, case kept, at most 64 (ours; the code has no limit)
 #   init         PyTorch's defaults; without published weights start_from_scratch (ours)
-#   optimiser    AdamW, as 4.2 says; the tables are of RefSegRS's test split: --dataset refsegrs brings its recipe
-#   Tables 3, 4  MMP = MPG; DHF = BHFMM = BHFM, its layers BL and its gate BC. Without MPG: SAM 2's no-mask embedding;
-#                w/o MHCA: V_cls for V'_cls; Linear: no words in (2), the rest of (3) as it is; Uni: T_i is Linear(T).
-#                Baseline: recipe and loss (6) less L_tbl (all ours; its numbers in the paper are EVF-SAM's)
+#   Tables 3, 4  are of RefSegRS's test split: --dataset refsegrs brings its recipe. MMP = MPG; DHF = BHFMM = BHFM, its
+#                layers BL and its gate BC. Without MPG: SAM 2's no-mask embedding; w/o MHCA: V_cls for V'_cls * V_cls;
+#                Linear: no words in (2), the rest of (3) as it is; Uni: T_i is Linear(T). Baseline: recipe and loss (6)
+#                less L_tbl (all ours; its numbers in the paper are EVF-SAM's, L_tbl+DHF's Pr@0.7 and Pr@0.9 FIANet's)
 # Omits
 #   memory       SAM 2's, as the paper does; the tower is SAM 2.0's Hiera-L in the image model of transformers

@@ -61,7 +61,7 @@ class Config:
     clip: str = "google/siglip2-so400m-patch16-512"             # IV-C
     sam: str = "facebook/sam2.1-hiera-large"                    # IV-C
     freeze: bool = True                             # IV-C2: of the towers only LoRA and SAM's mask decoder learn
-    train_prompt_encoder: bool = False              # True: the official code, SAM's mask embedding learns too
+    train_prompt_encoder: bool = False              # True: the official code, and the no-memory vector's
     checkpointing: bool = False                     # recompute each block in the backward pass: less memory, more time
 
     vocab_size: int = 256000                        # the towers' numbers, read for pretrained="none" only:
@@ -125,7 +125,7 @@ class Config:
     enlarge_twice: bool = False                     # True: the official code, logits are scored by way of image_size
     official_losses: bool = False                   # True: the official code's L_samp, L_spat and L_dense
 
-    alpha_ce: float = 1.0                           # Eq. (10)
+    alpha_ce: float = 1.0                           # Eq. (10) has no such factor
     alpha_dice: float = 1.0                         # IV-C2
     alpha_ortho: float = 0.5
     alpha_dense: float = 0.0
@@ -499,7 +499,7 @@ class DensePromptGeneration(nn.Module):
         D_v, D = self.widths
         expect("image features", v, None, D_v, None, None)
         expect("text", text, len(v), D)
-        F_dense, t_sent = self.conv(v), self.match(self.soft(text))
+        F_dense, t_sent = self.conv(v), self.match(self.soft(text))           # Phi_up, Phi_norm in cosine_maps
         size = self.size if self.upsample == "pre" else v.shape[-2:]
         p_dense = cosine_maps(F_dense, t_sent, size, self.align_corners)  # Eq. (7)
         if self.logit_scale is not None:
@@ -605,7 +605,7 @@ class RSRefSeg2(nn.Module):
                             nn.init.zeros_(module.bias)
 
     def choose_what_learns(self):
-        """With freeze LoRA, prompter and SAM's mask decoder, else all; never what no gradient reaches."""
+        """With freeze LoRA, prompter, factors and SAM's mask decoder, else all; of SAM never what no loss reaches."""
         c, decoder, prompts = self.config, self.sam.mask_decoder, self.sam.prompt_encoder
         if c.freeze:
             learning = ["prompter.", "scales.", "biases.", "match_t2.", "sam.mask_decoder."]
@@ -732,7 +732,7 @@ class RSRefSeg2(nn.Module):
     def diagnose(self, outputs, masks):
         """Where is a bad mask's fault? masks (M,S,S) -> {name: (M,)}, NaN without an object; {} without a dense prompt.
 
-        dense_peak: it is highest within the object; dense_mass: the share of dense_prompt within; localisation_error,
+        dense_peak: dense_prompt is highest within the object; dense_mass: its share within; localisation_error,
         boundary_error: the IoU is below 0.5, and the peak is outside, within the object.
         """
         if not self.config.dense:
@@ -1013,6 +1013,7 @@ def read_official(path):
 #   (7)          the 3x3 form of III-C, which IV-E8 calls 1x1; cosines, though the text speaks of a probability map
 #   (8)          SAM 2.1's: token order, score token, no-memory embedding, strides 4 and 8; logits enlarged from H_2/4
 #   (12)         L_samp contrasts t_2 with v: Table XV's best row (code); printed with t_sent
+#   I_1          is shrunk from I_2, since the loader hands over one size; III-A shrinks the original
 #   (13)         its N images are the expressions: each is a sample; Pr@X counts IoU >= X, IV-B and the official code: >
 #   batch        L_samp sees --micro-batch times the processes, (7)'s batch norm too, not the 64 of IV-C2
 #   t_word       without EOS (III-A), so [t_word, t_sent] of III-B is kept apart; an expression without words reads EOS
@@ -1020,6 +1021,7 @@ def read_official(path):
 #   decoder      heads for IoU, object score and masks 2 to 4 stay frozen: no loss reaches them
 # Departs from the official code, even with all of ABLATIONS["official"]
 #   LoRA         not on SAM's neck and SigLIP's text head; read_official folds what theirs learned there
+#   batch norm   over all processes, there of each card
 #   BF16         of products only, there also of weights, statistics and losses
 #   training     the best epoch is chosen on validation, there on test; warm-up begins at a step's share, there at 0.01
 #   L_samp       without the constant on all its cosines, which no softmax sees
@@ -1028,23 +1030,28 @@ def read_official(path):
 #   refsegrs     T_max is 2 times the epochs; a reading of another of their files says 1.8
 # Silent (code: as the official code has it; unmarked: our choice)
 #   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout; (6) ends in such an MLP (code)
-#   start        PyTorch's own for the prompter (code); with pretrained=none Xavier for it and SAM's decoder
+#   start        PyTorch's own for the prompter (code); with pretrained=none Xavier for it, SAM's decoder and its
+#                prompt encoder, the start by fan-in for SAM's image encoder
 #   textpool     adaptive average pooling of the words to n_t, for both subspaces (code, there with pads)
-#   positions    N(0,1), on queries and keys, not values: t_1's in (4), (5), t_2's in (4)-(6), the image's in (5), (6),
-#                p_sparse's in (6) (code); a row of Table IX without one has none wherever it would serve
-#   LoRA         on q, k, v, out of every attention of the three towers, alpha = r (code); A starts at zero
+#   positions    N(0,1), as learned queries are, on queries and keys, not values: t_1's in (4), (5),
+#                t_2's in (4)-(6), the image's in (5), (6), p_sparse's in (6) (code); a row of Table IX without one has
+#                none wherever it would serve
+#   LoRA         on q, k, v, out of every attention of the three towers, in SAM's on q, k, v as one layer, alpha = r
+#                (code); A starts at zero
 #   L_dice       squared denominator, epsilon 1e-3 above and below (code)
 #   L_samp       v averaged over the mask's area, so that no small object is lost; t_2 over its n_t vectors; a learnable
-#                factor on the cosines, from 1/0.07 (code), at most 100; gathered over processes with gradient
+#                factor on the cosines, from 1/0.07 (code), at most 100; gathered over processes with gradient; another
+#                row is a negative even where it is of the same object
 #   L_spat       cosines times such a factor, plus a bias for CE, which is taken at the mask's size; MIL: -log of the
 #                softmax mass, over v's cells, of those that the mask touches. v_2 in Table XV is taken for v'_2
 #   L_dense      like CE in L_spat (a cosine as a logit stays in 0.27 .. 0.73), at the mask's size; IV-E10 may say H_2/4
 #   text         lower case, padded to 64, no mask in the tower, as SigLIP 2 was trained; the prompter masks pads
-#   Table IX     zero: a constant, as IV-E4 says, though III-C's may learn; sine: base 10000, 2 pi, cell centres
+#   Table IX     zero: a constant, beside IV-E4's "learnable" one; sine: base 10000, 2 pi, cell centres
 #   Tables VI-XV SigLIP 2 p14-384, SAM 2.1 small, no L_dice: their common 66.01 is Table XV's row NCE-t2-v
 #   Table X      the single-stage prompter: one subspace, one interaction, no L_ortho
 #   Tables XI, XII   what is switched off leaves its block; without cross-attention v passes an MLP and reads no text
 #   Table XIII   T-t2, T-t2': the mean over n_t; T-sparse: one query more in (6), mapped to D_v; T-soft: an MLP D-512-D
+#   Table XIV    each size with the tower published for it, no positions interpolated
 #   Table XVI    rank of SAM 32 up to base-plus, 16 for large; widths that differ are matched by a linear layer
 # Omits
 #   ZeRO-2       one process holds all weights; they are few enough

@@ -484,6 +484,21 @@ def test_every_part_has_the_size_that_its_field_says():
     assert [layer.window_size for layer in model.sam.vision_encoder.layers] == [3, 0]       # the second sees all
 
 
+def test_position_tables_that_are_not_loaded_tell_places():
+    """Row by row, y in the first half; a cell's place is a linear function of its row, which no random table gives."""
+    table = prompt_ris.sine_table(12, 64)
+    assert table.std() == pytest.approx(0.5) and table.mean(0).abs().max() < 1e-6
+    y, x = table.view(12, 12, 2, 32).unbind(2)
+    for one, line in ((y, y[:, :1]), (x, x[:1]), (y[:, 0], x[0])):
+        torch.testing.assert_close(one, line.expand_as(one), rtol=0, atol=1e-5)
+    places = torch.cartesian_prod(torch.linspace(-1, 1, 12), torch.linspace(-1, 1, 12)).double()
+    weights = torch.linalg.lstsq(table[::2].double(), places[::2], driver="gelsd").solution         # from half of them
+    assert (table[1::2].double() @ weights - places[1::2]).abs().max() < 0.05
+    model = PromptRIS(Config.tiny())
+    assert torch.equal(model.clip_image.embeddings.position_embedding.weight[1:], table)
+    assert torch.equal(model.sam.vision_encoder.pos_embed.flatten(0, 2), prompt_ris.sine_table(16, 64))
+
+
 def test_start_of_what_is_not_loaded():
     """Xavier's bounds for every linear layer, PyTorch's for SAM's convolutions, prompt tokens of deviation 0.02."""
     torch.manual_seed(0)
@@ -948,7 +963,7 @@ def test_recipe_is_the_papers():
     assert steps == pytest.approx([1, 0.6 ** 0.9, 0.02 ** 0.9])
     for dataset in ("refsegrs", "rrsisd", "risbench", "refcoco-union"):
         config, recipe, _ = train.settle(train.arguments(["--model", "prompt_ris", "--dataset", dataset]))
-        groups = dataset == "refcoco-union"                                     # the others have one sentence a picture
+        groups = dataset != "rrsisd"                                            # it has one sentence a picture
         assert (config.icl, recipe["per_image"]) == ((True, 4) if groups else (False, 0))
         assert asdict(config) == asdict(Config()) | {"icl": groups}
         assert recipe == RECIPE | {"per_image": recipe["per_image"]}
@@ -1045,9 +1060,10 @@ def test_interrupted_and_resumed_in_each_phase_equals_uninterrupted(tmp_path, mo
 
 
 @pytest.mark.parametrize(("dataset", "line"), [("refcoco", "groups   4 expressions of each image"),
+                                               ("risbench", "groups   4 expressions of each image"),
                                                ("rrsisd", "contrastive learning (ICL) is off")])
 def test_groups_by_the_recipe_and_the_log_says_where_there_are_none(dataset, line, tmp_path, capsys):
-    """3.3, 4.2: 16 images x 4 expressions in a step; one expression per image on the remote-sensing sets."""
+    """3.3, 4.2: 16 images x 4 expressions in a step, also where a picture is there once per object; RRSIS-D has one."""
     layouts.write(dataset, tmp_path / "data", splits={"train": 5, "val": 1})
     job = train.begin(train.arguments([
         "--model", "prompt_ris", "--dataset", dataset, "--data-root", str(tmp_path / "data"), "--preset", "tiny",
@@ -1055,8 +1071,8 @@ def test_groups_by_the_recipe_and_the_log_says_where_there_are_none(dataset, lin
     train.print_settings(job, train.build(job).model)
     assert line in capsys.readouterr().out
     groups = [numbers for micro in job.sampler.plan(0, 0)[0] for numbers in micro]
-    assert {len(numbers) for numbers in groups} == ({4} if dataset == "refcoco" else {1})
-    images = [{job.samples[number].image_id for number in numbers} for numbers in groups]
+    assert {len(numbers) for numbers in groups} == ({1} if dataset == "rrsisd" else {4})
+    images = [{job.samples[number].picture for number in numbers} for numbers in groups]
     assert all(len(image) == 1 for image in images) and len(set.union(*images)) == len(groups)
 
 

@@ -386,7 +386,7 @@ def test_rates_progress_and_means_of_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("refs, line", [
     ("refcoco", "groups   2 expressions of each image, masked repeats where it has fewer"),
-    ("rrsisd", "groups   none, one expression per image: no repeats, instance contrastive learning (ICL) is off")])
+    ("rrsisd", "groups   none, one expression per image: instance contrastive learning (ICL) is off")])
 def test_groups_are_said_where_there_are_any(tmp_path, capsys, refs, line):
     layouts.write(refs, tmp_path / "data", splits={"train": 4, "val": 1})
     for share, said in ((0.5, [line]), (0.0, [])):

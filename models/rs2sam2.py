@@ -771,7 +771,7 @@ def load_tower(tower, source, fields):
         model, info = from_hub(type(tower).from_pretrained, source, dtype=torch.float32, output_loading_info=True)
         tensors = dict.fromkeys(info["unexpected_keys"]) | model.state_dict()
         for name in info["missing_keys"]:           # not in the file: drawn at random
-            del tensors[name]
+            tensors.pop(name, None)
     own = tower.state_dict()
     wrong = sorted(own.keys() ^ tensors) or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:

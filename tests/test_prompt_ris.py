@@ -434,7 +434,7 @@ def test_gradients_of_the_whole(double):
     parts = by_part(model, 3)
     del parts["sam.prompt_encoder.no_mask_embed"]                               # no mask is missing here
     # Where no unit of a ReLU and no cell of the point map changes sides.
-    check_slopes(lambda: model.criterion(run(model, batch), batch, 0.0).values(), parts, step=1e-6, seed=3)
+    check_slopes(lambda: model.criterion(run(model, batch), batch, 0.0).values(), parts, step=1e-6, seed=2)
 
 
 # ------------------------------------------------------------------------------------------ what else the paper claims

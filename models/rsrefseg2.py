@@ -594,7 +594,10 @@ class RSRefSeg2(nn.Module):
                 tower._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
 
     def start_from_scratch(self):
-        """From SAM's own 0.02 narrow layers hardly learn: its encoder by fan-in, what reads the text by Xavier."""
+        """From SAM's own 0.02 narrow layers hardly learn: its encoder by fan-in, what reads the text by Xavier.
+
+        The towers' positions start as sines: from random tables places are hardly read.
+        """
         for part in (self.sam.vision_encoder, self.prompter, self.sam.prompt_encoder, self.sam.mask_decoder):
             for module in part.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
@@ -603,6 +606,12 @@ class RSRefSeg2(nn.Module):
                         nn.init.xavier_uniform_(module.weight)
                         if module.bias is not None:
                             nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for table in (self.vision.embeddings.position_embedding.weight,                   # (side^2,width) each
+                          self.sam.vision_encoder.backbone.pos_embed[0].flatten(1).mT):
+                places = sine_positions(math.isqrt(len(table)), table.shape[1])
+                places = places - places.mean(0)
+                table.copy_(0.5 * places / places.std())
 
     def choose_what_learns(self):
         """With freeze LoRA, prompter, factors and SAM's mask decoder, else all; of SAM never what no loss reaches."""
@@ -766,7 +775,7 @@ RECIPE = {
     "per_image": 0, "empty": "zero", "select": "mIoU", "phases": None,          # our choice
 }
 RECIPE_FOR = {}                                     # IV-C2 names no other
-RECIPE_TINY = {"epochs": 60, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "weight_decay": 0.01, "warmup": 1.0,
+RECIPE_TINY = {"epochs": 40, "batch_size": 32, "micro_batch": 32, "lr": 1e-3, "weight_decay": 0.01, "warmup": 1.0,
                "clip": 1.0, "per_image": 4}
 
 
@@ -1031,7 +1040,7 @@ def read_official(path):
 # Silent (code: as the official code has it; unmarked: our choice)
 #   attention    8 heads, internal width 512 with biases, MLP 512 with GELU, no dropout; (6) ends in such an MLP (code)
 #   start        PyTorch's own for the prompter (code); with pretrained=none Xavier for it, SAM's decoder and its
-#                prompt encoder, the start by fan-in for SAM's image encoder
+#                prompt encoder, the start by fan-in for SAM's image encoder, sines for the towers' positions
 #   textpool     adaptive average pooling of the words to n_t, for both subspaces (code, there with pads)
 #   positions    N(0,1), as learned queries are, on queries and keys, not values: t_1's in (4), (5),
 #                t_2's in (4)-(6), the image's in (5), (6), p_sparse's in (6) (code); a row of Table IX without one has

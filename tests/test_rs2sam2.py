@@ -1560,6 +1560,15 @@ def test_starts_are_those_of_the_notes():
                                (scratch.sam.mask_decoder.upscale_conv1, 1), (scratch.beit3.vision_embed.proj, 1)):
         bound = times * convolution.weight[0].numel() ** -0.5
         assert 0.5 * bound < convolution.weight.abs().max() <= bound and convolution.bias.any()
+    positions = scratch.beit3.encoder.embed_positions["A"].weight
+    assert positions[:3].std() < 0.03                                         # two unused rows and [CLS]
+    hiera = scratch.sam.vision_encoder.backbone.pos_embed[0]                  # (d,side,side)
+    for table, side in ((positions[3:], 12), (hiera.flatten(1).mT, 3)):
+        assert table.std().item() == pytest.approx(0.5)
+        y, x = table.view(side, side, 2, -1).unbind(2)                        # sines of the row, then of the column
+        torch.testing.assert_close(y, y[:, :1].expand_as(y), rtol=0, atol=1e-5)
+        torch.testing.assert_close(x, y.transpose(0, 1), rtol=0, atol=1e-5)
+        assert len(y[:, 0].unique(dim=0)) == side
 
 
 def test_tiny_builds_small():

@@ -1199,7 +1199,7 @@ def test_starts():
             fan_in = module.weight[0].numel()
             assert 0.8 < module.weight.abs().max() * fan_in ** 0.5 <= 1                 # by fan-in, PyTorch's own
             assert module.bias.any()
-    for table in (model.vision.embeddings.position_embedding.weight,                    # places, smooth: Table IX's sines
+    for table in (model.vision.embeddings.position_embedding.weight,                    # Table IX's sines
                   model.sam.vision_encoder.backbone.pos_embed[0].flatten(1).mT):
         sines = rsrefseg2.sine_positions(math.isqrt(len(table)), table.shape[1])
         ratio = 0.5 / (sines - sines.mean(0)).std()

@@ -239,7 +239,7 @@ class BEiT3(nn.Module):
             {"A": nn.Embedding((size // patch) ** 2 + 3, width), "B": nn.Embedding(positions, width)})
         self.encoder.layers = nn.ModuleList(BEiT3Layer(width, heads, ffn) for _ in range(layers))
         self.encoder.layer_norm = multiway(nn.LayerNorm, width)
-        for table in self.encoder.embed_positions.values():                           # the tokens' own: 1
+        for table in self.encoder.embed_positions.values():                           # words' own: 1, untouched
             nn.init.normal_(table.weight, std=0.02)
 
     def embed(self, pixels=None, tokens=None, text_mask=None):
@@ -690,8 +690,9 @@ class RS2SAM2(nn.Module):
 RECIPE = {                                          # 4.2 where not marked; RRSIS-D's. Departs: batch, rates
     "epochs": 40, "batch_size": 8, "micro_batch": 1, "lr": 1e-5, "lr_modules": 5e-5,
     "schedule": "step", "drop_epochs": 10, "drop_factor": 0.1,
-    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "per_image": 0, "protocol": "resized", "empty": "zero",    # code
-    "select": "mIoU+oIoU", "precision": "bf16", "black_boxes": 0.0, "phases": None,     # the first of the code, too
+    "weight_decay": 0.01, "warmup": 0.0, "clip": 0.0, "per_image": 0, "protocol": "resized", "empty": "zero",
+    "select": "mIoU+oIoU",                          # this and the line above: official code
+    "precision": "bf16", "black_boxes": 0.0, "phases": None,                  # ours; boxes: 0.2 in the official code
 }
 RECIPE_FOR = {"refsegrs": {"epochs": 60, "lr": 5e-5, "lr_modules": 1e-4}}
 RECIPE_TINY = {"epochs": 45, "batch_size": 32, "micro_batch": 32, "lr": 2e-3, "lr_modules": 2e-3, "schedule": "cosine",

@@ -145,13 +145,13 @@ def _listing(folder: Path) -> dict[str, list[str]]:
     """stem -> names of files: one look at the folder, since on a network disk one at each file is slow."""
     listing = defaultdict(list)
     for name in os.listdir(folder):
-        listing[name.rpartition(".")[0]].append(name)
+        listing[Path(name).stem].append(name)
     return listing
 
 
 def _find_name(name: str, listing: dict[str, list[str]]) -> str:
     """The name itself if it is there, or the one of another extension, or COCO's of 2017 for its name of 2014."""
-    stem = name.rpartition(".")[0]
+    stem = Path(name).stem
     found = listing.get(stem) or listing.get(re.sub(r"^COCO_\w+_", "", stem)) or [name]
     if name not in found and len(found) > 1:
         raise ValueError(f"is {name} the file {' or '.join(sorted(found))}? Take the others out of their folder")
@@ -165,7 +165,8 @@ def _text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; convert it: iconv -f latin1 -t utf-8") from None
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; convert it from the encoding that it was written "
+                         "in, as in: iconv -f cp1252 -t utf-8 (or -f gbk)") from None
 
 
 def _clean(expression) -> str:
@@ -173,7 +174,16 @@ def _clean(expression) -> str:
         raise ValueError(f"the expression is no text but {json.dumps(expression)[:40]}")
     if not (words := (expression or "").split()):
         raise ValueError("the expression is empty; write one or take the entry out")
+    if re.search("[\ufffd\ud800-\udfff]", expression):
+        raise ValueError(f"a letter of the expression is lost: {ascii(expression)[:60]}; convert the original anew")
     return " ".join(words)
+
+
+def _plain(pairs: list[tuple]) -> dict:
+    """Of a JSON object, which may not name a thing twice: the later one would take the place of the first."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError(f"one name stands twice among {', '.join(name for name, _ in pairs)}")
+    return row
 
 
 def _rows(path: Path, mark: str = ":") -> list[tuple[str, str]]:
@@ -217,6 +227,8 @@ def read_lists(benchmark: Benchmark, root: Path):
     def samples_of(line, split):
         name, *rest = line.split(None, 1)
         expression, picture = _clean(" ".join(rest)), _picture(benchmark, name)
+        if found := re.search(r"\S+\.(?:png|tiff?|jpe?g)\b", expression, re.IGNORECASE):
+            raise ValueError(f"{found[0]} stands in the expression; a line is one name and one expression")
         image, mask = (_find_name(name if "." in name else f"{name}.tif", listing) for listing in listings)
         category = find_category(expression, benchmark.classes)
         return [Sample(image.rpartition(".")[0], images / image, masks / mask, expression, split, image, image,
@@ -244,7 +256,9 @@ def read_datainfo(benchmark: Benchmark, root: Path):
             if (path := place / folder / f"{benchmark.name}_{split}.jsonl").is_file()})), None)
 
     def samples_of(line, split):
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_plain)
+        if row.get("split", split) != split:
+            raise ValueError(f"an entry of the split {row['split']} in the file of {split}; is it a copy?")
         parts = row["segmentation"] if isinstance(row["segmentation"], list) else [row["segmentation"]]
         mask = {"size": tuple(parts[0]["size"]), "parts": parts, "resize": benchmark.name == "rrsisd"}
         name, expression = row["file_name"], _clean(row["sent"])
@@ -286,6 +300,9 @@ def read_refer(benchmark: Benchmark, root: Path):
     try:
         content = json.loads(_text(where))
         annotations, images = ({entry["id"]: entry for entry in content[name]} for name in ("annotations", "images"))
+        for name, table in (("annotations", annotations), ("images", images)):
+            if twice := next((entry["id"] for entry in content[name] if table[entry["id"]] != entry), None):
+                raise ValueError(f"{where}: two different {name} of id {twice}; were two files joined?")
         categories = {entry["id"]: entry["name"] for entry in content.get("categories", [])}
         place, listing = _find_images(benchmark, folder, [image["file_name"] for image in content["images"][:3]])
         where = path
@@ -298,6 +315,10 @@ def read_refer(benchmark: Benchmark, root: Path):
 
     def samples_of(row):
         annotation, image = annotations[row["ann_id"]], images[row["image_id"]]
+        if (theirs := annotation.get("image_id", row["image_id"])) != row["image_id"]:
+            raise ValueError(f"a ref of image {row['image_id']}, its annotation {row['ann_id']} of image {theirs}")
+        if not (isinstance(row["split"], str) and row["split"].strip() and row["sentences"]):
+            raise ValueError(f"the split is {row['split']!r}, a name is needed, of {len(row['sentences'])} sentences")
         stored = annotation["segmentation"]
         parts = stored if isinstance(stored, list) else [stored]
         size = parts[0]["size"] if parts and isinstance(parts[0], dict) else (image["height"], image["width"])
@@ -354,32 +375,46 @@ def _csv_rows(path: Path) -> list[tuple[str, tuple]]:
 
 def _csv_row(header: list[str], fields: list[str]) -> dict:
     spaced = [name for name, field in zip(header, fields, strict=False) if field[:1] == " "]
-    if len(fields) != len(header) or (spaced and "expression" not in spaced):
-        raise ValueError(f"{len(fields)} fields under a header of {len(header)}; an expression that holds a comma "
-                         'needs quotes: "the ship, left of the pier"')
-    return dict(zip(header, fields, strict=True))
+    if any(field.lstrip() != field and field.lstrip()[0] == '"' for field in fields if field.strip()):
+        raise ValueError('a blank stands before a quote, which then is a letter; write a.png,m.png,"the red ship"')
+    if len(header) == 1 or (len(fields) < len(header) and not spaced):
+        raise ValueError(f"{len(fields)} of {len(header)} fields: {', '.join(header)}; commas part them, no ; or tab")
+    if len(fields) != len(header) or (spaced and "expression" not in spaced) or any(
+            text.strip() for name, text in zip(header[1:], fields[1:], strict=True) if not name):  # the first: an index
+        raise ValueError(f"{len(fields)} fields under a header of {len([*filter(None, header)])}; an expression that "
+                         'holds a comma needs quotes: "the ship, left of the pier"')
+    if any("\n" in field for field in fields):
+        raise ValueError("a field goes over several lines; is a quote lost?")
+    return _plain([pair for pair in zip(header, fields, strict=True) if pair[0]])
 
 
 def _custom_samples(folder: Path, row) -> list[Sample]:
-    row = json.loads(row) if isinstance(row, str) else _csv_row(*row)
+    row = json.loads(row, object_pairs_hook=_plain) if isinstance(row, str) else _csv_row(*row)
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object with image, mask, expression")
     if absent := [name for name in ("image", "mask", "expression") if name not in row]:
         raise ValueError(f"no {', '.join(absent)}; image, mask, expression are needed, category and split optional; "
                          f"found {', '.join(map(str, row))}")
+    for name in row.keys() - {*CUSTOM.values()}:
+        if (letters := re.sub(r"[\W_]", "", name.lower())) in CUSTOM:
+            raise ValueError(f"{name!r} is written {CUSTOM[letters]}")
     image, split, category, value = (str("" if row.get(key) is None else row[key]).strip()
                                      for key in ("image", "split", "category", "mask_value"))
     mask = row["mask"].strip() if isinstance(row["mask"], str) else row["mask"]
     if not (image and mask):
         raise ValueError(f"{'mask' if image else 'image'} is empty; it takes a file name")
+    if isinstance(mask, str) and mask[0] in "[{":
+        raise ValueError("run lengths and polygons are read from .jsonl; a .csv takes a mask file")
     if isinstance(mask, str):
         name, instance, mask = Path(mask).stem, _one_name(folder, mask), folder / mask
     else:
         name, instance = Path(image).stem, _digest(json.dumps(mask).encode())
         parts = mask if isinstance(mask, list) else [mask]
         if not all({"size", "counts"} <= set(part) if isinstance(part, dict) else isinstance(part, list)
-                   and len(part) % 2 == 0 and all(isinstance(x, int | float) for x in part) for part in parts):
-            raise ValueError("a mask is a file name, an RLE of size and counts or a list of polygons [x, y, x, y, ...]")
+                   and len(part) % 2 == 0 and len(part) >= 6 and all(isinstance(x, int | float) for x in part)
+                   for part in parts):
+            raise ValueError("a mask is a file name, an RLE of size and counts or a list of polygons, each a flat list "
+                             "of three points or more: [[x, y, x, y, x, y, ...], ...]")
         size = next((tuple(part["size"]) for part in parts if isinstance(part, dict)), None)
         mask = {"size": size, "parts": parts, "resize": False}
     if value:
@@ -418,6 +453,7 @@ def _coco(name, folder, refs, seen, unseen, **published) -> Benchmark:
 
 _KNOWN = {}  # what _read_all has read
 SPLITS = ("train", "val", "test")
+CUSTOM = {name.replace("_", ""): name for name in ("image", "mask", "expression", "split", "category", "mask_value")}
 SYNONYMS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test",
             "train": "train", "val": "val", "test": "test"}
 RRSISD_IMAGES = ("images/rrsisd/JPEGImages", "JPEGImages", "images/JPEGImages", "images/rrsisd", "images")
@@ -518,7 +554,8 @@ class NoSplit(ValueError):
     """The data set is there, the split is not."""
     def __init__(self, dataset: str, data_root, wanted: str, splits):
         hint = "; its tests are those of refcoco, refcoco+ and refcocog-umd" if dataset == "refcoco-union" else ""
-        super().__init__(f"{dataset} has no split {wanted!r} in {data_root}; it has {', '.join(splits)}{hint}")
+        there = ", ".join(splits) or "no entry"
+        super().__init__(f"{dataset} has no split {wanted!r} in {data_root}; it has {there}{hint}")
 
 
 def split_names(dataset: str, wanted: str, data_root, refs: str | None = None) -> list[str]:
@@ -598,14 +635,21 @@ def _open(path: Path, upright: bool = False) -> Image.Image:
         warnings.filterwarnings("ignore", "Corrupt EXIF data")  # of the pixels, which alone are read, it says nothing
         try:
             with Image.open(path) as image:
+                if (pages := _pages(image)) > 1:
+                    raise ValueError(f"{path}: {pages} pages, of which one would be read; save each as a file")
                 if not (refusal := _refusal(path, *_bands(image))):
                     if not upright:
                         image.getexif().pop(0x0112, None)  # while it loads a TIFF PIL turns it by itself
+                    if image.format == "TIFF":  # a fourth band that is tagged so would divide the others
+                        image.tile = [tile._replace(args=tuple("RGBA" if one == "RGBa" else one for one in tile.args))
+                                      for tile in image.tile]
                     image.load()
                     ImageOps.exif_transpose(image, in_place=True)
                     return image
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file") from None
+        except IsADirectoryError:
+            refusal = f"{path}: a folder, not an image"
         except UnidentifiedImageError:
             refusal = _refusal(path, *_unread_bands(path)) or (
                 f"{path}: not an image, or one cut short ({path.stat().st_size} bytes); PNG, JPEG and TIFF are read")
@@ -615,6 +659,18 @@ def _open(path: Path, upright: bool = False) -> Image.Image:
         except Exception as error:  # PIL's decoders raise nearly anything on a damaged file
             refusal = f"{path}: truncated or damaged image ({error}); download or export it anew"
     raise ValueError(refusal)
+
+
+def _pages(image: Image.Image) -> int:
+    """Pictures in a file; a TIFF's overviews and masks and a JPEG's previews are none."""
+    if image.format != "TIFF":
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    kinds = []
+    for page in range(image.n_frames):
+        image.seek(page)
+        kinds.append(image.tag_v2.get(254, 0) & 5)
+    image.seek(0)
+    return kinds.count(0)
 
 
 def _bands(image: Image.Image) -> tuple[int, str]:
@@ -687,14 +743,18 @@ def _mask_from_file(path: Path, value: int | None = None) -> np.ndarray:
     Noise and smooth edges may be between; what fills 3x3 pixels, or is one of eight values of a lossless file, may not.
     """
     image = _open(path)
-    if value is not None:
+    lossy = image.format in ("JPEG", "MPO", "WEBP", "JPEG2000") or image.info.get("compression") == "jpeg"
+    scale = {2: 85, 4: 17}.get(path.read_bytes()[24], 1) if image.format == "PNG" and image.mode == "L" else 1
+    if value is not None:  # a PNG of 2 or 4 bits is stretched to 8
         if len(image.getbands()) > 1:
             raise ValueError(f"{path}: mask_value needs one band, the file has {len(image.getbands())}")
-        return np.asarray(image) == value
-    lossy = image.format in ("JPEG", "MPO", "WEBP", "JPEG2000") or image.info.get("compression") == "jpeg"
+        if lossy or not (found := np.asarray(image) // scale == value).any():
+            held = "its compression changes values" if lossy else f"it holds {_some(np.unique(image) // scale)}"
+            raise ValueError(f"{path}: mask_value {value} is not in it; {held}")
+        return found
     if image.mode in ("P", "CMYK"):
         image = image.convert("RGBA")
-    bands = np.atleast_3d(np.asarray(image))
+    bands = np.atleast_3d(np.asarray(image) // scale if scale > 1 else np.asarray(image))
     if image.mode in ("LA", "RGBA"):
         bands, alpha = bands[..., :-1], bands[..., -1]
         if not np.ptp(bands, (0, 1)).any() and np.ptp(alpha):
@@ -710,10 +770,13 @@ def _mask_from_file(path: Path, value: int | None = None) -> np.ndarray:
     if ((values > 0) & (values < full)).any():
         found, scaled = np.unique(values), values * (255 / full)
         if (not lossy and len(found) <= 8) or scaled.max() <= 50 or _fills_a_square((scaled >= 9) & (scaled <= 246)):
-            found = ", ".join(f"{number:g}" for number in found[:8]) + (", ..." if len(found) > 8 else "")
-            raise ValueError(f"{path}: a mask holds 0 and 1 or 0 and 255, this one {found}; of a map of classes or "
-                             "objects, custom's mask_value takes one")
+            raise ValueError(f"{path}: a mask holds 0 and 1 or 0 and 255, this one {_some(found)}; of a map of classes "
+                             "or objects, custom's mask_value takes one")
     return values > 50 * full / 255
+
+
+def _some(numbers) -> str:
+    return ", ".join(f"{number:g}" for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
 
 
 def _fills_a_square(flags: np.ndarray) -> bool:  # of 3x3 pixels
@@ -724,6 +787,8 @@ def _fills_a_square(flags: np.ndarray) -> bool:  # of 3x3 pixels
 def run_lengths(counts: list | str | bytes) -> np.ndarray:
     """Runs of a COCO RLE, background first; compressed to 5 bits per character, differences to the run two before."""
     if isinstance(counts, list):
+        if not all(isinstance(count, int) for count in counts):
+            raise ValueError("the runs of an RLE are whole numbers")
         return np.array(counts, np.int64)
     codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
     starts = np.flatnonzero(np.append(True, codes & 32 == 0)[:-1])
@@ -739,18 +804,33 @@ def _mask_from_parts(parts: list, size: tuple[int, int]) -> np.ndarray:
     """Union of RLEs (column-major) and polygons; without any part an empty mask."""
     mask, (height, width) = np.zeros(size, bool), size
     codes = [part for part in parts if isinstance(part, dict) and len(part["counts"])]
+    polygons = [_polygon(part, height, width) for part in parts if not isinstance(part, dict)]
     # Two corners have no area, and pycocotools takes four numbers for a box.
-    if polygons := [part for part in parts if not isinstance(part, dict) and len(part) >= 6]:
+    if polygons := [polygon for polygon in polygons if len(polygon) >= 6]:
         try:
             from pycocotools import mask as coco
         except ImportError:
             raise ModuleNotFoundError("masks stored as polygons need: pip install pycocotools") from None
         codes.append(coco.merge(coco.frPyObjects(polygons, height, width)))
     for code in codes:
-        # Where there are too few runs this raises; pycocotools would leave memory as it finds it.
         runs = run_lengths(code["counts"])
+        # pycocotools would leave memory as it finds it where runs are too few
+        if tuple(code["size"]) != tuple(size) or runs.min() < 0 or sum(runs.tolist()) != height * width:
+            raise ValueError(f"runs of {sum(runs.tolist())} pixels, size {code['size']}, in a mask of {height}x{width}")
         mask |= np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
     return mask
+
+
+def _polygon(part, height: int, width: int) -> list[float]:
+    """x, y, x, y, ... in pixels; a little outside is cut off, as the field does."""
+    points = np.array(part, float)
+    if points.ndim != 1 or len(points) % 2:
+        raise ValueError("a polygon is a flat list x, y, x, y, ...")
+    shares = points.reshape(-1, 2) / (width, height)
+    if not ((shares > -0.05) & (shares < 1.05)).all() or (len(points) >= 6 and points.max() <= 1):
+        raise ValueError(f"a polygon of {points.min():g} to {points.max():g} in an image of {height}x{width}; is it of "
+                         "another size, or in shares of the sides")
+    return points.tolist()
 
 
 class SizeError(ValueError):
@@ -766,19 +846,25 @@ def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
         mask = _mask_from_file(stored["file"], stored.get("value"))
     else:
         try:
+            if not sample.mask["size"] and _turned(sample.image):
+                raise ValueError("polygons of an image with an orientation tag, drawn on which side up?")
             mask = _mask_from_parts(sample.mask["parts"], sample.mask["size"] or size)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{sample.image}, sample {sample.id}: damaged segmentation ({error}); download or write "
                              "the annotation anew") from None
-        if sample.mask["resize"] and size and mask.shape != size:
+        if sample.mask["resize"] and size and mask.shape != size and np.allclose(mask.shape, size, rtol=0, atol=16):
             mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
     if size and mask.shape != tuple(size):
-        with Image.open(sample.image) as image:
-            turned = image.getexif().get(0x0112, 1) > 1
-        tag = "; the image has an orientation tag, but is read as stored: save it turned and without" if turned else ""
+        tag = "; the image has an orientation tag, but is read as stored: save it turned and without"
+        tag = tag if _turned(sample.image) else ""
         raise SizeError(f"{sample.image}, sample {sample.id}: the image is {size[0]}x{size[1]} (height x width), its "
                         f"mask {mask.shape[0]}x{mask.shape[1]}; export one of them at the other's size{tag}")
     return mask
+
+
+def _turned(path: Path) -> bool:
+    with Image.open(path) as image:
+        return image.getexif().get(0x0112, 1) > 1
 
 
 @functools.lru_cache(maxsize=32)
@@ -803,7 +889,7 @@ def load(samples: list[Sample]) -> tuple[Image.Image, list[np.ndarray]]:
     """The image of some samples of one picture, read once, and the mask of each."""
     first, image = samples[0].image, picture_of(samples[0])
     for one in {sample.image: sample for sample in samples if sample.image != first}.values():
-        if one.image.stat().st_size != first.stat().st_size and picture_of(one) != image:
+        if one.image.read_bytes() != first.read_bytes() and picture_of(one) != image:
             raise ValueError(f"{first} and {one.image} are one picture by name, but differ; rename one of them")
     return image, [read_mask(sample, image.size[::-1]) for sample in samples]
 

@@ -1015,6 +1015,189 @@ def test_custom_masks_as_run_lengths_and_polygons(tmp_path):
             data.read("custom", custom(tmp_path, {**rows[0], "mask": wrong}), "train")
 
 
+@pytest.mark.parametrize("mask, said", [
+    ([[200, 160, 600, 160, 600, 400, 200, 400]], "a polygon of 160 to 600 in an image of 64x64; is it of another size"),
+    ([[0.2, 0.25, 0.6, 0.25, 0.6, 0.6]], "a polygon of 0.2 to 0.6 .* or in shares of the sides"),
+    ([[-9, 1, 6, 1, 6, 4]], "a polygon of -9 to 6"), ([[math.nan, 1, 6, 1, 6, 4]], "a polygon of nan"),
+    ([[math.inf, 1, 6, 1, 6, 4]], "a polygon of 1 to inf"), ([[1, 1, 6, 1, 6, 1e9]], r"a polygon of 1 to 1e\+09"),
+    ({"size": [64, 64], "counts": [10 ** 11, 1]}, "runs of 100000000001 pixels"),
+    ({"size": [64, 64], "counts": [10 ** 20]}, "too large"), ({"size": [64, 64], "counts": [-1, 4097]}, "runs of 4096"),
+    ({"size": [64, 64], "counts": [100.7, 3996]}, "the runs of an RLE are whole numbers"),
+    ([{"size": [64, 64], "counts": [4095, 1]}, {"size": [32, 128], "counts": [4095, 1]}], r"size .32, 128., in a mask"),
+])
+def test_parts_of_a_mask_that_lie_elsewhere_are_refused(mask, said, tmp_path):
+    folder = custom(tmp_path, {"image": "a.png", "mask": mask, "expression": "x"})
+    with pytest.raises(ValueError, match=f"a.png, sample a: damaged segmentation .*{said}"):
+        data.load(data.read("custom", folder, "train"))
+
+
+def test_a_polygon_may_lie_a_little_outside(tmp_path):
+    folder = custom(tmp_path, {"image": "a.png", "mask": [[-2, -2, 66.5, -2, 66.5, 66, -2, 66]], "expression": "x"})
+    assert data.load(data.read("custom", folder, "train"))[1][0].all()
+
+
+@pytest.mark.parametrize("mask", [[[20, 16], [60, 16], [60, 40]], [[20, 16, 40, 24]], [[]]])
+def test_points_and_boxes_are_no_polygons(mask, tmp_path):
+    with pytest.raises(ValueError, match="entry 1: a mask is a file name, .* each a flat list of three points or more"):
+        data.read("custom", custom(tmp_path, {"image": "a.png", "mask": mask, "expression": "x"}), "train")
+
+
+@pytest.mark.parametrize("stored", [[[1, 1, 6, 1, 6, 4, 1]], [[[1, 1], [6, 1], [6, 4]]], "abc"])
+def test_odd_parts_of_refer_are_refused(stored, tmp_path):
+    with pytest.raises(ValueError, match="damaged segmentation"):
+        data.load([only("refcoco", refer(tmp_path, stored, dataset="refcoco"))])
+
+
+def test_polygons_of_a_turned_image_are_refused(tmp_path):
+    folder = custom(tmp_path, {"image": "a.png", "mask": [[1, 1, 6, 1, 6, 4]], "expression": "x"})
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(folder / "a.png") as image:
+        image.save(folder / "a.png", exif=exif)
+    with pytest.raises(ValueError, match="polygons of an image with an orientation tag"):
+        data.load(data.read("custom", folder, "train"))
+
+
+def test_mask_value_that_the_map_does_not_hold(tmp_path):
+    stored = np.zeros((64, 64), np.uint8)
+    stored[20:30, 10:40] = 160
+    Image.fromarray(stored).save(tmp_path / "m.png")
+    Image.fromarray(stored).save(tmp_path / "m.jpg")
+    row = {"image": "a.png", "mask": "m.png", "expression": "x", "mask_value": 9}
+    for changes, said in (({}, "mask_value 9 is not in it; it holds 0, 160"),
+                          ({"mask": "m.jpg", "mask_value": 160}, "its compression changes values")):
+        with pytest.raises(ValueError, match=said):
+            data.load(data.read("custom", custom(tmp_path, row | changes), "train"))
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_png_of_few_bits_holds_what_it_was_given(depth, tmp_path):
+    """PIL stretches it to 8 bits, and writes none: one row of pixels, no filter, by hand."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    values = [0, 1, 1, 2 if depth == 2 else 9]
+    packed = sum(value << (4 * depth - depth * (k + 1)) for k, value in enumerate(values))
+    rows = b"\0" + packed.to_bytes(4 * depth // 8, "big")
+    head = struct.pack(">IIBBBBB", 4, 1, depth, 0, 0, 0, 0)
+    (tmp_path / "m.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
+                                     + chunk(b"IEND", b""))
+    assert data._mask_from_file(tmp_path / "m.png", 1).tolist() == [[False, True, True, False]]
+    with pytest.raises(ValueError, match=f"this one 0, 1, {values[-1]};"):
+        data._mask_from_file(tmp_path / "m.png")
+
+
+def test_pages_of_a_file_are_counted_but_not_its_overviews(tmp_path):
+    pages = [Image.fromarray(box()), Image.fromarray(~box())]
+    for name in ("m.tif", "m.png", "m.gif"):
+        pages[0].convert("L").save(tmp_path / name, save_all=True, append_images=[pages[1].convert("L")])
+        with pytest.raises(ValueError, match=f"{name}: 2 pages, of which one would be read"):
+            data._mask_from_file(tmp_path / name)
+    smaller = pages[1].convert("L").resize((4, 3))
+    smaller.encoderinfo = {"tiffinfo": {254: 1}}                            # as GDAL writes an overview
+    pages[0].convert("L").save(tmp_path / "cog.tif", save_all=True, append_images=[smaller])
+    assert (data._mask_from_file(tmp_path / "cog.tif") == box()).all()
+
+
+def test_fourth_band_of_a_tiff_divides_no_other(tmp_path):
+    bands = np.full((6, 8, 4), 100, np.uint8)
+    bands[:, :4, 3] = 0
+    Image.fromarray(bands, "RGBA").save(tmp_path / "a.tif", tiffinfo={338: 1})
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    place = content.index(struct.pack("<HHI", 338, 3, 1))
+    content[place + 8:place + 10] = struct.pack("<H", 1)                    # associated alpha, whatever PIL made of it
+    (tmp_path / "a.tif").write_bytes(content)
+    assert (np.asarray(data.read_image(tmp_path / "a.tif")) == 100).all()
+
+
+@pytest.mark.parametrize("text, said", [
+    ("image,mask,expression,\na.png,m.png,the red box,left of it", "4 fields under a header of 3; an expression"),
+    ("image,mask,expression,expression\na.png,m.png,left box,right box", "one name stands twice among image, mask"),
+    ('image, mask, expression\na.png, m.png, "the red box"', "a blank stands before a quote"),
+    ("image,mask,expression,Split\na.png,m.png,the box,test", "'Split' is written split"),
+    ("image,mask,expression,maskvalue\na.png,m.png,the box,2", "'maskvalue' is written mask_value"),
+    ("image,mask,expression\na.png,m.png", "2 of 3 fields: image, mask, expression"),
+    ("image;mask;expression\na.png;m.png;the box", "1 of 1 fields: .* commas part them, no ; or tab"),
+    ('image,mask,expression\na.png,m.png,"the box\na.png,m.png,the ship"', "a field goes over several lines"),
+    ('image,mask,expression\na.png,"[[1, 1, 6, 1, 6, 4]]",the box', "polygons are read from .jsonl"),
+])
+def test_csv_that_would_be_read_otherwise(text, said, tmp_path):
+    with pytest.raises(ValueError, match=f"entry 1: .*{said}"):
+        data.read("custom", custom(tmp_path, *text.split("\n"), form="csv"), "train")
+
+
+def test_first_column_of_a_csv_may_be_an_index_without_name(tmp_path):
+    picture(tmp_path / "m.png", (64, 64), "L", 255)
+    found = only("custom", custom(tmp_path, ",image,mask,expression", "0,a.png,m.png,the box", form="csv"))
+    assert found.expression == "the box"
+
+
+def test_letters_that_were_lost_and_names_that_stand_twice(tmp_path):
+    for line, said in (('{"image": "a.png", "mask": "m.png", "expression": "a", "expression": "b"}', "expression"),
+                       (r'{"image": "a.png", "mask": "m.png", "expression": "a\ud83d"}', "a letter .* is lost"),
+                       ('{"image": "a.png", "mask": "m.png", "expression": "caf\ufffd"}', "a letter .* is lost")):
+        custom(tmp_path)
+        (tmp_path / "data.jsonl").write_text(line, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"entry 1: .*{said}"):
+            data.read("custom", tmp_path, "train")
+
+
+def test_pictures_of_one_name_and_length_that_differ(tmp_path):
+    folder = lists(tmp_path / "RISBench", "P1_0_0.bmp a ship\nP1_0_512.bmp a plane\n")
+    picture(folder / "images" / "P1_0_512.bmp", value=7)
+    with pytest.raises(ValueError, match="are one picture by name, but differ"):
+        data.load(data.read("risbench", folder, "train"))
+
+
+def test_a_line_of_two_names_or_two_entries(tmp_path):
+    for line in ("1.tif 2.tif a ship", "1.tif a ship\u20282.tif a boat"):
+        folder = lists(tmp_path / "RefSegRS", "1 a ship\n", suffix="tif")
+        (folder / "output_phrase_train.txt").write_text(line, encoding="utf-8")
+        with pytest.raises(ValueError, match="2.tif stands in the expression"):
+            data.read("refsegrs", folder, "train")
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"annotation": {"image_id": 8}}, "a ref of image 9, its annotation 3 of image 8"),
+    ({"ref": {"split": ["val"]}}, "the split is .'val'., a name is needed"),
+    ({"ref": {"split": " "}}, "a name is needed"),
+    ({"ref": {"sentences": []}}, "of 0 sentences")])
+def test_refs_that_do_not_fit(changes, said, tmp_path):
+    with pytest.raises(ValueError, match=f"ref 7, .*{said}"):
+        data.read("rrsisd", refer(tmp_path, [layouts.rle(box())], **changes), "train")
+
+
+@pytest.mark.parametrize("section", ["annotations", "images"])
+def test_two_different_entries_of_one_id(section, tmp_path):
+    path = refer(tmp_path, [layouts.rle(box())]) / "rrsisd" / "instances.json"
+    content = json.loads(path.read_text())
+    content[section].append(content[section][0])
+    path.write_text(json.dumps(content))
+    assert only("rrsisd", tmp_path).expression == "The ship"
+    content[section].append(content[section][0] | {"bbox": [1]})
+    path.write_text(json.dumps(content) + " ")
+    data._KNOWN.clear()
+    with pytest.raises(ValueError, match=f"two different {section} of id"):
+        data.read("rrsisd", tmp_path, "train")
+
+
+def test_a_copied_file_of_another_split(tmp_path):
+    row = {"split": "test", "sent": "a ship", "file_name": "1.tif", "segmentation": layouts.rle(box())}
+    (tmp_path / "datainfo").mkdir()
+    (tmp_path / "datainfo" / "refsegrs_val.jsonl").write_text(json.dumps(row))
+    picture(tmp_path / "images" / "1.tif")
+    with pytest.raises(ValueError, match="an entry of the split test in the file of val"):
+        data.read("refsegrs", tmp_path, "val")
+
+
+def test_names_without_extension(tmp_path):
+    picture(tmp_path / "images" / "1.tif")
+    (tmp_path / "datainfo").mkdir()
+    row = {"sent": "a ship", "file_name": "1", "segmentation": layouts.rle(box())}
+    (tmp_path / "datainfo" / "refsegrs_val.jsonl").write_text(json.dumps(row))
+    assert only("refsegrs", tmp_path, "val").image.name == "1.tif"
+
+
 def test_rrsisd_alone_resizes_its_masks(tmp_path):
     found = only("rrsisd", refer(tmp_path, [layouts.rle(box(8, 8))], size=(8, 8), actual=(8, 9)))
     image, [mask] = data.load([found])
@@ -1273,7 +1456,7 @@ def test_missing_image_and_what_is_none(tmp_path):
         (tmp_path / "a.png").write_bytes(content)
         with pytest.raises(ValueError, match=rf"a.png: not an image, or one cut short .{len(content)} bytes"):
             data.read_image(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="a folder"):
         data.read_image(tmp_path)
 
 

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import dis
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -202,6 +203,9 @@ def one_line_errors():
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what is flushed at the exit
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({error}); a smaller --micro-batch takes less", file=sys.stderr, flush=True)
         sys.exit(1)
     except Exception as error:
         if not is_users(error):
@@ -634,17 +638,22 @@ def segment_files(model, names, texts, output, precision, tile, overlap):
         if not path.exists() or not inside:
             raise FileNotFoundError(f"--image: no such file, or no picture ({', '.join(SUFFIXES)}) in {path}")
         files += inside
+    stems, ends = [file.stem for file in files], [f"-{i + 1}" for i in range(len(texts))] if len(texts) > 1 else [""]
+    names = [file.stem if stems.count(file.stem) == 1 else f"{file.stem}-{file.suffix[1:]}{k + 1}"
+             for k, file in enumerate(files)]
+    for file, name in zip(files, names, strict=True):
+        there = [place for end in ends for place in output.glob(f"{glob.escape(name + end)}-*.*")]
+        if there and file.parent.resolve() == output.resolve():
+            raise ValueError(f"{there[0]} stands beside the picture and would be written over; name another --output")
     output.mkdir(parents=True, exist_ok=True)
-    stems = [file.stem for file in files]
-    for k, file in enumerate(files):
+    for file, name in zip(files, names, strict=True):
         picture = data.read_image(file)
         with Image.open(file) as stored:
             tags = {tag: stored.tag_v2[tag] for tag in GEOREFERENCE_TAGS if tag in getattr(stored, "tag_v2", ())}
         result = predict(model, picture, texts, precision, tile=tile, overlap=overlap)
         scale = min(1, SCREEN / max(picture.size))
-        name = file.stem if stems.count(file.stem) == 1 else f"{file.stem}-{file.suffix[1:]}{k + 1}"
         for i, (text, mask) in enumerate(zip(texts, result["masks"], strict=True)):
-            base = output / (f"{name}-{i + 1}" if len(texts) > 1 else name)
+            base = output / (name + ends[i])
             written = Path(f"{base}-mask{'.tif' if tags else '.png'}")
             Image.fromarray(mask).convert("L").save(written, tiffinfo=tags)
             size = [max(1, round(scale * length)) for length in picture.size]
@@ -730,6 +739,11 @@ def arguments(argv=None):
             parser.error(f"--{option} goes with --{other}")
     if bool(args.predictions) == bool(args.checkpoint):
         parser.error("give --checkpoint RUN, or --predictions DIR")
+    for option in ("control", "save_masks", "set", "model"):
+        if args.predictions and getattr(args, option):
+            parser.error(f"--{option.replace('_', '-')} goes with --checkpoint")
+    if args.predictions and args.protocol and (args.protocol == "resized") != bool(args.side):
+        parser.error("--predictions: --protocol resized goes with --side N, original goes without")
     if (args.predictions or args.model) and not (args.dataset or args.image):
         parser.error("--dataset is needed: no run says which")
     return args
@@ -742,11 +756,14 @@ def load_model(args, device):
             raise FileNotFoundError(f"--predictions {args.predictions}: no such folder")
         recipe = {"protocol": "resized" if args.side else "original", "empty": "zero", "precision": "fp32"}
         return None, {"dataset": args.dataset, "recipe": recipe}, args.predictions, None
+    if args.model and (Path(args.checkpoint).is_dir() or Path(args.checkpoint).suffix == ".safetensors"):
+        raise ValueError(f"--checkpoint {args.checkpoint}: --model is for the authors' files; leave it out for a run")
     if args.model:
         paper = models.paper(args.model)
         config, _ = models.override(paper.Config(), paper.RECIPE, args.set)
         model = models.load_official(args.model, args.checkpoint, config=config, device=device)
-        return model, {"dataset": args.dataset, **model.run}, Path(f"runs/{args.model}-official"), None
+        folder = Path("runs", in_file_name(f"{args.model}-official-{Path(args.checkpoint).stem}"), args.dataset or "")
+        return model, {"dataset": args.dataset, **model.run}, folder, None
     if Path(args.checkpoint).is_file() and Path(args.checkpoint).suffix != ".safetensors":
         raise ValueError(f"--checkpoint {args.checkpoint}: weights as a paper's authors released them take --model too")
     model, (_, folder) = models.load(args.checkpoint, args.set, device), models.run_settings(args.checkpoint)
@@ -764,6 +781,7 @@ def main(args):
         segment_files(model, args.image, args.text, args.output or "out", precision, args.tile, args.overlap)
         return
     dataset, root, refs = (getattr(args, key) or usual[key] for key in ("dataset", "data_root", "refs"))
+    refs = refs if dataset == run["dataset"] else args.refs
     asked = {key: getattr(args, key) or usual[key] for key in ("protocol", "empty", "small")}
     asked |= {"limit": args.limit, "checkpoint": weights}
     same = dataset == run["dataset"]

@@ -180,6 +180,10 @@ def compare(records_a, records_b, empty="zero", bootstrap=1000, seed=0):
         raise ValueError(f"A ({len(records_a)} records, {len(a)} ids) and B ({len(records_b)}, {len(b)}) must hold the "
                          f"same ids, each once; not in both: {sorted(a.keys() ^ b.keys())[:3]}; score the same split")
     lines, columns = _columns(empty, records_a, [b[key] for key in a])
+    for key, one in a.items():
+        if "truth" in one and one["truth"] != b[key].get("truth", one["truth"]):
+            raise ValueError(f"the object of sample {key} has {one['truth']} pixels in A, {b[key]['truth']} in B: they "
+                             "were scored at different sizes; score both by one --protocol")
     images = _groups(lines, "image")
     result = {"samples": len(lines), "empty": empty, **_paired(columns, images, empty, bootstrap, seed), "parts": {}}
     winner = np.sign(columns[5] - columns[2])

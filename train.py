@@ -69,7 +69,7 @@ def arguments(argv=None):
     where.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     where.add_argument("-j", "--workers", **number, default=min(8, max(1, os.cpu_count() // 2)),
                        help="loader processes per training process")
-    where.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and dropout")
+    where.add_argument("--seed", **number, default=0, help="of weights, order and dropout")
     where.add_argument("--output", type=Path, metavar="DIR",
                        help="run folder (default: runs/MODEL-DATASET, then -tiny on real data and the ablation row)")
     where.add_argument("--save-every", **number, default=0, help="save resume.pt also within an epoch, every N steps")
@@ -145,6 +145,10 @@ def begin(args, processes):
     (config, recipe, asked), output = settle(args), args.output
     args.precision = args.precision or (recipe["precision"] if processes.device.type == "cuda" else "fp32")
     there = os.path.isfile(output / "resume.pt")
+    weights = [name for name in ("best", "last", "model") if os.path.isfile(output / f"{name}.safetensors")]
+    if weights and not (there or args.overwrite):
+        raise ValueError(f"{output} holds {weights[0]}.safetensors but no resume.pt: --start {output} --output NEW "
+                         "trains on from its weights, --overwrite deletes them")
     if args.resume and not there:
         raise FileNotFoundError(f"--resume: no {output / 'resume.pt'}; start the run without --resume")
     if there and not (args.resume or args.overwrite):
@@ -225,7 +229,7 @@ def build(job, saved=None):
     learner = start_phase(job, Learner(model, model, None, scaler), 0)
     models.remember_sources(model, sources)
     for epoch in phase_starts(job.recipe):
-        if saved and 0 < epoch < saved["epoch"] + (saved["step"] > 0):
+        if saved and 0 < epoch <= saved["phase"]:
             learner = start_phase(job, learner, epoch)
     torch.manual_seed(args.seed + 1000003 * (processes.rank + 1))          # dropout differs between processes
     return learner
@@ -247,6 +251,8 @@ def print_settings(job, model):
         single = len({sample.picture for sample in job.samples}) == len(job.samples)
         why = ", one expression per image: instance contrastive learning (ICL) is off" if single else ""
         print(f"groups   none{why}")
+    if left := sorted({*(recipe.get("phases") or {})} - {*phase_starts(recipe).values()}):
+        print(f"phases   {', '.join(left)}: none of {recipe['epochs']} epochs")
     kept = "the last epoch" if job.select == "last" else f"validation {job.select}"
     print(f"run      {job.processes.device.type}, {job.args.precision}, seed {args.seed}, kept by {kept}, "
           f"folder {args.output}", flush=True)
@@ -348,11 +354,13 @@ def save_resume(job, learner, position, random):
 
 
 def load_resume(path):
+    """What `save_resume` has written; in older files the epoch whose phase had begun is told by the step."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {"phase": saved["epoch"] - (saved["step"] == 0), **saved}
     except Exception as error:
-        raise ValueError(f"{path} is truncated or not a resume file ({type(error).__name__}); "
-                         "begin anew with --overwrite") from None
+        raise ValueError(f"{path} is truncated or not a resume file ({type(error).__name__}); --start {path.parent} "
+                         "--output NEW trains on from the weights beside it, --overwrite begins anew") from None
 
 
 def new_folder(job):
@@ -370,7 +378,7 @@ def new_folder(job):
         write_text(output / "config.json", json.dumps(about, indent=1) + "\n")
         if job.config.pretrained == "none":
             write_text(output / "tokenizer.json", json.dumps({"words": job.tokenizer.words}) + "\n")
-    return {"epoch": 0, "step": 0, "best": None, "log_length": 0, "sums": {}, "expressions": 0, "images": 0,
+    return {"epoch": 0, "step": 0, "phase": 0, "best": None, "log_length": 0, "sums": {}, "expressions": 0, "images": 0,
             "seconds": 0.0, "samples": len(job.samples), "steps": job.sampler.steps}
 
 
@@ -494,7 +502,8 @@ def train_epoch(job, learner, position, stop):
 
 def pace(position, device):
     """Images a second in this epoch and the process's peak memory so far, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
     return {"images_per_second": round(position["images"] / max(position["seconds"], 1e-9), 2),
             "peak_gib": round(peak / 2 ** 30, 2)}
@@ -503,6 +512,7 @@ def pace(position, device):
 def end_epoch(job, learner, position):
     """Validate, keep the best, write the log's line and the commit point."""
     args, recipe, processes, model = job.args, job.recipe, job.processes, learner.model
+    save_resume(job, learner, position, random_state(processes.device))     # what ends a long validation costs no epoch
     epoch, summary, better = position["epoch"] + 1, {}, False
     if job.select != "last":
         lines = evaluate.evaluate(model, job.validation, processes, tokenizer=job.tokenizer,
@@ -641,7 +651,7 @@ def out_of_memory(args):
     config, recipe, *_, table = memory(args)
     there = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     fitting = [size for size, gib in table.items() if gib < there and size < recipe["micro_batch"]]
-    advice = f"say --micro-batch {fitting[-1]}, the same gradient" if fitting else "no smaller micro-batch fits"
+    advice = f"say --micro-batch {fitting[-1]}" if fitting else "no smaller micro-batch fits"
     if not getattr(config, "checkpointing", True):
         advice += "; --set checkpointing=True keeps less and takes longer"
     return (f"out of memory: {there:.1f} GiB, --micro-batch {recipe['micro_batch']} in {args.precision}; "
@@ -658,8 +668,8 @@ def train(args, processes):
     print_settings(job, learner.model)
     with StopRequest() as stop:
         for epoch in range(position["epoch"], job.recipe["epochs"]):
-            if epoch > 0 and position["step"] == 0 and epoch in phase_starts(job.recipe):
-                learner, position["best"] = start_phase(job, learner, epoch), None
+            if position["phase"] < epoch and epoch in phase_starts(job.recipe):
+                learner, position["best"], position["phase"] = start_phase(job, learner, epoch), None, epoch
             train_epoch(job, learner, position, stop)
             end_epoch(job, learner, position)
             if agree(processes, [stop.asked is not None], {})[0][0]:

@@ -99,6 +99,9 @@ def check_recipe(recipe):
         least = 1 if field in ("epochs", "batch_size", "micro_batch") else 0
         if type(value) in (int, float) and not least <= value < math.inf:
             raise ValueError(f"{field}={value}: expected a number of at least {least}")
+    if recipe.get("schedule") == "step" and not {"drop_epochs", "drop_factor"} <= recipe.keys():
+        raise ValueError("schedule=step: this paper's recipe has no drop_epochs and drop_factor; there are "
+                         + ", ".join(one for one in CHOICES["schedule"] if one != "step"))
     shares = recipe["phases"].values() if recipe.get("phases") else [1]
     if not all(type(one) in (int, float) and one > 0 for one in shares) or not math.isclose(sum(shares), 1):
         raise ValueError(f"phases={recipe['phases']}: expected a share of the run for each phase, 1 together")

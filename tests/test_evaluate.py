@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -544,7 +545,7 @@ def test_the_authors_weights_score_into_a_folder_of_their_own(run, photo, tmp_pa
     monkeypatch.chdir(tmp_path)
     words = ["--model", "rs2sam2", "--checkpoint", "authors.pth", "--device", "cpu", "--set", "pretrained=DIR"]
     evaluate.main(evaluate.arguments([*words, "--dataset", "synthetic", "--limit", "12", "--workers", "0"]))
-    assert len(metrics.read_records("runs/rs2sam2-official/test-limit=12")) == 12
+    assert len(metrics.read_records("runs/rs2sam2-official-authors/synthetic/test-limit=12")) == 12
     evaluate.main(evaluate.arguments([*words, "--image", str(photo), "--text", "a ship"]))
     assert Path("out/photo-mask.png").is_file()
     wanted = dataclasses.replace(models.paper("rs2sam2").Config(), pretrained="DIR")
@@ -555,6 +556,40 @@ def test_the_authors_weights_score_into_a_folder_of_their_own(run, photo, tmp_pa
     monkeypatch.undo()
     with pytest.raises(ValueError, match="the authors of icipnet have released no trained weights"):
         score(tmp_path / "authors.pth", tmp_path, "--model", "icipnet", "--dataset", "synthetic")
+
+
+def test_a_run_is_not_the_authors_file(run):
+    for checkpoint in (str(run), str(run / "best.safetensors")):
+        with pytest.raises(ValueError, match="--model is for the authors' files; leave it out for a run"):
+            evaluate.main(evaluate.arguments(["--model", "rs2sam2", "--checkpoint", checkpoint, "--dataset", "rrsisd"]))
+
+
+def test_a_run_on_a_pickle_is_scored_on_other_data(run, tmp_path, monkeypatch):
+    """--refs is inherited with its data set only."""
+    real = evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda args, device: (
+        (found := real(args, device))[0], {**found[1], "dataset": "refer", "refs": "refs(unc).p"}, *found[2:]))
+    score(run, tmp_path, "--dataset", "synthetic", "--limit", "12")
+    assert len(metrics.read_records(tmp_path / "synthetic-test-limit=12")) == 12
+
+
+def test_what_stands_beside_a_picture_is_not_written_over(run, photo, tmp_path):
+    for name in ("photo.png", "photo-mask.png"):
+        shutil.copy(photo, tmp_path / name)
+    words = ["--checkpoint", str(run), "--image", str(tmp_path / "photo.png"), "--text", "a ship"]
+    with pytest.raises(ValueError, match="photo-mask.png stands beside the picture and would be written over; name an"):
+        evaluate.main(evaluate.arguments([*words, "--output", str(tmp_path)]))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["photo-mask.png", "photo.png"]
+    assert (tmp_path / "photo-mask.png").read_bytes() == photo.read_bytes()
+    for _ in range(2):                                                      # its own results it renews
+        evaluate.main(evaluate.arguments([*words, "--output", str(tmp_path / "out")]))
+
+
+def test_memory_that_is_too_small_is_one_line(capsys):
+    with pytest.raises(SystemExit), evaluate.one_line_errors():
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+    assert capsys.readouterr().err == ("error: out of memory (tried to allocate 9 GiB); a smaller --micro-batch takes "
+                                       "less\n")
 
 
 def test_a_name_that_is_too_long_for_a_file_is_cut_and_stays_its_own():
@@ -641,6 +676,12 @@ def test_an_output_that_cannot_be_is_named_before_anything_is_scored(run, photo,
     (["--checkpoint", "run", "--text", "a ship"], "--text goes with --image"),
     (["--checkpoint", "run", "--tile", "512"], "--tile goes with --image"),
     (["--checkpoint", "run", "--side", "512"], "--side goes with --predictions"),
+    (["--predictions", "dir", "--dataset", "synthetic", "--control", "shuffled"], "--control goes with --checkpoint"),
+    (["--predictions", "dir", "--dataset", "synthetic", "--save-masks"], "--save-masks goes with --checkpoint"),
+    (["--predictions", "dir", "--dataset", "synthetic", "--set", "a=1"], "--set goes with --checkpoint"),
+    *((["--predictions", "dir", "--dataset", "synthetic", "--protocol", *words],
+       "--predictions: --protocol resized goes with --side N, original goes without")
+      for words in (["resized"], ["original", "--side", "9"])),
     (["--predictions", "dir", "--image", "a.png", "--text", "a ship"], "--image goes with --checkpoint"),
     (["--predictions", "dir"], "--dataset is needed: no run says which"),
     (["--model", "rs2sam2", "--checkpoint", "f"], "--dataset is needed: no run says which")])

@@ -415,6 +415,15 @@ def test_rows_hold_a_split_each():
         "testA                   1   100.00   100.00   100.00   100.00   100.00    90.00    90.00    90.00    90.00"]
 
 
+def test_runs_of_different_sizes_are_not_compared():
+    line = {"id": "a", "image": "a", "expression": "x", "instance": "1", "category": None, "category_source": None,
+            "intersection": 1, "union": 2, "iou": 0.5}
+    metrics.compare([line | {"truth": 9}], [line | {"truth": 9}], bootstrap=2)
+    metrics.compare([line | {"truth": 9}], [line], bootstrap=2)
+    with pytest.raises(ValueError, match="sample a has 9 pixels in A, 36 in B: .* score both by one --protocol"):
+        metrics.compare([line | {"truth": 9}], [line | {"truth": 36}])
+
+
 def test_compare_is_paired_by_id():
     a, b = random_lines(400, 200), random_lines(400, 200, shift=0.05)
     result = compare(a, b[::-1])

@@ -91,8 +91,9 @@ def test_wrong_settings_are_named(setting, message):
     {"phases": {"a": 0.1, "b": 0.2, "c": 0.7}}, {"phases": {}}, {"checkpointing": True},
     *({field: word} for field, words in models.CHOICES.items() for word in words)])
 def test_a_recipe_that_a_run_can_follow_passes(changes):
-    models.check_recipe(toy.RECIPE | changes)
-    models.check_recipe(changes)
+    drop = {"drop_epochs": 10, "drop_factor": 0.1}                          # what schedule=step takes
+    models.check_recipe(toy.RECIPE | drop | changes)
+    models.check_recipe(drop | changes)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -100,6 +101,7 @@ def test_a_recipe_that_a_run_can_follow_passes(changes):
       for field, words in models.CHOICES.items()),
     *(({field: 0}, f"^{field}=0: expected a number of at least 1")
       for field in ("epochs", "batch_size", "micro_batch")),
+    ({"schedule": "step", "drop_factor": 0.1}, "^schedule=step: this paper's recipe has no drop_epochs and drop_fac"),
     ({"lr": -1e-9}, "^lr=-1e-09: expected a number of at least 0"), ({"lr": float("nan")}, "lr=nan"),
     ({"epochs": float("inf")}, "epochs=inf"),
     *(({"phases": phases}, "^phases=.*expected a share of the run for each phase, 1 together") for phases in (

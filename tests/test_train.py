@@ -373,8 +373,9 @@ def test_rates_progress_and_means_of_a_run(tmp_path, monkeypatch):
     run_to_end(tmp_path / "run", "--set", "batch_size=5", "micro_batch=5", "--save-every", "2", "--weight-decay", "0.3")
     steps = len(seen) // 2
     assert steps == 3 and [progress for progress, _, _ in seen] == [k / 6 for k in range(6)]
-    assert [save[:2] for save in saves] == [(0, 2), (1, 0), (1, 2), (2, 0)]
-    for k, (epoch, step, group) in zip((1, 2, 4, 5), saves, strict=True):
+    # within an epoch, before its validation, after it
+    assert [save[:2] for save in saves] == [(0, 2), (0, 3), (1, 0), (1, 2), (1, 3), (2, 0)]
+    for k, (epoch, step, group) in zip((1, 2, 2, 4, 5, 5), saves, strict=True):
         assert group["lr"] == pytest.approx(1e-2 * (1 - k / 6) ** 0.9), (epoch, step)
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.3)
     for epoch, line in enumerate(log_of(tmp_path / "run")):
@@ -805,11 +806,69 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
             raise OSError("disk full")
 
     with models.put_in_place(tmp_path / "resume.pt") as part:
-        torch.save({"epoch": 1}, part)
+        torch.save({"epoch": 1, "step": 0}, part)
     with pytest.raises(ValueError, match="disk full"), models.put_in_place(tmp_path / "resume.pt") as part:
         torch.save({"epoch": 2, "bad": Refuses()}, part)
-    assert train.load_resume(tmp_path / "resume.pt") == {"epoch": 1}
+    assert train.load_resume(tmp_path / "resume.pt") == {"epoch": 1, "step": 0, "phase": 0}
     assert [path.name for path in tmp_path.iterdir()] == ["resume.pt"]
+
+
+@pytest.mark.parametrize("words", [[], ["--resume"], ["--resume", "auto"]])
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "model.safetensors"])
+def test_weights_without_resume_pt_are_not_deleted(tmp_path, name, words):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_bytes(b"hours of work")
+    with pytest.raises(ValueError, match=f"run holds {name} but no resume.pt: --start .*run --output NEW trains on"):
+        run_to_end(tmp_path / "run", *words)
+    assert (tmp_path / "run" / name).read_bytes() == b"hours of work" and len(list((tmp_path / "run").iterdir())) == 1
+
+
+def test_what_ends_a_validation_costs_no_epoch(tmp_path, monkeypatch):
+    run_to_end(tmp_path / "whole")
+
+    def killed(*given, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "evaluate", killed)
+        run_to_end(tmp_path / "run")
+    assert (state := state_of(tmp_path / "run"))["step"] == state["steps"] and state["epoch"] == 0
+    run_to_end(tmp_path / "run", "--resume")
+    whole, again = (state_of(tmp_path / name)["model"] for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_phase_whose_first_step_failed_is_gone_on_with(tmp_path, monkeypatch):
+    words, real = ("--epochs", "2", "--set", "phases={'a': 0.5, 'b': 0.5}"), train.train_step
+
+    def fails(job, learner, position, *given):
+        if position["epoch"] == 1:
+            train.save_resume(job, learner, position, train.random_state(job.processes.device))
+            raise ValueError("not finite")
+        return real(job, learner, position, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not finite"):
+        patch.setattr(train, "train_step", fails)
+        run_to_end(tmp_path / "run", *words)
+    assert (state_of(tmp_path / "run")["step"], state_of(tmp_path / "run")["phase"]) == (0, 1)
+    run_to_end(tmp_path / "run", *words, "--resume")
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_a_phase_without_an_epoch_is_said(tmp_path, capsys):
+    run_to_end(tmp_path / "run", "--epochs", "1", "--limit", "12", "--set", "phases={'a': 0.2, 'b': 0.8}")
+    assert "phases   a: none of 1 epochs" in capsys.readouterr().out
+
+
+def test_settings_that_no_run_can_follow_delete_nothing(tmp_path, capsys):
+    run_to_end(tmp_path / "run", "--epochs", "1")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        options(tmp_path / "run", "--overwrite", "--seed", "-1")
+    assert "argument --seed: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="schedule=step: this paper's recipe has no drop_epochs and drop_factor"):
+        run_to_end(tmp_path / "run", "--overwrite", "--set", "schedule=step")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 def test_a_second_run_in_one_folder_is_asked_about(tmp_path):
@@ -872,8 +931,8 @@ def test_config_json_rebuilds_the_run_and_what_was_in_the_folder_is_its_own(tmp_
     job = train.begin(args, ONE)
     assert job.select == "oIoU"
     position = train.new_folder(job)
-    assert position == {"epoch": 0, "step": 0, "best": None, "log_length": 0, "sums": {}, "expressions": 0, "images": 0,
-                        "seconds": 0.0, "samples": 60, "steps": 2}
+    assert position == {"epoch": 0, "step": 0, "phase": 0, "best": None, "log_length": 0, "sums": {}, "expressions": 0,
+                        "images": 0, "seconds": 0.0, "samples": 60, "steps": 2}
     kept = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert kept == ["config.json", "mine.txt", "notes/mine.txt", "tokenizer.json"]
     assert (tmp_path / "run/tokenizer.json").read_text() == json.dumps({"words": job.tokenizer.words}) + "\n"
@@ -1000,10 +1059,14 @@ def test_resume_of_nothing_and_of_a_torn_file(tmp_path):
 
 def test_the_state_of_a_run_is_read_as_plain_types_into_memory(tmp_path, monkeypatch):
     torch.save({"epoch": 1, "strange": SimpleNamespace()}, tmp_path / "resume.pt")
-    with pytest.raises(ValueError, match=r"resume.pt is truncated or not a resume file .UnpicklingError.; begin anew"):
+    with pytest.raises(ValueError, match=r"resume.pt is truncated or not a resume file .UnpicklingError.; --start "):
         train.load_resume(tmp_path / "resume.pt")
-    monkeypatch.setattr(torch, "load", lambda path, map_location, weights_only: (path, map_location, weights_only))
-    assert train.load_resume("resume.pt") == ("resume.pt", "cpu", True)       # not to the card on which it was saved
+    torch.save({"some": "state"}, tmp_path / "resume.pt")
+    with pytest.raises(ValueError, match=r"not a resume file .KeyError.; --start .*--output NEW trains on from the"):
+        train.load_resume(tmp_path / "resume.pt")
+    monkeypatch.setattr(torch, "load", lambda path, **how: {"epoch": 3, "step": 1, "path": path, **how})
+    assert train.load_resume("resume.pt") == {          # not to the card on which it was saved
+        "epoch": 3, "step": 1, "phase": 3, "path": "resume.pt", "map_location": "cpu", "weights_only": True}
 
 
 @pytest.mark.parametrize("words, message", [
@@ -1359,7 +1422,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_part(tmp_path, capsys):     
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.safetensors"]) - 100, limits[1]))
     try:
-        with pytest.raises(ValueError, match="last.safetensors could not be written"):
+        with pytest.raises(ValueError, match="resume.pt could not be written"):
             run_to_end(tmp_path / "run", *words, "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1628,10 +1691,14 @@ def test_a_resumed_run_begins_the_phases_that_have_begun(tmp_path, monkeypatch):
                                            "phases={'a': 0.25, 'b': 0.5, 'c': 0.25}"), ONE), [], train.start_phase
     monkeypatch.setattr(train, "start_phase", lambda job, learner, epoch: begun.append(epoch) or real(
         job, learner, epoch))
-    for (epoch, step), wanted in {(0, 0): [0], (0, 2): [0], (1, 0): [0], (1, 1): [0, 1], (2, 0): [0, 1], (3, 0): [0, 1],
-                                  (3, 1): [0, 1, 3]}.items():  # what begins with this step begins in the loop
+    for (epoch, step, phase), wanted in {
+            (0, 0, None): [0], (0, 2, None): [0], (1, 0, None): [0], (1, 1, None): [0, 1], (2, 0, None): [0, 1],
+            (3, 0, None): [0, 1], (3, 1, None): [0, 1, 3],      # older files: what begins with this step begins later
+            (1, 0, 0): [0], (1, 0, 1): [0, 1], (3, 0, 3): [0, 1, 3], (2, 1, 1): [0, 1]}.items():
         begun.clear()
-        learner = train.build(job, {"epoch": epoch, "step": step, "left_out": {}})
+        torch.save({"epoch": epoch, "step": step, "left_out": {}, **({} if phase is None else {"phase": phase})},
+                   tmp_path / "resume.pt")
+        learner = train.build(job, train.load_resume(tmp_path / "resume.pt"))
         assert begun == wanted and learner.model.phase == {0: "a", 1: "b", 3: "c"}[wanted[-1]]
 
 
@@ -1884,7 +1951,7 @@ def test_a_card_that_is_too_small_is_answered_with_the_micro_batch_that_fits(tmp
     for gib, micro_batch in ((7, 8), (7.5, 8), (100, 8), (100, 4), (100, 1)):
         card.total_memory, known[1] = gib * 2 ** 30, {**toy.RECIPE, "micro_batch": micro_batch}
         said.append(train.out_of_memory(args))
-    assert "7.0 GiB, --micro-batch 8 in bf16; by the count of --plan say --micro-batch 2, the same gradient" in said[0]
+    assert "7.0 GiB, --micro-batch 8 in bf16; by the count of --plan say --micro-batch 2" in said[0]
     assert [re.search("say --micro-batch (.)|no smaller", one)[1] for one in said] == ["2", "4", "4", "2", None]
     assert "checkpointing" not in said[0]
     for on in (True, False):

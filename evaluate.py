@@ -263,7 +263,7 @@ def upsampled(logits, size):
 
 
 def counts(outputs, batch, save_masks=None):
-    """{name: (M,)} of `count`, at the square or at every mask's own size."""
+    """{name: (M,)} of `count`, at the square or at every mask's own size; the predictions as PNGs into save_masks."""
     rows, truths = [], batch.get("original_masks", batch["masks"])
     for logits, sample, truth in zip(outputs["logits"], batch["samples"], truths, strict=True):
         prediction = upsampled(logits[None], truth.shape)[0, 0] > 0

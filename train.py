@@ -141,7 +141,7 @@ Learner = namedtuple("Learner", "model network optimizer scaler")
 
 
 def begin(args, processes):
-    """Settings, data and tokenizer: what can be wrong with the input is found here, before a file is touched."""
+    """Settings, data and tokenizer: what can be wrong with them is found here, before a file is touched."""
     (config, recipe, asked), output = settle(args), args.output
     args.precision = args.precision or (recipe["precision"] if processes.device.type == "cuda" else "fp32")
     there = os.path.isfile(output / "resume.pt")
@@ -414,7 +414,8 @@ def resume(job, learner, saved):
 def train_step(job, learner, position, sampler, batches, stop):
     """One optimiser step -> (sums of the loss terms over its expressions, what it took, whether to stop after it).
 
-    The gradient is that of the mean over all of its expressions, whatever processes and micro-batches divide them.
+    The gradient is that of the mean over all of its expressions, whatever processes and micro-batches divide them; what
+    a model couples within a micro-batch (batch norm, a contrast) stays within it.
     """
     recipe, processes, (model, network, optimizer, scaler) = job.recipe, job.processes, learner
     done, total = position["epoch"] * sampler.steps + position["step"], recipe["epochs"] * sampler.steps

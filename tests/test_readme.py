@@ -28,7 +28,7 @@ def test_notebook_lines_give_masks(tmp_path, monkeypatch):
     toy.register()
     model = models.build("toy", toy.Config()).eval()
     model.tokenizer = models.word_tokenizer("toy", model.config, ["the", "ship", "tanks", "pier", "at", "storage"])
-    monkeypatch.setattr(models, "load", lambda run: model)
+    monkeypatch.setattr(models, "load", lambda run, device: model)
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save("photo.jpg")
     names = {}
     exec(LISTING, names)

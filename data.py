@@ -744,8 +744,10 @@ def _mask_from_file(path: Path, value: int | None = None) -> np.ndarray:
     """
     image = _open(path)
     lossy = image.format in ("JPEG", "MPO", "WEBP", "JPEG2000") or image.info.get("compression") == "jpeg"
-    scale = {2: 85, 4: 17}.get(path.read_bytes()[24], 1) if image.format == "PNG" and image.mode == "L" else 1
-    if value is not None:  # a PNG of 2 or 4 bits is stretched to 8
+    with open(path, "rb") as file:
+        depth = file.read(25)[-1]
+    scale = {2: 85, 4: 17}.get(depth, 1) if image.format == "PNG" and image.mode == "L" else 1  # PIL stretches it to 8
+    if value is not None:
         if len(image.getbands()) > 1:
             raise ValueError(f"{path}: mask_value needs one band, the file has {len(image.getbands())}")
         if lossy or not (found := np.asarray(image) // scale == value).any():

@@ -301,8 +301,8 @@ def read_refer(benchmark: Benchmark, root: Path):
         content = json.loads(_text(where))
         annotations, images = ({entry["id"]: entry for entry in content[name]} for name in ("annotations", "images"))
         for name, table in (("annotations", annotations), ("images", images)):
-            if twice := next((entry["id"] for entry in content[name] if table[entry["id"]] != entry), None):
-                raise ValueError(f"{where}: two different {name} of id {twice}; were two files joined?")
+            if twice := [entry["id"] for entry in content[name] if table[entry["id"]] != entry]:
+                raise ValueError(f"{where}: two different {name} of id {twice[0]}; were two files joined?")
         categories = {entry["id"]: entry["name"] for entry in content.get("categories", [])}
         place, listing = _find_images(benchmark, folder, [image["file_name"] for image in content["images"][:3]])
         where = path
@@ -317,8 +317,10 @@ def read_refer(benchmark: Benchmark, root: Path):
         annotation, image = annotations[row["ann_id"]], images[row["image_id"]]
         if (theirs := annotation.get("image_id", row["image_id"])) != row["image_id"]:
             raise ValueError(f"a ref of image {row['image_id']}, its annotation {row['ann_id']} of image {theirs}")
-        if not (isinstance(row["split"], str) and row["split"].strip() and row["sentences"]):
-            raise ValueError(f"the split is {row['split']!r}, a name is needed, of {len(row['sentences'])} sentences")
+        if not (isinstance(row["split"], str) and row["split"].strip()):
+            raise ValueError(f"the split is {row['split']!r}; a name is needed")
+        if not row["sentences"]:
+            raise ValueError("no sentence; write one or take the ref out")
         stored = annotation["segmentation"]
         parts = stored if isinstance(stored, list) else [stored]
         size = parts[0]["size"] if parts and isinstance(parts[0], dict) else (image["height"], image["width"])
@@ -636,8 +638,8 @@ def _open(path: Path, upright: bool = False) -> Image.Image:
         try:
             with Image.open(path) as image:
                 if (pages := _pages(image)) > 1:
-                    raise ValueError(f"{path}: {pages} pages, of which one would be read; save each as a file")
-                if not (refusal := _refusal(path, *_bands(image))):
+                    refusal = f"{path}: {pages} pages, of which one would be read; save each as a file"
+                elif not (refusal := _refusal(path, *_bands(image))):
                     if not upright:
                         image.getexif().pop(0x0112, None)  # while it loads a TIFF PIL turns it by itself
                     if image.format == "TIFF":  # a fourth band that is tagged so would divide the others

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import dis
 import functools
-import glob
 import hashlib
 import itertools
 import json
@@ -641,8 +640,9 @@ def segment_files(model, names, texts, output, precision, tile, overlap):
     stems, ends = [file.stem for file in files], [f"-{i + 1}" for i in range(len(texts))] if len(texts) > 1 else [""]
     names = [file.stem if stems.count(file.stem) == 1 else f"{file.stem}-{file.suffix[1:]}{k + 1}"
              for k, file in enumerate(files)]
+    kinds = ["mask.png", "mask.tif", "overlay.png", *(f"{title}.png" for title in models.maps(model))]
     for file, name in zip(files, names, strict=True):
-        there = [place for end in ends for place in output.glob(f"{glob.escape(name + end)}-*.*")]
+        there = [place for end in ends for what in kinds if (place := output / f"{name}{end}-{what}").exists()]
         if there and file.parent.resolve() == output.resolve():
             raise ValueError(f"{there[0]} stands beside the picture and would be written over; name another --output")
     output.mkdir(parents=True, exist_ok=True)

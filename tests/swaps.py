@@ -4,7 +4,8 @@
     python tests/swaps.py --checkpoint RUN --data-root DIR --split val --limit 360  evaluate.py's options of data
 
 A row is a signal, its columns mIoU where each expression gets that of another expression of its picture, that of
-another picture, zeros, and, where the signal is itself a mask, the true one. Where mIoU stays, nothing depends on it.
+another picture, zeros, and, where the signal is itself a mask, the true one. Where mIoU stays, the masks do not depend
+on it. Words of another expression are read as far as one's own are long.
 """
 
 import re
@@ -150,10 +151,11 @@ def main(argv=None):
     args = evaluate.arguments(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, run, *_ = evaluate.load_model(args, device)
-    if run["model"] not in SIGNALS:
-        raise ValueError(f"{args.checkpoint}: no signals of {run['model']} are named in tests/swaps.py")
+    if run.get("model") not in SIGNALS:
+        raise ValueError(f"{args.checkpoint}: no signals of {run.get('model')} are named in tests/swaps.py")
     dataset = args.dataset or run["dataset"]
-    root, refs = args.data_root or run.get("data_root", "data"), args.refs or run.get("refs")
+    root = args.data_root or run.get("data_root", "data")
+    refs = args.refs or (run.get("refs") if dataset == run["dataset"] else None)
     for split in data.split_names(dataset, args.split, root, refs):
         samples = data.read(dataset, root, split, categories=args.categories, limit=args.limit, small=args.small,
                             refs=refs)

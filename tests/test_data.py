@@ -1091,7 +1091,7 @@ def test_pages_of_a_file_are_counted_but_not_its_overviews(tmp_path):
     pages = [Image.fromarray(box()), Image.fromarray(~box())]
     for name in ("m.tif", "m.png", "m.gif"):
         pages[0].convert("L").save(tmp_path / name, save_all=True, append_images=[pages[1].convert("L")])
-        with pytest.raises(ValueError, match=f"{name}: 2 pages, of which one would be read"):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/{name}: 2 pages, of which one would be read; save each "):
             data._mask_from_file(tmp_path / name)
     smaller = pages[1].convert("L").resize((4, 3))
     smaller.encoderinfo = {"tiffinfo": {254: 1}}                            # as GDAL writes an overview
@@ -1159,25 +1159,26 @@ def test_a_line_of_two_names_or_two_entries(tmp_path):
 
 @pytest.mark.parametrize("changes, said", [
     ({"annotation": {"image_id": 8}}, "a ref of image 9, its annotation 3 of image 8"),
-    ({"ref": {"split": ["val"]}}, "the split is .'val'., a name is needed"),
+    ({"ref": {"split": ["val"]}}, "the split is .'val'.; a name is needed"),
     ({"ref": {"split": " "}}, "a name is needed"),
-    ({"ref": {"sentences": []}}, "of 0 sentences")])
+    ({"ref": {"sentences": []}}, "no sentence; write one or take the ref out")])
 def test_refs_that_do_not_fit(changes, said, tmp_path):
     with pytest.raises(ValueError, match=f"ref 7, .*{said}"):
         data.read("rrsisd", refer(tmp_path, [layouts.rle(box())], **changes), "train")
 
 
 @pytest.mark.parametrize("section", ["annotations", "images"])
-def test_two_different_entries_of_one_id(section, tmp_path):
+@pytest.mark.parametrize("number", [0, 5])
+def test_two_different_entries_of_one_id(number, section, tmp_path):
     path = refer(tmp_path, [layouts.rle(box())]) / "rrsisd" / "instances.json"
     content = json.loads(path.read_text())
-    content[section].append(content[section][0])
+    content[section] += 2 * [{**content[section][0], "id": number}]
     path.write_text(json.dumps(content))
     assert only("rrsisd", tmp_path).expression == "The ship"
-    content[section].append(content[section][0] | {"bbox": [1]})
+    content[section].append({**content[section][0], "id": number, "bbox": [1]})
     path.write_text(json.dumps(content) + " ")
     data._KNOWN.clear()
-    with pytest.raises(ValueError, match=f"two different {section} of id"):
+    with pytest.raises(ValueError, match=f"two different {section} of id {number};"):
         data.read("rrsisd", tmp_path, "train")
 
 

@@ -574,15 +574,19 @@ def test_a_run_on_a_pickle_is_scored_on_other_data(run, tmp_path, monkeypatch):
 
 
 def test_what_stands_beside_a_picture_is_not_written_over(run, photo, tmp_path):
-    for name in ("photo.png", "photo-mask.png"):
+    for name in ("photo.png", "photo-mask.png", "alone/photo.png", "alone/photo-2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(photo, tmp_path / name)
     words = ["--checkpoint", str(run), "--image", str(tmp_path / "photo.png"), "--text", "a ship"]
     with pytest.raises(ValueError, match="photo-mask.png stands beside the picture and would be written over; name an"):
         evaluate.main(evaluate.arguments([*words, "--output", str(tmp_path)]))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["photo-mask.png", "photo.png"]
+    assert sorted(file.name for file in tmp_path.glob("*.*")) == ["photo-mask.png", "photo.png"]
     assert (tmp_path / "photo-mask.png").read_bytes() == photo.read_bytes()
     for _ in range(2):                                                      # its own results it renews
         evaluate.main(evaluate.arguments([*words, "--output", str(tmp_path / "out")]))
+    words[3] = str(tmp_path / "alone/photo.png")                            # photo-2.png is no name of a result
+    evaluate.main(evaluate.arguments([*words, "--output", str(tmp_path / "alone")]))
+    assert (tmp_path / "alone/photo-mask.png").is_file()
 
 
 def test_memory_that_is_too_small_is_one_line(capsys):
